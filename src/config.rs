@@ -1,0 +1,417 @@
+//! Configuration: the compiled-in defaults, then a file, then the environment; checked as a whole.
+//!
+//! `config/default.toml` is the reference of every key. This is the only place that reads the environment.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use config::{Environment, File, FileFormat};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+
+mod check;
+
+/// The defaults, with their documentation.
+pub const DEFAULTS: &str = include_str!("../config/default.toml");
+/// What the variables of the environment begin with.
+pub const ENVIRONMENT_PREFIX: &str = "INVENTORYD";
+
+/// Why a configuration is refused: one line for each problem, each naming its key and the cure.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(pub String);
+
+/// The whole configuration. Every field is described in `config/default.toml`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct Config {
+    pub broker: BrokerConfig,
+    pub topology: TopologyConfig,
+    pub consumer: ConsumerConfig,
+    pub run: RunConfig,
+    pub limits: LimitsConfig,
+    pub graph: GraphConfig,
+    pub database: DatabaseConfig,
+    pub outbox: OutboxConfig,
+    pub retention: RetentionConfig,
+    pub http: HttpConfig,
+    pub telemetry: TelemetryConfig,
+}
+
+/// `[broker]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct BrokerConfig {
+    pub url: SecretString,
+    pub url_file: Option<PathBuf>,
+    pub heartbeat_s: u16,
+    pub connect_timeout_s: u64,
+    pub operation_timeout_s: u64,
+    #[serde(deserialize_with = "path_or_none")]
+    pub ca_file: Option<PathBuf>,
+}
+
+/// `[topology]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct TopologyConfig {
+    pub prefix: String,
+    pub mode: TopologyMode,
+    pub delivery_limit: u32,
+}
+
+/// Whether exchanges and queues are made or only checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TopologyMode {
+    /// Make what is missing.
+    Declare,
+    /// Only check.
+    Verify,
+}
+
+/// `[consumer]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct ConsumerConfig {
+    pub prefetch: u16,
+    pub watchdog_s: u64,
+    pub drain_s: u64,
+    pub broker_timeout_s: u64,
+}
+
+/// `[run]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct RunConfig {
+    pub lease_s: u64,
+    pub deadline_s: u64,
+    pub max_attempts: i32,
+    pub abandoned_after_s: u64,
+    pub concurrent_lists: usize,
+    pub batch_rows: usize,
+    pub suspicious_drop_share: f64,
+    pub suspicious_drop_min_items: i64,
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct LimitsConfig {
+    pub tenant_max_runs: u32,
+    pub fleet_max_runs: u32,
+    pub when_full: WhenFull,
+    pub defer_max_s: u64,
+}
+
+/// What happens to a request that is over a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenFull {
+    /// Record a skipped run.
+    Skip,
+    /// Ask again later.
+    Defer,
+}
+
+/// `[graph]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct GraphConfig {
+    pub cloud: Cloud,
+    pub base_url: String,
+    pub authority: String,
+    #[serde(deserialize_with = "path_or_none")]
+    pub ca_file: Option<PathBuf>,
+    #[serde(deserialize_with = "path_or_none")]
+    pub policy_types_file: Option<PathBuf>,
+    pub request_timeout_s: u64,
+    pub max_tries: u32,
+    pub backoff_first_s: f64,
+    pub backoff_max_s: f64,
+    pub throttle_budget_s: u64,
+    pub max_pages: u32,
+    pub max_page_bytes: usize,
+    pub rate_share: f64,
+    pub credentials: BTreeMap<String, CredentialConfig>,
+}
+
+/// A national cloud of Microsoft.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cloud {
+    /// Worldwide, and Microsoft 365 GCC.
+    Global,
+    /// US Government L4 (GCC High).
+    UsgovL4,
+    /// US Government L5 (DoD).
+    UsgovL5,
+    /// China, operated by 21Vianet.
+    China,
+    /// Whatever `base_url` and `authority` say.
+    Custom,
+}
+
+impl Cloud {
+    /// The root of Microsoft Graph, as Microsoft documents it; none for a custom cloud.
+    #[must_use]
+    pub const fn base_url(self) -> Option<&'static str> {
+        match self {
+            Self::Global => Some("https://graph.microsoft.com"),
+            Self::UsgovL4 => Some("https://graph.microsoft.us"),
+            Self::UsgovL5 => Some("https://dod-graph.microsoft.us"),
+            Self::China => Some("https://microsoftgraph.chinacloudapi.cn"),
+            Self::Custom => None,
+        }
+    }
+
+    /// The root of the token service, as Microsoft documents it; none for a custom cloud.
+    #[must_use]
+    pub const fn authority(self) -> Option<&'static str> {
+        match self {
+            Self::Global => Some("https://login.microsoftonline.com"),
+            Self::UsgovL4 | Self::UsgovL5 => Some("https://login.microsoftonline.us"),
+            Self::China => Some("https://login.chinacloudapi.cn"),
+            Self::Custom => None,
+        }
+    }
+}
+
+impl GraphConfig {
+    /// The root of Microsoft Graph, without a slash at its end.
+    #[must_use]
+    pub fn base_url(&self) -> &str {
+        or_cloud(&self.base_url, self.cloud.base_url())
+    }
+
+    /// The root of the token service, without a slash at its end.
+    #[must_use]
+    pub fn authority(&self) -> &str {
+        or_cloud(&self.authority, self.cloud.authority())
+    }
+}
+
+fn or_cloud<'a>(given: &'a str, cloud: Option<&'a str>) -> &'a str {
+    if given.is_empty() { cloud.unwrap_or_default() } else { given.trim_end_matches('/') }
+}
+
+/// `[graph.credentials.<name>]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct CredentialConfig {
+    pub client_id: String,
+    #[serde(default)]
+    pub client_secret: SecretString,
+    pub client_secret_file: Option<PathBuf>,
+}
+
+/// `[database]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct DatabaseConfig {
+    pub url: SecretString,
+    pub url_file: Option<PathBuf>,
+    pub max_connections: u32,
+    pub control_connections: u32,
+    pub acquire_timeout_s: u64,
+    pub statement_timeout_s: u64,
+}
+
+/// `[outbox]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct OutboxConfig {
+    pub poll_ms: u64,
+    pub batch: u32,
+    pub claim_s: u64,
+    pub high_water: i64,
+}
+
+/// `[retention]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct RetentionConfig {
+    pub runs_days: u32,
+    pub outbox_days: u32,
+}
+
+/// `[http]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct HttpConfig {
+    #[serde(deserialize_with = "address_or_none")]
+    pub listen: Option<SocketAddr>,
+    pub token: SecretString,
+    pub token_file: Option<PathBuf>,
+}
+
+/// `[telemetry]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct TelemetryConfig {
+    pub log: String,
+    pub format: LogFormat,
+    pub deployment: String,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// One JSON object a line.
+    Json,
+    /// For people.
+    Pretty,
+}
+
+impl Config {
+    /// Reads the configuration that this process is to run with.
+    ///
+    /// # Errors
+    /// One line for each problem: an unknown key, a value of the wrong kind, a risky combination, an unreadable file.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        Self::layered(file, Environment::with_prefix(ENVIRONMENT_PREFIX).prefix_separator("__").separator("__"))
+    }
+
+    /// Like [`Config::load`], with variables given by the caller in place of the process's own environment.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn load_with(file: Option<&Path>, variables: BTreeMap<String, String>) -> Result<Self, ConfigError> {
+        let variables = variables.into_iter().collect();
+        let environment = Environment::with_prefix(ENVIRONMENT_PREFIX).prefix_separator("__").separator("__");
+        Self::layered(file, environment.source(Some(variables)))
+    }
+
+    fn layered(file: Option<&Path>, environment: Environment) -> Result<Self, ConfigError> {
+        let mut builder = config::Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml));
+        if let Some(path) = file {
+            builder = builder.add_source(File::from(path).format(FileFormat::Toml));
+        }
+        let layers = builder.add_source(environment).build().map_err(|error| refuse(&error))?;
+        let mut config: Self = layers.try_deserialize().map_err(|error| refuse(&error))?;
+        config.read_secret_files()?;
+        check::check(&config)?;
+        Ok(config)
+    }
+
+    fn read_secret_files(&mut self) -> Result<(), ConfigError> {
+        read_secret("broker.url_file", self.broker.url_file.as_deref(), &mut self.broker.url)?;
+        read_secret("database.url_file", self.database.url_file.as_deref(), &mut self.database.url)?;
+        read_secret("http.token_file", self.http.token_file.as_deref(), &mut self.http.token)?;
+        for (name, credential) in &mut self.graph.credentials {
+            let key = format!("graph.credentials.{name}.client_secret_file");
+            read_secret(&key, credential.client_secret_file.as_deref(), &mut credential.client_secret)?;
+        }
+        Ok(())
+    }
+}
+
+fn refuse(error: &config::ConfigError) -> ConfigError {
+    ConfigError(format!("configuration: {error}; config/default.toml lists every key"))
+}
+
+fn read_secret(key: &str, file: Option<&Path>, secret: &mut SecretString) -> Result<(), ConfigError> {
+    let Some(path) = file else { return Ok(()) };
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| ConfigError(format!("{key}: can't read {}: {error}", path.display())))?;
+    *secret = text.trim_end_matches(['\r', '\n']).into();
+    Ok(())
+}
+
+fn path_or_none<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    Ok((!text.is_empty()).then(|| PathBuf::from(text)))
+}
+
+fn address_or_none<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| serde::de::Error::custom("expected IP:PORT, such as 127.0.0.1:9464, or nothing"))
+}
+
+/// Seconds as a duration.
+#[must_use]
+pub fn seconds(count: u64) -> Duration {
+    Duration::from_secs(count)
+}
+
+/// Whether a secret has been set at all.
+#[must_use]
+pub fn is_set(secret: &SecretString) -> bool {
+    !secret.expose_secret().is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let variables = variables.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        Config::load_with(None, variables)
+    }
+
+    fn problem(key: &str, value: &str) -> String {
+        load(&[(key, value)]).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_defaults_hold_and_the_environment_stands_above_them() {
+        assert_eq!(load(&[]).unwrap().consumer.prefetch, 8);
+        let secret = "007";
+        let config = load(&[
+            ("INVENTORYD__CONSUMER__PREFETCH", "3"),
+            ("INVENTORYD__GRAPH__CREDENTIALS__DEFAULT__CLIENT_SECRET", secret),
+            ("INVENTORYD__GRAPH__CREDENTIALS__EMEA__CLIENT_ID", "x"),
+            ("INVENTORYD__HTTP__LISTEN", ""),
+        ])
+        .unwrap();
+        assert_eq!(config.consumer.prefetch, 3);
+        assert_eq!(config.graph.credentials["default"].client_secret.expose_secret(), secret);
+        assert!(config.graph.credentials.contains_key("emea") && config.http.listen.is_none());
+        assert_eq!(config.graph.base_url(), "https://graph.microsoft.com");
+    }
+
+    #[test]
+    fn what_is_wrong_is_refused_by_the_name_of_its_key() {
+        for (variable, value, expected) in [
+            ("INVENTORYD__CONSUMER__PREFETCH", "0", "consumer.prefetch"),
+            ("INVENTORYD__CONSUMER__PREFETCH", "many", "prefetch"),
+            ("INVENTORYD__CONSUMER__COLOUR", "blue", "colour"),
+            ("INVENTORYD__RUN__DEADLINE_S", "1800", "run.deadline_s"),
+            ("INVENTORYD__RUN__LEASE_S", "5", "run.lease_s"),
+            ("INVENTORYD__GRAPH__BASE_URL", "http://graph.example", "graph.base_url"),
+            ("INVENTORYD__GRAPH__CLOUD", "custom", "graph.cloud"),
+            ("INVENTORYD__BROKER__URL", "http://x", "broker.url"),
+            ("INVENTORYD__OUTBOX__CLAIM_S", "5", "outbox.claim_s"),
+            ("INVENTORYD__HTTP__LISTEN", "here", "IP:PORT"),
+            ("INVENTORYD__DATABASE__URL_FILE", "/no/such/file", "database.url_file"),
+        ] {
+            let problem = problem(variable, value);
+            assert!(problem.contains(expected), "{variable}={value}: {problem}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_not_printed() {
+        let config = load(&[("INVENTORYD__BROKER__URL", "amqp://u:hunter2@h/")]).unwrap();
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+}

@@ -1,0 +1,126 @@
+//! What a configuration must fulfil as a whole: each rule names its key and the cure.
+
+use secrecy::ExposeSecret;
+
+use super::{Cloud, Config, ConfigError};
+
+/// Refuses values and combinations that would break a promise to the users.
+pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
+    let mut problems = Vec::new();
+    let mut require = |holds: bool, problem: &str| {
+        if !holds {
+            problems.push(problem.to_owned());
+        }
+    };
+    check_broker(config, &mut require);
+    check_run(config, &mut require);
+    check_graph(config, &mut require);
+    check_store(config, &mut require);
+    if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems.join("\n"))) }
+}
+
+fn check_broker(config: &Config, require: &mut dyn FnMut(bool, &str)) {
+    let url = config.broker.url.expose_secret();
+    let schemes_fit = url.split(',').all(|one| one.trim().starts_with("amqp://") || one.trim().starts_with("amqps://"));
+    require(schemes_fit, "broker.url: every address must begin with amqp:// or amqps://");
+    require(
+        (5..=60).contains(&config.broker.heartbeat_s),
+        "broker.heartbeat_s: must be 5 to 60; under 5 a busy host looks dead",
+    );
+    require(config.broker.connect_timeout_s > 0, "broker.connect_timeout_s: must be at least 1");
+    require(config.broker.operation_timeout_s > 0, "broker.operation_timeout_s: must be at least 1");
+    require(config.consumer.prefetch > 0, "consumer.prefetch: must be 1 to 2000; AMQP reads 0 as no cap at all");
+    require(
+        config.consumer.prefetch <= 2000,
+        "consumer.prefetch: must be 1 to 2000, the most that a quorum queue hands out",
+    );
+    require(
+        config.topology.delivery_limit >= 3,
+        "topology.delivery_limit: must be at least 3; a lost connection counts as a delivery of everything in hand",
+    );
+    let name_fits = config.topology.prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    require(
+        name_fits && config.topology.prefix.len() <= 64,
+        "topology.prefix: up to 64 letters, digits, dots, dashes and underscores",
+    );
+}
+
+fn check_run(config: &Config, require: &mut dyn FnMut(bool, &str)) {
+    let run = &config.run;
+    require(
+        run.lease_s >= 3 * u64::from(config.broker.heartbeat_s),
+        "run.lease_s: must be at least three times broker.heartbeat_s, or a run is given away before the loss of its worker is noticed",
+    );
+    require(
+        run.deadline_s * 5 <= config.consumer.broker_timeout_s * 4,
+        "run.deadline_s: must stay under 80 % of consumer.broker_timeout_s, or the broker takes the message back mid-run",
+    );
+    require(run.deadline_s > 0, "run.deadline_s: must be at least 1");
+    require(run.max_attempts > 0, "run.max_attempts: must be at least 1");
+    require(
+        run.abandoned_after_s > 600,
+        "run.abandoned_after_s: must be over 600, the longest retry rung, or runs end whose message is only waiting",
+    );
+    require((1..=64).contains(&run.concurrent_lists), "run.concurrent_lists: must be 1 to 64");
+    require((1..=5000).contains(&run.batch_rows), "run.batch_rows: must be 1 to 5000");
+    require((0.0..=1.0).contains(&run.suspicious_drop_share), "run.suspicious_drop_share: must be 0 to 1");
+    require(
+        config.limits.tenant_max_runs > 0,
+        "limits.tenant_max_runs: must be at least 1; disable a tenant with `inventoryd tenant disable`",
+    );
+}
+
+fn check_graph(config: &Config, require: &mut dyn FnMut(bool, &str)) {
+    let graph = &config.graph;
+    let custom = graph.cloud == Cloud::Custom;
+    require(
+        !custom || (!graph.base_url.is_empty() && !graph.authority.is_empty()),
+        "graph.cloud: \"custom\" needs graph.base_url and graph.authority",
+    );
+    for (key, url) in [("graph.base_url", graph.base_url()), ("graph.authority", graph.authority())] {
+        let fits = url::Url::parse(url).is_ok_and(|url| url.scheme() == "https" && url.host().is_some());
+        require(
+            fits || url.is_empty() && custom,
+            &format!("{key}: must be an https:// address; a token never travels in the clear"),
+        );
+    }
+    require((1..=20).contains(&graph.max_tries), "graph.max_tries: must be 1 to 20");
+    require(graph.request_timeout_s > 0, "graph.request_timeout_s: must be at least 1");
+    require(
+        graph.backoff_first_s > 0.0 && graph.backoff_first_s <= graph.backoff_max_s,
+        "graph.backoff_first_s: must be over 0 and at most graph.backoff_max_s",
+    );
+    require(graph.rate_share > 0.0 && graph.rate_share <= 1.0, "graph.rate_share: must be over 0 and at most 1");
+    require(graph.max_pages > 0, "graph.max_pages: must be at least 1");
+    require(graph.max_page_bytes >= 65536, "graph.max_page_bytes: must be at least 65536");
+    require(
+        graph.credentials.contains_key("default"),
+        "graph.credentials.default: must be there; tenants use it unless told otherwise",
+    );
+}
+
+fn check_store(config: &Config, require: &mut dyn FnMut(bool, &str)) {
+    let url = config.database.url.expose_secret();
+    require(
+        url.starts_with("postgres://") || url.starts_with("postgresql://"),
+        "database.url: must begin with postgres://",
+    );
+    require(config.database.max_connections > 0, "database.max_connections: must be at least 1");
+    require(
+        config.database.control_connections >= 2,
+        "database.control_connections: must be at least 2: leases must not wait for the outbox",
+    );
+    require(config.database.acquire_timeout_s > 0, "database.acquire_timeout_s: must be at least 1");
+    require(config.database.statement_timeout_s > 0, "database.statement_timeout_s: must be at least 1");
+    require(config.outbox.batch > 0 && config.outbox.batch <= 1000, "outbox.batch: must be 1 to 1000");
+    require(config.outbox.poll_ms >= 10, "outbox.poll_ms: must be at least 10");
+    require(
+        config.outbox.claim_s > config.broker.operation_timeout_s,
+        "outbox.claim_s: must be longer than broker.operation_timeout_s, or two replicas publish the same events",
+    );
+    require(config.outbox.high_water > 0, "outbox.high_water: must be at least 1");
+    require(
+        config.retention.runs_days > 0 && config.retention.outbox_days > 0,
+        "retention: runs_days and outbox_days must be at least 1",
+    );
+}

@@ -1,0 +1,389 @@
+//! From a raw Graph object to what is kept of it: classified, named, whitelisted.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::policy_type::{Collection, Discriminator, PlatformRule, PolicyType};
+
+/// The longest display name that is kept, in characters.
+pub const MAX_DISPLAY_NAME_CHARS: usize = 1_024;
+/// The longest text that is kept of a property, in bytes.
+pub const MAX_TEXT_BYTES: usize = 2 * 1024;
+/// The largest nested value that is kept of a property, in bytes of compact JSON.
+pub const MAX_NESTED_BYTES: usize = 4 * 1024;
+const MAX_ID_BYTES: usize = 512;
+
+/// One object, last observed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InventoryItem {
+    /// Graph's id of it, unique within the tenant and policy type.
+    pub external_id: String,
+    /// Its name, if it has one.
+    pub display_name: Option<String>,
+    /// The platform that it is for, if that can be told.
+    pub platform: Option<String>,
+    /// The whitelisted properties, as compact JSON with sorted keys.
+    pub meta: String,
+}
+
+/// An object that can't be kept, with its id if it has one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadObject {
+    /// Its id, if that much could be read.
+    pub external_id: Option<String>,
+}
+
+/// A Graph object, its values still in the bytes of the page.
+#[derive(Debug, Deserialize)]
+pub struct RawObject<'a>(#[serde(borrow)] BTreeMap<Cow<'a, str>, &'a RawValue>);
+
+impl<'a> RawObject<'a> {
+    /// Takes the object apart without copying its values.
+    ///
+    /// # Errors
+    /// If it is not a JSON object.
+    pub fn parse(raw: &'a RawValue) -> Result<Self, BadObject> {
+        serde_json::from_str(raw.get()).map_err(|_| BadObject { external_id: None })
+    }
+
+    /// The text of a property: a string as it is, numbers and booleans as they are written.
+    fn text(&self, name: &str) -> Option<Cow<'a, str>> {
+        scalar_text(self.0.get(name)?)
+    }
+
+    /// The text at a dotted path.
+    fn text_at(&self, path: &str) -> Option<Cow<'a, str>> {
+        let Some((first, rest)) = path.split_once('.') else { return self.text(path) };
+        let nested: RawObject<'a> = serde_json::from_str(self.0.get(first)?.get()).ok()?;
+        nested.text_at(rest)
+    }
+
+    fn odata_type(&self) -> Option<Cow<'a, str>> {
+        self.text("@odata.type")
+    }
+
+    /// The policy type of `collection` that claims it, selected or not.
+    #[must_use]
+    pub fn classify<'c>(&self, collection: &'c Collection) -> Option<&'c Arc<PolicyType>> {
+        collection.types.iter().find(|policy_type| match &policy_type.discriminator {
+            None => true,
+            Some(rule) => rule.fallback || self.fulfils(rule),
+        })
+    }
+
+    fn fulfils(&self, rule: &Discriminator) -> bool {
+        let type_fits = rule.odata_type.is_empty()
+            || self.odata_type().is_some_and(|odata_type| rule.odata_type.contains(odata_type.as_ref()));
+        let value_fits = rule
+            .property
+            .as_deref()
+            .is_none_or(|property| self.text_at(property).is_some_and(|value| rule.values.contains(value.as_ref())));
+        type_fits && value_fits
+    }
+
+    /// What is kept of it as an object of `policy_type`.
+    ///
+    /// # Errors
+    /// If it has no id that can be kept.
+    pub fn observe(&self, policy_type: &PolicyType) -> Result<InventoryItem, BadObject> {
+        Ok(InventoryItem {
+            external_id: self.external_id(policy_type)?,
+            display_name: policy_type.name.as_deref().and_then(|name| self.display_name(name)),
+            platform: policy_type.platform.as_ref().and_then(|rule| self.platform(rule)),
+            meta: self.meta(policy_type),
+        })
+    }
+
+    fn external_id(&self, policy_type: &PolicyType) -> Result<String, BadObject> {
+        use super::policy_type::Shape;
+        match self.text(&policy_type.id) {
+            Some(id) if !id.is_empty() && id.len() <= MAX_ID_BYTES && !id.contains('\0') => Ok(id.into_owned()),
+            None if policy_type.shape == Shape::Singleton => Ok(policy_type.key.clone()),
+            id => {
+                Err(BadObject { external_id: id.map(|id| id.chars().filter(|c| !c.is_control()).take(64).collect()) })
+            }
+        }
+    }
+
+    fn display_name(&self, property: &str) -> Option<String> {
+        let name = self.text(property)?;
+        // PostgreSQL has no text with NUL in it.
+        let kept: String = name.chars().filter(|c| *c != '\0').take(MAX_DISPLAY_NAME_CHARS).collect();
+        (!kept.is_empty()).then_some(kept)
+    }
+
+    fn platform(&self, rule: &PlatformRule) -> Option<String> {
+        if let Some(fixed) = &rule.fixed {
+            return Some(fixed.clone());
+        }
+        if rule.odata_type {
+            return self.odata_type().and_then(|odata_type| platform_of_type(&odata_type)).map(str::to_owned);
+        }
+        let property = rule.property.as_deref().and_then(|property| self.text(property));
+        let text = property.filter(|text| !text.is_empty() && !text.contains('\0') && text.len() <= MAX_TEXT_BYTES);
+        text.map(Cow::into_owned).or_else(|| rule.fallback.clone())
+    }
+
+    /// The sanitizer: whitelisted keys only, nothing large, nothing that looks like a credential.
+    fn meta(&self, policy_type: &PolicyType) -> String {
+        let mut json = String::from("{");
+        for name in &policy_type.meta {
+            let Some(value) = self.0.get(name.as_str()).and_then(|raw| keep(raw)) else { continue };
+            if json.len() > 1 {
+                json.push(',');
+            }
+            json.push_str(&Value::from(name.as_str()).to_string());
+            json.push(':');
+            json.push_str(&value);
+        }
+        json.push('}');
+        json
+    }
+}
+
+fn scalar_text(raw: &RawValue) -> Option<Cow<'_, str>> {
+    let text = raw.get();
+    match text.as_bytes().first()? {
+        b'"' => serde_json::from_str::<BorrowedText<'_>>(text).ok().map(|text| text.0),
+        b'{' | b'[' | b'n' => None,
+        _ => Some(Cow::Borrowed(text)),
+    }
+}
+
+/// `Cow<str>` alone is always deserialised as owned; inside a newtype it borrows where nothing is escaped.
+#[derive(Deserialize)]
+struct BorrowedText<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// The JSON text to store for a value, or nothing if it must not be stored.
+///
+/// Values are measured and searched in the form that they have once PostgreSQL has stored and returned them, so that
+/// sanitizing what is stored changes nothing.
+fn keep(raw: &RawValue) -> Option<Cow<'_, str>> {
+    let text = raw.get();
+    match text.as_bytes().first()? {
+        b'n' => None,
+        b't' | b'f' => Some(Cow::Borrowed(text)),
+        b'"' => {
+            let value = serde_json::from_str::<BorrowedText<'_>>(text).ok()?.0;
+            let storable = value.len() <= MAX_TEXT_BYTES && !value.contains('\0') && !looks_like_credential(&value);
+            storable.then_some(Cow::Borrowed(text))
+        }
+        b'{' | b'[' => {
+            let value: Value = serde_json::from_str(text).ok()?;
+            let compact = value.to_string();
+            let storable = compact.len() <= MAX_NESTED_BYTES
+                && !any_text(&value, &|t| t.contains('\0') || looks_like_credential(t));
+            storable.then_some(Cow::Owned(compact))
+        }
+        _ => serde_json::from_str::<serde_json::Number>(text).ok().map(|number| Cow::Owned(number.to_string())),
+    }
+}
+
+fn any_text(value: &Value, test: &dyn Fn(&str) -> bool) -> bool {
+    match value {
+        Value::String(text) => test(text),
+        Value::Array(list) => list.iter().any(|value| any_text(value, test)),
+        Value::Object(map) => map.iter().any(|(key, value)| test(key) || any_text(value, test)),
+        _ => false,
+    }
+}
+
+/// Whether a text holds a bearer token, a JSON Web Token or a private key.
+#[must_use]
+pub fn looks_like_credential(text: &str) -> bool {
+    text.contains("Bearer ") || (text.contains("-----BEGIN") && text.contains("PRIVATE KEY")) || holds_jwt(text)
+}
+
+/// A JWT: three base64url segments joined by dots, the first of which is a JSON object (`{"` encodes to `eyJ`).
+fn holds_jwt(text: &str) -> bool {
+    let segment = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+    text.match_indices("eyJ").any(|(start, _)| {
+        let mut segments = text[start..].split('.');
+        let head = segments.next().is_some_and(|s| s.len() >= 8 && s.bytes().all(segment));
+        let body = segments.next().is_some_and(|s| s.len() >= 2 && s.bytes().all(segment));
+        head && body && segments.next().and_then(|s| s.bytes().next()).is_some_and(segment)
+    })
+}
+
+/// The platform that a derived type's name begins with. No prefix belongs to two platforms.
+const PLATFORM_PREFIXES: &[(&str, &str)] = &[
+    ("win", "windows"),
+    ("officesuite", "windows"),
+    ("microsoftstore", "windows"),
+    ("editionupgrade", "windows"),
+    ("sharedpc", "windows"),
+    ("ios", "iOS"),
+    ("ipad", "iOS"),
+    ("managedios", "iOS"),
+    ("depios", "iOS"),
+    ("macos", "macOS"),
+    ("depmacos", "macOS"),
+    ("deptvos", "tvOS"),
+    ("depvisionos", "visionOS"),
+    ("android", "android"),
+    ("managedandroid", "android"),
+    ("aosp", "aosp"),
+    ("apple", "apple"),
+    ("depenrollment", "apple"),
+];
+
+fn platform_of_type(odata_type: &str) -> Option<&'static str> {
+    let name = odata_type.strip_prefix("#microsoft.graph.")?.to_ascii_lowercase();
+    PLATFORM_PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix)).map(|(_, platform)| *platform)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::super::policy_type::Catalog;
+    use super::*;
+
+    static CATALOG: LazyLock<Catalog> = LazyLock::new(Catalog::built_in);
+
+    fn item(key: &str, object: &Value) -> Result<InventoryItem, BadObject> {
+        let raw = RawValue::from_string(object.to_string()).unwrap();
+        RawObject::parse(&raw)?.observe(CATALOG.get(key).unwrap())
+    }
+
+    fn meta(item: &InventoryItem) -> Value {
+        serde_json::from_str(&item.meta).unwrap()
+    }
+
+    #[test]
+    fn unknown_and_secret_properties_are_dropped() {
+        let kept = item(
+            "mobileApp",
+            &json!({ "id": "1", "displayName": "Word", "largeIcon": {"value": "AAAA"}, "colour": "blue",
+                     "description": "Authorization: Bearer abc", "publisher": "Contoso" }),
+        )
+        .unwrap();
+        assert_eq!(kept.display_name.as_deref(), Some("Word"));
+        assert_eq!(meta(&kept), json!({ "publisher": "Contoso" }));
+    }
+
+    #[test]
+    fn bounds_hold() {
+        let object = |description: String, name: String| {
+            item("mobileApp", &json!({ "id": "1", "displayName": name, "description": description })).unwrap()
+        };
+        assert_eq!(
+            meta(&object("x".repeat(MAX_TEXT_BYTES), String::new()))["description"].as_str().unwrap().len(),
+            2048
+        );
+        assert_eq!(meta(&object("x".repeat(MAX_TEXT_BYTES + 1), String::new())), json!({}));
+        assert_eq!(object(String::new(), "é".repeat(2_000)).display_name.unwrap().chars().count(), 1_024);
+        assert_eq!(meta(&object("a\0b".to_owned(), String::new())), json!({}), "PostgreSQL can't store NUL");
+        assert_eq!(object(String::new(), "a\0b".to_owned()).display_name.unwrap(), "ab");
+        assert!(item("mobileApp", &json!({ "displayName": "no id" })).is_err());
+        assert!(item("mobileApp", &json!({ "id": "i".repeat(MAX_ID_BYTES + 1) })).is_err());
+    }
+
+    #[test]
+    fn credentials_are_recognised() {
+        for text in ["Bearer x", "a eyJhbGciOiJub25lIn0.eyJzdWIiOiJ4In0.c2ln z", "-----BEGIN RSA PRIVATE KEY-----\nMII"]
+        {
+            assert!(looks_like_credential(text), "{text}");
+        }
+        for text in ["the bearer of this", "eyJ is how they begin", "-----BEGIN CERTIFICATE-----", "v1.2.3"] {
+            assert!(!looks_like_credential(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn every_fixture_comes_out_as_expected() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/graph");
+        for policy_type in CATALOG.types() {
+            let file = folder.join(format!("{}.json", policy_type.key));
+            let fixture: Value =
+                serde_json::from_slice(&std::fs::read(&file).expect("every type has a fixture")).unwrap();
+            let listing = format!("{}/{}", policy_type.api_version, policy_type.path);
+            assert_eq!(fixture["collection"], listing, "{}", policy_type.key);
+            let collection = CATALOG.collection_of(policy_type);
+            let raws: Vec<Box<RawValue>> = fixture["objects"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|o| RawValue::from_string(o.to_string()).unwrap())
+                .collect();
+            let items: Vec<Value> = raws.iter().filter_map(|raw| {
+                let object = RawObject::parse(raw).unwrap();
+                let claimed = object.classify(collection)?;
+                let item = object.observe(claimed).unwrap();
+                Some(json!({ "external_id": item.external_id, "policy_type": claimed.key, "display_name": item.display_name,
+                    "category": claimed.category, "platform": item.platform, "meta": meta(&item) }))
+            }).collect();
+            assert_eq!(json!(items), fixture["items"], "{}", policy_type.key);
+        }
+    }
+
+    #[test]
+    fn platforms_follow_from_type_names() {
+        for (name, platform) in [
+            ("windows10GeneralConfiguration", Some("windows")),
+            ("iosVppApp", Some("iOS")),
+            ("managedAndroidStoreApp", Some("android")),
+            ("macOSLobApp", Some("macOS")),
+            ("webApp", None),
+            ("aospDeviceOwnerCompliancePolicy", Some("aosp")),
+            ("win32LobApp", Some("windows")),
+        ] {
+            assert_eq!(platform_of_type(&format!("#microsoft.graph.{name}")), platform, "{name}");
+        }
+    }
+
+    /// Any JSON, with the kinds of text that a sanitizer must notice among it.
+    fn json_value() -> impl Strategy<Value = Value> {
+        let text = prop_oneof![
+            "\\PC{0,40}",
+            Just("Bearer abc".to_owned()),
+            Just("a\0b".to_owned()),
+            Just("x".repeat(2_100)),
+            Just("eyJhbGciOiJub25lIn0.eyJzdWIiOiJ4In0.c2ln".to_owned()),
+        ];
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            text.prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 64, 8, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..8).prop_map(Value::from),
+                prop::collection::btree_map("[a-z]{1,8}", inner, 0..8).prop_map(|map| json!(map)),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn sanitizing_what_is_stored_changes_nothing(
+            values in prop::collection::vec(json_value(), 12), extra in prop::collection::btree_map("[a-z]{1,9}", json_value(), 0..4),
+        ) {
+            let policy_type = CATALOG.get("settingsCatalogPolicy").unwrap();
+            let mut object = json!(extra);
+            object["id"] = json!("1");
+            for (key, value) in policy_type.meta.iter().zip(values) {
+                object[key] = value;
+            }
+            let first = item("settingsCatalogPolicy", &object).unwrap();
+            let stored = meta(&first);
+            let keys: BTreeSet<String> = stored.as_object().unwrap().keys().cloned().collect();
+            prop_assert!(keys.is_subset(&policy_type.meta));
+            prop_assert!(!first.meta.contains("Bearer "));
+            let mut again = stored.clone();
+            again["id"] = json!("1");
+            prop_assert_eq!(meta(&item("settingsCatalogPolicy", &again).unwrap()), stored);
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! The words of the field as types: pure, no async, no I/O.
+
+pub mod clock;
+pub mod event;
+pub mod failure;
+pub mod item;
+pub mod policy_type;
+pub mod request;
+pub mod run;
+pub mod selection;

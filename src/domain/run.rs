@@ -1,0 +1,247 @@
+//! A run: its states, what it counted, and how its end follows from the ends of its types.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::failure::{ErrorCode, Failure};
+
+/// The largest `error_context` that is kept, in bytes of JSON.
+pub const MAX_ERROR_CONTEXT_BYTES: usize = 4 * 1024;
+
+/// The states of a run. The terminal ones never change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RunStatus {
+    /// A worker holds its lease, or held it until it vanished.
+    Running,
+    /// Every selected type was read to its end without an error.
+    Success,
+    /// Some of it went wrong.
+    Partial,
+    /// No type was read to its end.
+    Failed,
+    /// It was never begun; the error code says why.
+    Skipped,
+}
+
+impl RunStatus {
+    /// The stable text form.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Success => "success",
+            Self::Partial => "partial",
+            Self::Failed => "failed",
+            Self::Skipped => "skipped",
+        }
+    }
+}
+
+impl std::str::FromStr for RunStatus {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::Running, Self::Success, Self::Partial, Self::Failed, Self::Skipped]
+            .into_iter()
+            .find(|status| status.as_str() == text)
+            .ok_or_else(|| format!("{text:?} is no run status"))
+    }
+}
+
+/// A worker's right to write for a run. `attempt` is its fence: it grows by one with every take-over, and every
+/// write of the run checks it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Lease {
+    /// The tenant of the run.
+    pub tenant_id: Uuid,
+    /// The run.
+    pub run_id: Uuid,
+    /// The fence.
+    pub attempt: i32,
+}
+
+/// What was counted of one policy type.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct TypeCounters {
+    /// Distinct objects that Graph returned.
+    pub items_observed_count: i64,
+    /// Rows written.
+    pub items_upserted_count: i64,
+    /// Rows first seen in this run.
+    pub items_created_count: i64,
+    /// Rows whose name, category, platform or meta differ from before.
+    pub items_changed_count: i64,
+    /// Objects that could not be read, and the failure that ended the type, if one did.
+    pub errors_count: i64,
+}
+
+impl TypeCounters {
+    /// Adds what one written batch changed.
+    pub fn add(&mut self, other: &Self) {
+        self.items_observed_count += other.items_observed_count;
+        self.items_upserted_count += other.items_upserted_count;
+        self.items_created_count += other.items_created_count;
+        self.items_changed_count += other.items_changed_count;
+        self.errors_count += other.errors_count;
+    }
+}
+
+/// How one policy type of a run ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct TypeOutcome {
+    /// The policy type; an unknown category stands here as `category:NAME`.
+    pub policy_type: String,
+    /// Whether it was read to its end.
+    pub complete: bool,
+    /// What was counted.
+    #[serde(flatten)]
+    pub counters: TypeCounters,
+    /// The failure that ended it, or the first bad object of a complete one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+    /// Complete, but with far fewer objects than the previous completed run of the selection had.
+    pub suspicious_drop: bool,
+}
+
+impl TypeOutcome {
+    /// A type that ended before its end, with what had been counted by then.
+    #[must_use]
+    pub fn failed(policy_type: &str, mut counters: TypeCounters, failure: Failure) -> Self {
+        counters.errors_count += 1;
+        Self {
+            policy_type: policy_type.to_owned(),
+            complete: false,
+            counters,
+            failure: Some(failure),
+            suspicious_drop: false,
+        }
+    }
+}
+
+/// What the whole run cost Graph.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct GraphUsage {
+    /// Requests sent, retries included.
+    pub graph_requests_count: i64,
+    /// Answers that were 429 or 503.
+    pub graph_throttled_count: i64,
+    /// Time spent waiting because of them, in milliseconds.
+    pub graph_throttle_wait_ms: i64,
+    /// Objects of a shared collection that no policy type claims.
+    pub items_unclassified_count: i64,
+    /// Requests repeated without `$select`, because Graph refused it.
+    pub graph_select_refused_count: i64,
+}
+
+/// Everything a run has to say at its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunReport {
+    /// One for every selected type, unknown names included.
+    pub outcomes: Vec<TypeOutcome>,
+    /// What it cost Graph.
+    pub usage: GraphUsage,
+    /// When Graph asked to be left alone for longer than the run could wait: how many seconds.
+    pub retry_after_s: Option<i32>,
+}
+
+impl RunReport {
+    /// The terminal state that follows from the types.
+    #[must_use]
+    pub fn status(&self) -> RunStatus {
+        let complete = self.outcomes.iter().filter(|outcome| outcome.complete).count();
+        if complete == 0 {
+            RunStatus::Failed
+        } else if complete == self.outcomes.len() && self.error_codes().is_empty() && self.totals().errors_count == 0 {
+            RunStatus::Success
+        } else {
+            RunStatus::Partial
+        }
+    }
+
+    /// The distinct codes, sorted by their text.
+    #[must_use]
+    pub fn error_codes(&self) -> BTreeSet<&'static str> {
+        self.outcomes.iter().filter_map(|outcome| outcome.failure.as_ref()).map(|f| f.code.as_str()).collect()
+    }
+
+    /// The sums over all types.
+    #[must_use]
+    pub fn totals(&self) -> TypeCounters {
+        self.outcomes.iter().fold(TypeCounters::default(), |mut sum, outcome| {
+            sum.add(&outcome.counters);
+            sum
+        })
+    }
+
+    /// The failures by type, cut to [`MAX_ERROR_CONTEXT_BYTES`]; what did not fit is counted under `_omitted`.
+    #[must_use]
+    pub fn error_context(&self) -> serde_json::Value {
+        let room_for_count = 32;
+        let mut kept = BTreeMap::new();
+        let (mut bytes, mut omitted) = (2, 0);
+        for outcome in &self.outcomes {
+            let Some(failure) = &outcome.failure else { continue };
+            let value = serde_json::to_value(failure).expect("codes, numbers and strings always serialise");
+            let size = outcome.policy_type.len() + value.to_string().len() + 8;
+            if bytes + size + room_for_count > MAX_ERROR_CONTEXT_BYTES {
+                omitted += 1;
+                continue;
+            }
+            bytes += size;
+            kept.insert(outcome.policy_type.clone(), value);
+        }
+        if omitted > 0 {
+            kept.insert("_omitted".to_owned(), omitted.into());
+        }
+        serde_json::to_value(kept).expect("a map of JSON values is JSON")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn complete(name: &str) -> TypeOutcome {
+        TypeOutcome {
+            policy_type: name.to_owned(),
+            complete: true,
+            counters: TypeCounters::default(),
+            failure: None,
+            suspicious_drop: false,
+        }
+    }
+
+    fn failed(name: &str, code: ErrorCode) -> TypeOutcome {
+        TypeOutcome::failed(name, TypeCounters::default(), code.into())
+    }
+
+    fn report(outcomes: Vec<TypeOutcome>) -> RunReport {
+        RunReport { outcomes, usage: GraphUsage::default(), retry_after_s: None }
+    }
+
+    #[test]
+    fn the_end_follows_from_the_types() {
+        assert_eq!(report(vec![complete("a"), complete("b")]).status(), RunStatus::Success);
+        let partial = report(vec![complete("a"), failed("b", ErrorCode::GraphForbidden)]);
+        assert_eq!(partial.status(), RunStatus::Partial);
+        assert_eq!(partial.totals().errors_count, 1);
+        let refused = report(vec![failed("a", ErrorCode::GraphForbidden), failed("b", ErrorCode::GraphThrottled)]);
+        assert_eq!(refused.status(), RunStatus::Failed);
+        assert_eq!(refused.error_codes().into_iter().collect::<Vec<_>>(), ["graph_forbidden", "graph_throttled"]);
+        let mut bad_object = complete("a");
+        bad_object.counters.errors_count = 1;
+        assert_eq!(report(vec![bad_object]).status(), RunStatus::Partial, "one bad object is an error, not the end");
+    }
+
+    #[test]
+    fn the_error_context_stays_within_its_bound() {
+        let many = (0..500).map(|n| failed(&format!("policyTypeNumber{n}"), ErrorCode::GraphForbidden)).collect();
+        let context = report(many).error_context();
+        assert!(context.to_string().len() <= MAX_ERROR_CONTEXT_BYTES, "{}", context.to_string().len());
+        let kept = context.as_object().unwrap().len() - 1;
+        assert_eq!(context["_omitted"], 500 - kept);
+    }
+}

@@ -1,0 +1,103 @@
+//! What a run looks at: its canonical form and the hash that other languages must agree with.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// The name that selects every supported type that is not a foundation.
+pub const EVERY_TYPE: &str = "*";
+
+/// What to look at in a tenant.
+///
+/// The fields stand in the order of their names and the sets are sorted, so that plain serialisation *is* RFC 8785
+/// canonical JSON of the keys that change the scope: there is no second form to keep in step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Selection {
+    /// Names of categories: every type of each.
+    #[serde(default)]
+    pub categories: BTreeSet<String>,
+    /// Whether the foundations (scope tags, filters, templates, roles) are looked at as well. `false` means never
+    /// a foundation, even one that is named.
+    #[serde(default = "yes")]
+    pub include_foundations: bool,
+    /// Names of policy types, or `"*"` for every supported type that is not a foundation.
+    #[serde(default)]
+    pub policy_types: BTreeSet<String>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Selection {
+    /// RFC 8785 canonical JSON.
+    #[must_use]
+    pub fn canonical_json(&self) -> String {
+        serde_json::to_string(self).expect("strings and booleans always serialise")
+    }
+
+    /// SHA-256 of the canonical form, lower-case hex.
+    #[must_use]
+    pub fn hash(&self) -> String {
+        Sha256::digest(self.canonical_json()).iter().fold(String::with_capacity(64), |mut hex, byte| {
+            write!(hex, "{byte:02x}").expect("a String takes every write");
+            hex
+        })
+    }
+
+    /// Whether it names nothing at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.categories.is_empty() && self.policy_types.is_empty() && !self.include_foundations
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    use super::*;
+
+    #[test]
+    fn published_vectors_agree() {
+        let vectors: Vec<Value> =
+            serde_json::from_str(include_str!("../../tests/fixtures/selection_hash.json")).unwrap();
+        assert!(vectors.len() >= 6);
+        for vector in vectors {
+            let selection: Selection = serde_json::from_value(vector["selection"].clone()).unwrap();
+            assert_eq!(selection.canonical_json(), vector["canonical"], "{vector}");
+            assert_eq!(selection.hash(), vector["selection_hash"], "{vector}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn order_repeats_and_unknown_keys_change_nothing(
+            names in prop::collection::vec("\\PC{1,12}", 1..8),
+            categories in prop::collection::vec("[A-Za-z]{1,12}", 0..4),
+            foundations in any::<bool>(),
+        ) {
+            let plain = serde_json::json!({
+                "policy_types": names, "categories": categories, "include_foundations": foundations });
+            let shuffled = serde_json::json!({
+                "unknown": [1, 2], "include_foundations": foundations,
+                "categories": categories.iter().rev().chain(&categories).collect::<Vec<_>>(),
+                "policy_types": names.iter().rev().chain(&names).collect::<Vec<_>>() });
+            let plain: Selection = serde_json::from_value(plain).unwrap();
+            let shuffled: Selection = serde_json::from_value(shuffled).unwrap();
+            prop_assert_eq!(plain.hash(), shuffled.hash());
+        }
+
+        #[test]
+        fn another_scope_has_another_hash(name in "[a-z]{1,12}", foundations in any::<bool>()) {
+            let one = Selection {
+                categories: BTreeSet::new(), include_foundations: foundations, policy_types: [name].into() };
+            let other = Selection { include_foundations: !foundations, ..one.clone() };
+            prop_assert_ne!(one.hash(), other.hash());
+        }
+    }
+}

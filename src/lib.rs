@@ -1,0 +1,4 @@
+//! inventoryd
+pub mod config;
+pub mod domain;
+pub mod telemetry;
