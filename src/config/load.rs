@@ -81,11 +81,22 @@ fn environment() -> Environment {
 fn layers(file: Option<&Path>, environment: Environment) -> Result<config::Config, ConfigError> {
     let mut builder = config::Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml));
     if let Some(path) = file {
-        // Asked here because the crate's own answer does not say whose file it was.
-        std::fs::metadata(path).map_err(|error| ConfigError(format!("--config {}: {error}", path.display())))?;
+        check_syntax(path).map_err(|problem| ConfigError(format!("--config {}: {problem}", path.display())))?;
         builder = builder.add_source(File::from(path).format(FileFormat::Toml));
     }
     builder.add_source(environment).build().map_err(|error| refuse(&error))
+}
+
+/// Looks at the file before the layers do: their error would quote the line, and with it a secret.
+fn check_syntax(path: &Path) -> Result<(), String> {
+    let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+    let at = |error: &toml::de::Error| {
+        let before = text.get(..error.span().map_or(0, |span| span.start)).unwrap_or(&text);
+        before.matches('\n').count() + 1
+    };
+    toml::from_str::<toml::Table>(&text)
+        .map(drop)
+        .map_err(|error| format!("not TOML: line {}: {}", at(&error), error.message()))
 }
 
 fn finish(layers: config::Config) -> Result<Config, ConfigError> {
@@ -105,4 +116,21 @@ fn read_secret(key: &str, file: Option<&Path>, secret: &mut SecretString) -> Res
         .map_err(|error| ConfigError(format!("{key}: can't read {}: {error}", path.display())))?;
     *secret = text.trim_end_matches(['\r', '\n']).into();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_file_is_refused_without_quoting_it() {
+        let path = std::env::temp_dir().join(format!("inventoryd-broken-{}.toml", std::process::id()));
+        std::fs::write(&path, "[http]\ntoken = \"hunter2\n").unwrap();
+        let problem = Config::load(Some(&path)).unwrap_err().to_string();
+        std::fs::remove_file(&path).unwrap();
+        assert!(problem.contains("line 2") && problem.contains("inventoryd-broken"), "{problem}");
+        assert!(!problem.contains("hunter2"), "{problem}");
+        let missing = Config::load(Some(&path)).unwrap_err().to_string();
+        assert!(missing.starts_with("--config ") && missing.contains("No such file"), "{missing}");
+    }
 }
