@@ -1,4 +1,5 @@
 //! inventoryd
+pub mod cli;
 pub mod config;
 pub mod domain;
 pub mod telemetry;

@@ -54,7 +54,8 @@ pub(super) fn of(root: &Value) -> Vec<Setting> {
     for key in from_files {
         let file_key = format!("{key}_file");
         if found.contains_key(&file_key) {
-            let setting = Setting { key: key.clone(), value: REDACTED.to_owned(), origin: Origin::SecretFile(file_key) };
+            let setting =
+                Setting { key: key.clone(), value: REDACTED.to_owned(), origin: Origin::SecretFile(file_key) };
             found.insert(key, setting);
         }
     }
