@@ -1,4 +1,5 @@
 //! inventoryd
 pub mod config;
 pub mod domain;
+pub mod store;
 pub mod telemetry;

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::failure::{ErrorCode, Failure};
+use super::failure::Failure;
 
 /// The largest `error_context` that is kept, in bytes of JSON.
 pub const MAX_ERROR_CONTEXT_BYTES: usize = 4 * 1024;
@@ -203,6 +203,7 @@ impl RunReport {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::failure::ErrorCode;
 
     fn complete(name: &str) -> TypeOutcome {
         TypeOutcome {
