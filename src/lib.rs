@@ -1,5 +1,9 @@
 //! inventoryd
+pub mod backoff;
 pub mod config;
 pub mod domain;
+pub mod graph;
+pub mod janitor;
+pub mod run;
 pub mod store;
 pub mod telemetry;

@@ -99,52 +99,58 @@ impl Store {
     /// # Errors
     /// If the database is away; then nothing was decided.
     pub async fn admit(&self, rules: &AdmissionRules, applicant: &Applicant<'_>) -> Result<Admission, StoreError> {
-        let granted = Instant::now();
+        let case = Case { rules, applicant, deployment: &self.deployment, granted: Instant::now() };
         let mut transaction = self.work.begin().await?;
-        let admission = self.decide(&mut transaction, rules, applicant, granted).await?;
+        let admission = case.decide(&mut transaction).await?;
         transaction.commit().await?;
         if matches!(admission, Admission::Skipped(_) | Admission::GivenUp | Admission::Admitted(_)) {
             self.event_committed.notify_one();
         }
         Ok(admission)
     }
+}
 
-    async fn decide(
-        &self,
-        db: &mut PgConnection,
-        rules: &AdmissionRules,
-        applicant: &Applicant<'_>,
-        granted: Instant,
-    ) -> Result<Admission, StoreError> {
-        let Some(tenant) = lock_tenant(db, applicant.request.tenant_id, rules.tenant_max_runs).await? else {
+/// A request under decision.
+struct Case<'a> {
+    rules: &'a AdmissionRules,
+    applicant: &'a Applicant<'a>,
+    deployment: &'a str,
+    granted: Instant,
+}
+
+impl Case<'_> {
+    async fn decide(&self, db: &mut PgConnection) -> Result<Admission, StoreError> {
+        let (rules, tenant_id) = (self.rules, self.applicant.request.tenant_id);
+        let Some(tenant) = lock_tenant(db, tenant_id, rules.tenant_max_runs).await? else {
             return Ok(Admission::UnknownTenant);
         };
-        if let Some(same_key) = find_same_key(db, applicant, rules.max_attempts).await? {
-            return self.decide_same_key(db, rules, &tenant, same_key, (applicant, granted)).await;
+        if let Some(same_key) = find_same_key(db, self.applicant, rules.max_attempts).await? {
+            return self.decide_same_key(db, &tenant, same_key).await;
         }
         if !tenant.enabled {
-            return self.skip(db, applicant, ErrorCode::TenantDisabled).await;
+            return self.skip(db, ErrorCode::TenantDisabled).await;
         }
-        if let Some(code) = self.over_limit(db, rules, &tenant, applicant).await? {
-            let deferred = rules.when_full == WhenFull::Defer && applicant.deferred_s < rules.defer_max_s;
-            return if deferred { Ok(Admission::Deferred(code)) } else { self.skip(db, applicant, code).await };
+        if let Some(code) = self.over_limit(db, &tenant).await? {
+            let deferred = rules.when_full == WhenFull::Defer && self.applicant.deferred_s < rules.defer_max_s;
+            return if deferred { Ok(Admission::Deferred(code)) } else { self.skip(db, code).await };
         }
-        let run_id = Uuid::now_v7();
-        insert_run(db, run_id, applicant, Some(rules)).await?;
-        let lease = Lease { tenant_id: applicant.request.tenant_id, run_id, attempt: 1 };
-        Ok(Admission::Admitted(Admitted { lease, granted, credential: tenant.credential, finished: BTreeMap::new() }))
+        let lease = Lease { tenant_id, run_id: Uuid::now_v7(), attempt: 1 };
+        insert_run(db, lease.run_id, self.applicant, Some(rules)).await?;
+        Ok(self.admitted(lease, &tenant, BTreeMap::new()))
+    }
+
+    fn admitted(&self, lease: Lease, tenant: &TenantRow, finished: BTreeMap<String, TypeOutcome>) -> Admission {
+        Admission::Admitted(Admitted { lease, granted: self.granted, credential: tenant.credential.clone(), finished })
     }
 
     async fn decide_same_key(
         &self,
         db: &mut PgConnection,
-        rules: &AdmissionRules,
         tenant: &TenantRow,
         same_key: SameKey,
-        (applicant, granted): (&Applicant<'_>, Instant),
     ) -> Result<Admission, StoreError> {
-        let tenant_id = applicant.request.tenant_id;
-        if same_key.selection_hash != applicant.selection_hash {
+        let tenant_id = self.applicant.request.tenant_id;
+        if same_key.selection_hash != self.applicant.selection_hash {
             return Ok(Admission::Conflict);
         }
         if !same_key.running {
@@ -154,34 +160,28 @@ impl Store {
             return Ok(Admission::Busy);
         }
         if !same_key.attempts_left && !same_key.handed_back {
-            runs::end_lost(db, &self.deployment, tenant_id, same_key.id).await?;
+            runs::end_lost(db, self.deployment, tenant_id, same_key.id).await?;
             return Ok(Admission::GivenUp);
         }
-        let lease = take_over(db, rules, tenant_id, same_key.id).await?;
+        let lease = take_over(db, self.rules, tenant_id, same_key.id).await?;
         let finished = runs::finished_types(db, &lease).await?;
-        Ok(Admission::Admitted(Admitted { lease, granted, credential: tenant.credential.clone(), finished }))
+        Ok(self.admitted(lease, tenant, finished))
     }
 
     /// The first limit that stands in the way. A run of the same selection whose worker is lost is ended on the way.
-    async fn over_limit(
-        &self,
-        db: &mut PgConnection,
-        rules: &AdmissionRules,
-        tenant: &TenantRow,
-        applicant: &Applicant<'_>,
-    ) -> Result<Option<ErrorCode>, StoreError> {
-        let tenant_id = applicant.request.tenant_id;
+    async fn over_limit(&self, db: &mut PgConnection, tenant: &TenantRow) -> Result<Option<ErrorCode>, StoreError> {
+        let tenant_id = self.applicant.request.tenant_id;
         let same_selection = sqlx::query!(
             r#"select id, lease_expires_at > clock_timestamp() as "lease_alive!" from inventory_sync_runs
                 where tenant_id = $1 and selection_hash = $2 and status = 'running' for update"#,
             tenant_id,
-            applicant.selection_hash
+            self.applicant.selection_hash
         )
         .fetch_optional(&mut *db)
         .await?;
         match same_selection {
             Some(run) if run.lease_alive => return Ok(Some(ErrorCode::LockContended)),
-            Some(run) => runs::end_lost(db, &self.deployment, tenant_id, run.id).await?,
+            Some(run) => runs::end_lost(db, self.deployment, tenant_id, run.id).await?,
             None => {}
         }
         let running = sqlx::query_scalar!(
@@ -194,27 +194,23 @@ impl Store {
         if running >= tenant.max_runs {
             return Ok(Some(ErrorCode::ConcurrencyLimitTenant));
         }
-        fleet_is_full(db, rules.fleet_max_runs).await.map(|full| full.then_some(ErrorCode::ConcurrencyLimitGlobal))
+        let full = fleet_is_full(db, self.rules.fleet_max_runs).await?;
+        Ok(full.then_some(ErrorCode::ConcurrencyLimitGlobal))
     }
 
-    async fn skip(
-        &self,
-        db: &mut PgConnection,
-        applicant: &Applicant<'_>,
-        code: ErrorCode,
-    ) -> Result<Admission, StoreError> {
-        let run_id = Uuid::now_v7();
-        insert_run(db, run_id, applicant, None).await?;
+    async fn skip(&self, db: &mut PgConnection, code: ErrorCode) -> Result<Admission, StoreError> {
+        let (run_id, tenant_id) = (Uuid::now_v7(), self.applicant.request.tenant_id);
+        insert_run(db, run_id, self.applicant, None).await?;
         sqlx::query!(
             "update inventory_sync_runs set had_errors = true, error_codes = array[$3], finished_at = started_at
               where tenant_id = $1 and id = $2",
-            applicant.request.tenant_id,
+            tenant_id,
             run_id,
             code.as_str()
         )
         .execute(&mut *db)
         .await?;
-        runs::announce(db, &self.deployment, applicant.request.tenant_id, run_id).await?;
+        runs::announce(db, self.deployment, tenant_id, run_id).await?;
         Ok(Admission::Skipped(code))
     }
 }
