@@ -28,7 +28,7 @@ impl Waits {
     }
 
     /// The next wait, without jitter.
-    pub fn next(&mut self) -> Duration {
+    pub fn next_wait(&mut self) -> Duration {
         self.0.next_backoff().unwrap_or(self.0.max_interval).min(self.0.max_interval)
     }
 }
@@ -45,7 +45,7 @@ mod tests {
     #[test]
     fn waits_double_up_to_their_bound() {
         let mut waits = Waits::new(Duration::from_millis(500), Duration::from_secs(3));
-        let seen: Vec<u128> = (0..5).map(|_| waits.next().as_millis()).collect();
+        let seen: Vec<u128> = (0..5).map(|_| waits.next_wait().as_millis()).collect();
         assert_eq!(seen, [500, 1_000, 2_000, 3_000, 3_000]);
     }
 
