@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::failure::{ErrorCode, Failure};
+use super::failure::Failure;
 
 /// The largest `error_context` that is kept, in bytes of JSON.
 pub const MAX_ERROR_CONTEXT_BYTES: usize = 4 * 1024;
@@ -136,6 +136,20 @@ pub struct GraphUsage {
     pub graph_select_refused_count: i64,
 }
 
+impl GraphUsage {
+    /// What came after `earlier`.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self {
+            graph_requests_count: self.graph_requests_count - earlier.graph_requests_count,
+            graph_throttled_count: self.graph_throttled_count - earlier.graph_throttled_count,
+            graph_throttle_wait_ms: self.graph_throttle_wait_ms - earlier.graph_throttle_wait_ms,
+            items_unclassified_count: self.items_unclassified_count - earlier.items_unclassified_count,
+            graph_select_refused_count: self.graph_select_refused_count - earlier.graph_select_refused_count,
+        }
+    }
+}
+
 /// Everything a run has to say at its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunReport {
@@ -203,6 +217,7 @@ impl RunReport {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::failure::ErrorCode;
 
     fn complete(name: &str) -> TypeOutcome {
         TypeOutcome {

@@ -1,0 +1,123 @@
+//! Keeping leases: renewed together in the background, given up by the worker itself before the database would give
+//! them away.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::config::seconds;
+use crate::domain::clock::Deadline;
+use crate::domain::run::Lease;
+use crate::store::Store;
+use crate::telemetry;
+
+/// Keeps the leases of this process.
+#[derive(Debug, Clone)]
+pub struct LeaseKeeper {
+    held: Arc<Mutex<HashMap<Lease, Holding>>>,
+    store: Store,
+    owner: Arc<str>,
+    lease_s: u64,
+}
+
+#[derive(Debug)]
+struct Holding {
+    until: watch::Sender<Deadline>,
+    revoked: CancellationToken,
+}
+
+/// A lease while it is worked under; dropped, it is no longer renewed.
+#[derive(Debug)]
+pub(super) struct HeldLease {
+    lease: Lease,
+    keeper: LeaseKeeper,
+    until: watch::Receiver<Deadline>,
+    revoked: CancellationToken,
+}
+
+impl LeaseKeeper {
+    pub(super) fn new(store: Store, owner: &str, lease_s: u64) -> Self {
+        Self { held: Arc::default(), store, owner: owner.into(), lease_s }
+    }
+
+    /// How long a worker trusts a lease: shorter than the database does, so that it has stopped by then.
+    fn trusted_for(&self) -> Duration {
+        seconds(self.lease_s).mul_f64(5.0 / 6.0)
+    }
+
+    pub(super) fn hold(&self, lease: Lease, granted: Instant) -> HeldLease {
+        let (sender, until) = watch::channel(Deadline::from_start(granted, self.trusted_for()));
+        let revoked = CancellationToken::new();
+        self.lock().insert(lease, Holding { until: sender, revoked: revoked.clone() });
+        HeldLease { lease, keeper: self.clone(), until, revoked }
+    }
+
+    /// Renews every lease each third of its life, until `stop`.
+    pub async fn keep(&self, stop: &CancellationToken) {
+        let mut ticks = tokio::time::interval(seconds(self.lease_s) / 3);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+            self.renew().await;
+        }
+    }
+
+    async fn renew(&self) {
+        let leases: Vec<Lease> = self.lock().keys().copied().collect();
+        if leases.is_empty() {
+            return;
+        }
+        let asked = Instant::now();
+        match self.store.renew_leases(&leases, &self.owner, self.lease_s).await {
+            Ok(renewal) => {
+                if renewal.least_left_s.is_finite() {
+                    telemetry::lease_headroom(Duration::from_secs_f64(renewal.least_left_s.max(0.0)));
+                }
+                self.apply(&leases, &renewal.kept, Deadline::from_start(asked, self.trusted_for()));
+            }
+            // Nothing is known: each worker stops itself at its own deadline.
+            Err(error) => warn!(%error, leases = leases.len(), "leases could not be renewed"),
+        }
+    }
+
+    fn apply(&self, asked: &[Lease], kept: &[Lease], until: Deadline) {
+        let held = self.lock();
+        for lease in asked {
+            let Some(holding) = held.get(lease) else { continue };
+            if kept.contains(lease) {
+                holding.until.send_replace(until);
+            } else {
+                holding.revoked.cancel();
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Lease, Holding>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl HeldLease {
+    /// Returns once the lease can no longer be trusted.
+    pub(super) async fn lost(&self) {
+        loop {
+            let until = *self.until.borrow();
+            tokio::select! {
+                () = self.revoked.cancelled() => return,
+                () = tokio::time::sleep_until(until.instant().into()) => {}
+            }
+            if self.until.borrow().passed() {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for HeldLease {
+    fn drop(&mut self) {
+        self.keeper.lock().remove(&self.lease);
+    }
+}

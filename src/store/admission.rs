@@ -1,0 +1,313 @@
+//! Admission: one transaction that decides what becomes of a request, serialised per tenant by its `tenants` row.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::{Store, StoreError, runs};
+use crate::config::WhenFull;
+use crate::domain::failure::ErrorCode;
+use crate::domain::request::SyncRequest;
+use crate::domain::run::{Lease, TypeOutcome};
+
+/// What a replica brings to every admission.
+#[derive(Debug, Clone)]
+pub struct AdmissionRules {
+    /// The replica's name, written on the leases that it gets.
+    pub owner: String,
+    /// Seconds that a lease lasts.
+    pub lease_s: u64,
+    /// Workers that a run may lose.
+    pub max_attempts: i32,
+    /// Running runs of a tenant that has no limit of its own.
+    pub tenant_max_runs: u32,
+    /// Running runs over all tenants; 0 is no limit.
+    pub fleet_max_runs: u32,
+    /// What happens over a limit.
+    pub when_full: WhenFull,
+    /// Seconds that a request may be deferred in all.
+    pub defer_max_s: u64,
+}
+
+/// A request that asks to be admitted.
+#[derive(Debug, Clone, Copy)]
+pub struct Applicant<'a> {
+    /// The request.
+    pub request: &'a SyncRequest,
+    /// The hash of its selection.
+    pub selection_hash: &'a str,
+    /// Its W3C trace context.
+    pub traceparent: Option<&'a str>,
+    /// Seconds that it was deferred so far.
+    pub deferred_s: u64,
+}
+
+/// What became of a request.
+#[derive(Debug)]
+pub enum Admission {
+    /// It has a lease on a run.
+    Admitted(Admitted),
+    /// A skipped run was recorded and announced.
+    Skipped(ErrorCode),
+    /// Its run had lost too many workers: it was ended and announced.
+    GivenUp,
+    /// Its run has ended before.
+    Duplicate,
+    /// Another worker is on its run.
+    Busy,
+    /// It is over a limit and may ask again.
+    Deferred(ErrorCode),
+    /// Nobody registered the tenant.
+    UnknownTenant,
+    /// The key was used for another selection.
+    Conflict,
+}
+
+/// A lease on a run, and what earlier attempts have finished of it.
+#[derive(Debug)]
+pub struct Admitted {
+    /// The right to write.
+    pub lease: Lease,
+    /// Taken before the lease was asked for: counted from here, it ends before the database gives it away.
+    pub granted: Instant,
+    /// The credential that reads the tenant.
+    pub credential: String,
+    /// Types that an earlier attempt has finished.
+    pub finished: BTreeMap<String, TypeOutcome>,
+}
+
+struct TenantRow {
+    enabled: bool,
+    credential: String,
+    max_runs: i64,
+}
+
+struct SameKey {
+    id: Uuid,
+    selection_hash: String,
+    running: bool,
+    lease_alive: bool,
+    handed_back: bool,
+    attempts_left: bool,
+}
+
+impl Store {
+    /// Decides what becomes of a request, with the database's clock alone.
+    ///
+    /// # Errors
+    /// If the database is away; then nothing was decided.
+    pub async fn admit(&self, rules: &AdmissionRules, applicant: &Applicant<'_>) -> Result<Admission, StoreError> {
+        let case = Case { rules, applicant, deployment: &self.deployment, granted: Instant::now() };
+        let mut transaction = self.work.begin().await?;
+        let admission = case.decide(&mut transaction).await?;
+        transaction.commit().await?;
+        if matches!(admission, Admission::Skipped(_) | Admission::GivenUp | Admission::Admitted(_)) {
+            self.event_committed.notify_one();
+        }
+        Ok(admission)
+    }
+}
+
+/// A request under decision.
+struct Case<'a> {
+    rules: &'a AdmissionRules,
+    applicant: &'a Applicant<'a>,
+    deployment: &'a str,
+    granted: Instant,
+}
+
+impl Case<'_> {
+    async fn decide(&self, db: &mut PgConnection) -> Result<Admission, StoreError> {
+        let (rules, tenant_id) = (self.rules, self.applicant.request.tenant_id);
+        let Some(tenant) = lock_tenant(db, tenant_id, rules.tenant_max_runs).await? else {
+            return Ok(Admission::UnknownTenant);
+        };
+        if let Some(same_key) = find_same_key(db, self.applicant, rules.max_attempts).await? {
+            return self.decide_same_key(db, &tenant, same_key).await;
+        }
+        if !tenant.enabled {
+            return self.skip(db, ErrorCode::TenantDisabled).await;
+        }
+        if let Some(code) = self.over_limit(db, &tenant).await? {
+            let deferred = rules.when_full == WhenFull::Defer && self.applicant.deferred_s < rules.defer_max_s;
+            return if deferred { Ok(Admission::Deferred(code)) } else { self.skip(db, code).await };
+        }
+        let lease = Lease { tenant_id, run_id: Uuid::now_v7(), attempt: 1 };
+        insert_run(db, lease.run_id, self.applicant, Some(rules)).await?;
+        Ok(self.admitted(lease, &tenant, BTreeMap::new()))
+    }
+
+    fn admitted(&self, lease: Lease, tenant: &TenantRow, finished: BTreeMap<String, TypeOutcome>) -> Admission {
+        Admission::Admitted(Admitted { lease, granted: self.granted, credential: tenant.credential.clone(), finished })
+    }
+
+    async fn decide_same_key(
+        &self,
+        db: &mut PgConnection,
+        tenant: &TenantRow,
+        same_key: SameKey,
+    ) -> Result<Admission, StoreError> {
+        let tenant_id = self.applicant.request.tenant_id;
+        if same_key.selection_hash != self.applicant.selection_hash {
+            return Ok(Admission::Conflict);
+        }
+        if !same_key.running {
+            return Ok(Admission::Duplicate);
+        }
+        if same_key.lease_alive {
+            return Ok(Admission::Busy);
+        }
+        if !same_key.attempts_left && !same_key.handed_back {
+            runs::end_lost(db, self.deployment, tenant_id, same_key.id).await?;
+            return Ok(Admission::GivenUp);
+        }
+        let lease = take_over(db, self.rules, tenant_id, same_key.id).await?;
+        let finished = runs::finished_types(db, &lease).await?;
+        Ok(self.admitted(lease, tenant, finished))
+    }
+
+    /// The first limit that stands in the way. A run of the same selection whose worker is lost is ended on the way.
+    async fn over_limit(&self, db: &mut PgConnection, tenant: &TenantRow) -> Result<Option<ErrorCode>, StoreError> {
+        let tenant_id = self.applicant.request.tenant_id;
+        let same_selection = sqlx::query!(
+            r#"select id, lease_expires_at > clock_timestamp() as "lease_alive!" from inventory_sync_runs
+                where tenant_id = $1 and selection_hash = $2 and status = 'running' for update"#,
+            tenant_id,
+            self.applicant.selection_hash
+        )
+        .fetch_optional(&mut *db)
+        .await?;
+        match same_selection {
+            Some(run) if run.lease_alive => return Ok(Some(ErrorCode::LockContended)),
+            Some(run) => runs::end_lost(db, self.deployment, tenant_id, run.id).await?,
+            None => {}
+        }
+        let running = sqlx::query_scalar!(
+            r#"select count(*) as "count!" from inventory_sync_runs
+                where tenant_id = $1 and status = 'running' and lease_expires_at > clock_timestamp()"#,
+            tenant_id
+        )
+        .fetch_one(&mut *db)
+        .await?;
+        if running >= tenant.max_runs {
+            return Ok(Some(ErrorCode::ConcurrencyLimitTenant));
+        }
+        let full = fleet_is_full(db, self.rules.fleet_max_runs).await?;
+        Ok(full.then_some(ErrorCode::ConcurrencyLimitGlobal))
+    }
+
+    async fn skip(&self, db: &mut PgConnection, code: ErrorCode) -> Result<Admission, StoreError> {
+        let (run_id, tenant_id) = (Uuid::now_v7(), self.applicant.request.tenant_id);
+        insert_run(db, run_id, self.applicant, None).await?;
+        sqlx::query!(
+            "update inventory_sync_runs set had_errors = true, error_codes = array[$3], finished_at = started_at
+              where tenant_id = $1 and id = $2",
+            tenant_id,
+            run_id,
+            code.as_str()
+        )
+        .execute(&mut *db)
+        .await?;
+        runs::announce(db, self.deployment, tenant_id, run_id).await?;
+        Ok(Admission::Skipped(code))
+    }
+}
+
+async fn lock_tenant(db: &mut PgConnection, tenant_id: Uuid, max_runs: u32) -> Result<Option<TenantRow>, StoreError> {
+    let tenant = sqlx::query_as!(
+        TenantRow,
+        r#"select enabled, credential, coalesce(max_concurrent_runs::bigint, $2) as "max_runs!" from tenants
+            where tenant_id = $1 for update"#,
+        tenant_id,
+        i64::from(max_runs)
+    );
+    Ok(tenant.fetch_optional(db).await?)
+}
+
+async fn find_same_key(
+    db: &mut PgConnection,
+    applicant: &Applicant<'_>,
+    max_attempts: i32,
+) -> Result<Option<SameKey>, StoreError> {
+    let run = sqlx::query_as!(
+        SameKey,
+        r#"select id, selection_hash, status = 'running' as "running!",
+                  coalesce(lease_expires_at > clock_timestamp(), false) as "lease_alive!", lease_owner is null as "handed_back!",
+                  attempt - interruptions < $3 as "attempts_left!"
+             from inventory_sync_runs where tenant_id = $1 and idempotency_key = $2 for update"#,
+        applicant.request.tenant_id,
+        applicant.request.idempotency_key,
+        max_attempts
+    );
+    Ok(run.fetch_optional(db).await?)
+}
+
+/// The next attempt of a run whose worker is gone. A worker that handed it back in order does not count as lost.
+async fn take_over(
+    db: &mut PgConnection,
+    rules: &AdmissionRules,
+    tenant_id: Uuid,
+    run_id: Uuid,
+) -> Result<Lease, StoreError> {
+    let attempt = sqlx::query_scalar!(
+        "update inventory_sync_runs
+            set attempt = attempt + 1, interruptions = interruptions + (lease_owner is null)::int, lease_owner = $3,
+                lease_expires_at = clock_timestamp() + make_interval(secs => $4)
+          where tenant_id = $1 and id = $2 and status = 'running' returning attempt",
+        tenant_id,
+        run_id,
+        rules.owner,
+        rules.lease_s as f64
+    )
+    .fetch_one(db)
+    .await?;
+    Ok(Lease { tenant_id, run_id, attempt })
+}
+
+/// The strict limit over all tenants: their rows don't serialise one another, the fleet's one row does.
+async fn fleet_is_full(db: &mut PgConnection, max_runs: u32) -> Result<bool, StoreError> {
+    if max_runs == 0 {
+        return Ok(false);
+    }
+    sqlx::query!("select only_row from inventory_fleet for update").fetch_one(&mut *db).await?;
+    let running = sqlx::query_scalar!(
+        r#"select count(*) as "count!" from inventory_sync_runs
+            where status = 'running' and lease_expires_at > clock_timestamp()"#
+    )
+    .fetch_one(db)
+    .await?;
+    Ok(running >= i64::from(max_runs))
+}
+
+/// A run with a lease by `rules`, or a skipped one without.
+async fn insert_run(
+    db: &mut PgConnection,
+    run_id: Uuid,
+    applicant: &Applicant<'_>,
+    rules: Option<&AdmissionRules>,
+) -> Result<(), StoreError> {
+    let request = applicant.request;
+    sqlx::query!(
+        "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
+            lease_owner, lease_expires_at, correlation_id, requested_by, traceparent, daemon_version, finished_at)
+         values ($1, $2, $3, $4, $5::text::jsonb, case when $6::text is null then 'skipped' else 'running' end, $6,
+            clock_timestamp() + make_interval(secs => $7), $8, $9, $10, $11,
+            case when $6::text is null then clock_timestamp() end)",
+        request.tenant_id,
+        run_id,
+        request.idempotency_key,
+        applicant.selection_hash,
+        request.selection.canonical_json(),
+        rules.map(|rules| rules.owner.as_str()),
+        rules.map(|rules| rules.lease_s as f64),
+        request.correlation_id,
+        request.requested_by,
+        applicant.traceparent,
+        env!("CARGO_PKG_VERSION")
+    )
+    .execute(db)
+    .await?;
+    Ok(())
+}

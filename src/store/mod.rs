@@ -1,0 +1,168 @@
+//! PostgreSQL: named transactions over the inventory, the runs and the outbox. Only here is sqlx.
+//!
+//! Two pools: `work` for what runs write, `control` for leases, health and the outbox, so that a starved worker can
+//! still keep its lease. No function holds one connection while it asks for another.
+
+mod admission;
+mod items;
+mod leases;
+mod outbox;
+mod read;
+mod retention;
+mod runs;
+mod tenants;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use secrecy::ExposeSecret;
+use sqlx::migrate::Migrator;
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::{ConnectOptions, Executor};
+use tokio::sync::Notify;
+use tracing::log::LevelFilter;
+
+pub use admission::{Admission, AdmissionRules, Admitted, Applicant};
+pub use items::Written;
+pub use leases::Renewal;
+pub use outbox::{Backlog, OutboxEvent};
+pub use read::{MissingItem, Run, RunDetails, RunFilter};
+pub use runs::SuspiciousDrop;
+pub use tenants::{NewTenant, Tenant};
+
+use crate::config::{DatabaseConfig, seconds};
+
+static MIGRATIONS: Migrator = sqlx::migrate!();
+
+/// Why the database did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The run is no longer this worker's: it ended, or was taken over.
+    #[error("the lease on the run is lost")]
+    LeaseLost,
+    /// The schema is not the one that this version works with.
+    #[error("{0}; run `inventoryd migrate` with the same version")]
+    Schema(String),
+    /// What PostgreSQL or the way to it said.
+    #[error("database: {0}")]
+    Database(#[from] sqlx::Error),
+    /// A row holds what no version of this daemon writes.
+    #[error("database: a row can't be read: {0}")]
+    Row(String),
+}
+
+impl StoreError {
+    /// Whether the write was refused because the run is no longer this worker's.
+    #[must_use]
+    pub fn is_lease_lost(&self) -> bool {
+        matches!(self, Self::LeaseLost)
+    }
+
+    /// Whether the same statement would fail again on a healthy database: a defect, not an outage.
+    #[must_use]
+    pub fn is_defect(&self) -> bool {
+        match self {
+            Self::Row(_) => true,
+            // Classes of SQLSTATE: 21 cardinality, 22 data, 23 constraint, 42 syntax or rights.
+            Self::Database(sqlx::Error::Database(error)) => {
+                error.code().is_some_and(|code| ["21", "22", "23", "42"].iter().any(|class| code.starts_with(class)))
+            }
+            _ => false,
+        }
+    }
+}
+
+/// The inventory's database.
+#[derive(Debug, Clone)]
+pub struct Store {
+    work: PgPool,
+    control: PgPool,
+    event_committed: Arc<Notify>,
+    deployment: Arc<str>,
+}
+
+impl Store {
+    /// Prepares the two pools; connections are made when they are needed.
+    ///
+    /// # Errors
+    /// If the address can't be read.
+    pub fn connect(config: &DatabaseConfig, deployment: &str) -> Result<Self, StoreError> {
+        let statement_timeout = format!("{}s", config.statement_timeout_s);
+        let options: PgConnectOptions = config.url.expose_secret().parse()?;
+        let options = options
+            .application_name("inventoryd")
+            .options([
+                ("statement_timeout", statement_timeout.as_str()),
+                ("idle_in_transaction_session_timeout", statement_timeout.as_str()),
+                ("client_min_messages", "error"),
+            ])
+            .log_statements(LevelFilter::Trace)
+            .log_slow_statements(LevelFilter::Debug, Duration::from_secs(5));
+        let pool = |connections| {
+            PgPoolOptions::new()
+                .max_connections(connections)
+                .acquire_timeout(seconds(config.acquire_timeout_s))
+                // A `begin` that was cancelled half way leaves an open transaction which the client does not know of
+                // (sqlx 0.9.0): whoever got the connection next would write into it, and lose it.
+                .after_release(|connection, _| {
+                    Box::pin(async move { connection.execute("rollback").await.map(|_| true) })
+                })
+                .connect_lazy_with(options.clone())
+        };
+        Ok(Self {
+            work: pool(config.max_connections),
+            control: pool(config.control_connections),
+            event_committed: Arc::new(Notify::new()),
+            deployment: deployment.into(),
+        })
+    }
+
+    /// Brings the schema to this version.
+    ///
+    /// # Errors
+    /// If the database is away, or was migrated by another version.
+    pub async fn migrate(&self) -> Result<(), StoreError> {
+        MIGRATIONS.run(&self.control).await.map_err(|error| StoreError::Schema(error.to_string()))
+    }
+
+    /// Whether the schema is the one of this version.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`] if it is not, or the database is away.
+    pub async fn check_schema(&self) -> Result<(), StoreError> {
+        let newest = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or_default();
+        let applied = sqlx::query_scalar::<_, Option<i64>>("select max(version) from _sqlx_migrations where success")
+            .fetch_one(&self.control)
+            .await;
+        let applied = match applied {
+            Ok(version) => version.unwrap_or_default(),
+            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01") => 0,
+            Err(error) => return Err(error.into()),
+        };
+        if applied == newest {
+            return Ok(());
+        }
+        Err(StoreError::Schema(format!("the database's schema is at version {applied}, this daemon needs {newest}")))
+    }
+
+    /// Whether the database answers.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        sqlx::query("select 1").execute(&self.control).await?;
+        Ok(())
+    }
+
+    /// Woken whenever a run of this process has ended and its event waits in the outbox.
+    #[must_use]
+    pub fn event_committed(&self) -> Arc<Notify> {
+        Arc::clone(&self.event_committed)
+    }
+
+    /// Closes every connection.
+    pub async fn close(&self) {
+        self.work.close().await;
+        self.control.close().await;
+    }
+}

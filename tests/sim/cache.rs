@@ -1,0 +1,82 @@
+//! Pages that were already made. A listing that is read again costs a look-up.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use uuid::Uuid;
+
+use super::paging::Position;
+use super::reply::Reply;
+use super::select::Select;
+use super::template::Compiled;
+
+/// All pages go when they hold so much; a simulator for a big run must stay small.
+const MOST_BYTES: usize = 128 << 20;
+const MOST_COMPILED: usize = 2_000;
+
+/// Everything that a page depends on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PageKey {
+    /// See [`super::world::View::version`].
+    pub version: u64,
+    /// Whose page.
+    pub tenant: Uuid,
+    /// The concrete path.
+    pub path: String,
+    /// The host in its links.
+    pub host: String,
+    /// The raw query without the token.
+    pub query: String,
+    /// Which page.
+    pub position: Position,
+    /// Whether it is kept compressed too.
+    pub takes_gzip: bool,
+}
+
+type CompiledKey = (String, Option<String>);
+
+/// The caches.
+#[derive(Debug, Default)]
+pub struct Pages {
+    made: Mutex<Made>,
+    compiled: Mutex<HashMap<CompiledKey, Arc<Vec<Compiled>>>>,
+}
+
+#[derive(Debug, Default)]
+struct Made {
+    bytes: usize,
+    pages: HashMap<PageKey, (Reply, u64)>,
+}
+
+impl Pages {
+    /// A page that was made before, with its number of objects.
+    pub fn get(&self, key: &PageKey) -> Option<(Reply, u64)> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).pages.get(key).cloned()
+    }
+
+    /// Keeps a page.
+    pub fn put(&self, key: PageKey, reply: Reply, objects: u64) {
+        let size = reply.body.len() + reply.gzip.as_ref().map_or(0, |gzip| gzip.len()) + key.query.len() + 512;
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if made.bytes + size > MOST_BYTES {
+            *made = Made::default();
+        }
+        made.bytes += size;
+        made.pages.insert(key, (reply, objects));
+    }
+
+    /// The templates of a collection as one `$select` shows them.
+    pub fn compiled(
+        &self,
+        path: &str,
+        select: Option<&Select>,
+        make: impl FnOnce() -> Vec<Compiled>,
+    ) -> Arc<Vec<Compiled>> {
+        let key = (path.to_owned(), select.map(|select| select.raw().to_owned()));
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        if compiled.len() > MOST_COMPILED {
+            compiled.clear();
+        }
+        Arc::clone(compiled.entry(key).or_insert_with(|| Arc::new(make())))
+    }
+}

@@ -1,0 +1,72 @@
+//! The listener: TLS, HTTP/2 or HTTP/1.1 by ALPN, and a handle on each connection so that a rule can cut it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::routing::post;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
+use rustls::ServerConfig;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use tower_service::Service;
+
+use super::{Shared, admin, graph};
+
+/// Lets a request cut the connection that it came on.
+#[derive(Clone, Debug, Default)]
+pub struct Connection(Arc<Notify>);
+
+impl Connection {
+    /// Cuts it, without a word to the client.
+    pub fn cut(&self) {
+        self.0.notify_one();
+    }
+}
+
+/// Serves until the task that runs this is aborted; its connections end with it.
+pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, shared: Arc<Shared>) {
+    let router = Router::new()
+        .nest("/admin", admin::routes())
+        .route("/{tenant}/oauth2/v2.0/token", post(graph::answer_token))
+        .fallback(graph::answer)
+        .with_state(shared);
+    let acceptor = TlsAcceptor::from(tls);
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    connections.spawn(serve_connection(stream, acceptor.clone(), router.clone()));
+                }
+                // Out of file handles, most likely: wait for some to come back.
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            },
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn serve_connection(stream: TcpStream, acceptor: TlsAcceptor, router: Router) {
+    // Pages are written whole: waiting for more to send would only add delay.
+    let _ = stream.set_nodelay(true);
+    let Ok(tls) = acceptor.accept(stream).await else { return };
+    let connection = Connection::default();
+    let cut = Arc::clone(&connection.0);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(connection.clone());
+        router.clone().call(request)
+    });
+    let builder = auto::Builder::new(TokioExecutor::new());
+    tokio::select! {
+        // Clients hang up in all sorts of ways; none of them is the simulator's business.
+        _ = builder.serve_connection(TokioIo::new(tls), service) => {}
+        () = cut.notified() => {}
+    }
+}
