@@ -10,15 +10,21 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, ConfigError};
+use crate::store::{Store, StoreError};
 
 mod check;
 mod completions;
 mod explain;
 mod hash;
 mod man;
+mod migrate;
+mod missing;
 mod output;
+mod progress;
+mod runs;
 mod schema;
 mod selection;
+mod tenant;
 mod types;
 
 use output::Out;
@@ -39,7 +45,11 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Migrate(migrate::Args),
     Check(check::Args),
+    Tenant(tenant::Args),
+    Runs(runs::Args),
+    Missing(missing::Args),
     Types(types::Args),
     Hash(hash::Args),
     Explain(explain::Args),
@@ -86,6 +96,18 @@ impl From<ConfigError> for CliError {
     }
 }
 
+impl From<StoreError> for CliError {
+    fn from(error: StoreError) -> Self {
+        let hint = match &error {
+            StoreError::Database(_) if !error.is_defect() => {
+                "; see that PostgreSQL runs and that database.url is right (`inventoryd check` shows it)"
+            }
+            _ => "",
+        };
+        Self::Failed(format!("{error}{hint}"))
+    }
+}
+
 /// What every command is given.
 struct Context<'a> {
     config_file: Option<PathBuf>,
@@ -96,6 +118,29 @@ impl Context<'_> {
     fn config(&self) -> Result<Config, CliError> {
         Ok(Config::load(self.config_file.as_deref())?)
     }
+
+    /// The database, once its schema is known to be the one of this version.
+    async fn store(&self) -> Result<Store, CliError> {
+        let config = self.config()?;
+        let store = Store::connect(&config.database, &config.telemetry.deployment)?;
+        store.check_schema().await?;
+        Ok(store)
+    }
+}
+
+/// Runs a command that waits for others.
+fn wait_for(command: impl Future<Output = Result<Outcome, CliError>>) -> Result<Outcome, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| CliError::Failed(format!("can't start: {error}")))?;
+    runtime.block_on(command)
+}
+
+/// Says something to the person at the terminal, beside what was asked for.
+fn note(text: impl std::fmt::Display) {
+    // Where standard error is gone, there is nobody left to tell.
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Reads the arguments of this process, does what they say, and gives the exit code.
@@ -117,7 +162,11 @@ fn run(cli: Cli, stdout: &mut dyn Write) -> Result<Outcome, CliError> {
 
 fn dispatch(command: Command, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     match command {
+        Command::Migrate(args) => wait_for(migrate::run(&args, context)),
         Command::Check(args) => check::run(&args, context),
+        Command::Tenant(args) => wait_for(tenant::run(args, context)),
+        Command::Runs(args) => wait_for(runs::run(args, context)),
+        Command::Missing(args) => wait_for(missing::run(&args, context)),
         Command::Types(args) => types::run(&args, context),
         Command::Hash(args) => hash::run(&args, context),
         Command::Explain(args) => explain::run(&args, context),

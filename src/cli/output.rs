@@ -91,6 +91,20 @@ pub(super) fn yes(value: bool) -> String {
     if value { "yes".to_owned() } else { String::new() }
 }
 
+/// A moment for people: RFC 3339 cut down to the second. All moments are UTC.
+pub(super) fn second(rfc3339: &str) -> String {
+    rfc3339.get(..19).unwrap_or(rfc3339).replace('T', " ")
+}
+
+/// A duration for people.
+pub(super) fn seconds(count: f64) -> String {
+    match count {
+        ..10.0 => format!("{count:.1} s"),
+        ..120.0 => format!("{count:.0} s"),
+        _ => format!("{:.0} min", count / 60.0),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,5 +113,11 @@ mod tests {
     fn a_name_from_a_tenant_does_not_steer_the_terminal() {
         let table = table(["name"], [["a\u{1b}[2Jb".to_owned()]]).to_string();
         assert!(!table.contains('\u{1b}') && table.contains("a\u{fffd}[2Jb"), "{table}");
+    }
+
+    #[test]
+    fn moments_and_durations_are_short() {
+        assert_eq!(second("2026-11-24T06:30:12.123456Z"), "2026-11-24 06:30:12");
+        assert_eq!(["1.3 s", "15 s", "5 min"], [1.26, 15.2, 300.0].map(seconds));
     }
 }
