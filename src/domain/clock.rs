@@ -1,6 +1,15 @@
 //! Time that this process may judge by itself: monotonic only. Time of record comes from the database.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Seconds since 1970 by this host's clock: only for what a token says of its own beginning and end, because the
+/// token service speaks of nothing else.
+#[must_use]
+#[expect(clippy::disallowed_methods, reason = "nothing of ours is dated or decided by it")]
+pub fn wall_clock_unix_s() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
 
 /// A moment on the monotonic clock after which an undertaking must have stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,58 +1,20 @@
-//! temporary
-use crate::domain::{clock::Deadline, failure::Failure, policy_type::Collection, run::GraphUsage};
-use std::sync::Arc;
-use std::time::Duration;
-use uuid::Uuid;
-/// t
-#[derive(Debug, Clone)]
-pub struct GraphClient;
-/// t
-#[derive(Debug, Clone)]
-pub struct GraphReader;
-/// t
-pub struct Pages;
-/// t
-pub struct Page {
-    /// t
-    pub objects: Vec<PageObject>,
-}
-/// t
-pub struct PageObject {
-    /// t
-    pub raw: Box<serde_json::value::RawValue>,
-    /// t
-    pub first_sight: bool,
-}
-/// t
-pub struct RunBudget {
-    /// t
-    pub deadline: Deadline,
-    /// t
-    pub throttle_budget: Duration,
-}
-impl GraphClient {
-    /// t
-    pub fn reader(&self, _: Uuid, _: &str, _: RunBudget) -> GraphReader {
-        GraphReader
-    }
-}
-impl GraphReader {
-    /// t
-    pub fn pages(&self, _: &Arc<Collection>) -> Pages {
-        Pages
-    }
-    /// t
-    pub fn usage(&self) -> GraphUsage {
-        GraphUsage::default()
-    }
-    /// t
-    pub fn retry_after_s(&self) -> Option<i32> {
-        None
-    }
-}
-impl Pages {
-    /// t
-    pub async fn next(&mut self) -> Result<Option<Page>, Failure> {
-        Ok(None)
-    }
-}
+//! Microsoft Graph, read only: tokens, authorised GETs with their retries, and lists page by page.
+//!
+//! `Pages` (pages.rs) follows one list -> `GraphReader::get` (request.rs) tries one link until it is answered or given
+//! up -> `Connections` (transport.rs) sends one request. What Graph says in an error is read in `answer.rs` and goes
+//! no further than this room: outwards there is only a [`Failure`](crate::domain::failure::Failure).
+
+mod answer;
+mod client;
+mod credential;
+mod page;
+mod pages;
+mod request;
+mod retry_after;
+mod spending;
+mod transport;
+mod walk;
+
+pub use client::{GraphClient, GraphError, GraphReader};
+pub use pages::{Page, PageObject, Pages};
+pub use spending::RunBudget;

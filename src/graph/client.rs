@@ -1,0 +1,135 @@
+//! The handle on Graph, and the reader that one run has of it.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use reqwest::Url;
+use uuid::Uuid;
+
+use super::credential::{TokenSource, Tokens};
+use super::pages::Pages;
+use super::spending::{RunBudget, Spending};
+use super::transport::Connections;
+use crate::config::GraphConfig;
+use crate::domain::policy_type::Collection;
+use crate::domain::run::GraphUsage;
+use crate::telemetry;
+
+/// Why there is no Graph client; each names the key to mend.
+#[derive(Debug, thiserror::Error)]
+pub enum GraphError {
+    /// The extra certificate authority can't be used.
+    #[error("graph.ca_file: can't use {0}: {1}")]
+    CaFile(String, String),
+    /// The root of Graph is no address.
+    #[error("graph.base_url: {0} is no address")]
+    BaseUrl(String),
+    /// TLS could not be set up.
+    #[error("graph: no HTTPS client could be made: {0}")]
+    Client(#[source] reqwest::Error),
+}
+
+/// Microsoft Graph as this process sees it: its connections, tokens and what it has learned. Cheap to clone.
+#[derive(Clone)]
+pub struct GraphClient(pub(super) Arc<Shared>);
+
+/// What all readers have in common.
+pub(super) struct Shared {
+    pub(super) base: Url,
+    pub(super) connections: Connections,
+    pub(super) tokens: Tokens,
+    pub(super) max_tries: u32,
+    pub(super) first_wait: Duration,
+    pub(super) most_wait: Duration,
+    pub(super) max_pages: u32,
+    /// Version and path of the lists whose `$select` was refused.
+    unselectable: Mutex<BTreeSet<(String, String)>>,
+}
+
+impl GraphClient {
+    /// Makes a client; nothing is sent yet.
+    ///
+    /// # Errors
+    /// If the extra certificate authority can't be read, or TLS can't be set up.
+    pub fn new(config: &GraphConfig) -> Result<Self, GraphError> {
+        let base = Url::parse(config.base_url()).map_err(|_| GraphError::BaseUrl(config.base_url().to_owned()))?;
+        Ok(Self(Arc::new(Shared {
+            base,
+            connections: Connections::new(config)?,
+            tokens: Tokens::new(config),
+            max_tries: config.max_tries,
+            first_wait: Duration::from_secs_f64(config.backoff_first_s),
+            most_wait: Duration::from_secs_f64(config.backoff_max_s),
+            max_pages: config.max_pages,
+            unselectable: Mutex::default(),
+        })))
+    }
+
+    /// The reader of one run.
+    #[must_use]
+    pub fn reader(&self, tenant_id: Uuid, credential: &str, budget: RunBudget) -> GraphReader {
+        GraphReader {
+            shared: Arc::clone(&self.0),
+            token_source: self.0.tokens.source(tenant_id, credential),
+            spending: Arc::new(Spending::new(budget)),
+            tenant_id,
+        }
+    }
+}
+
+impl std::fmt::Debug for GraphClient {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("GraphClient").field("base_url", &self.0.base.as_str()).finish_non_exhaustive()
+    }
+}
+
+/// One run's view of Graph: its tenant, its credential and what it may spend. Clones share the account.
+#[derive(Clone)]
+pub struct GraphReader {
+    pub(super) shared: Arc<Shared>,
+    pub(super) token_source: Arc<TokenSource>,
+    pub(super) spending: Arc<Spending>,
+    pub(super) tenant_id: Uuid,
+}
+
+impl GraphReader {
+    /// The pages of a list, from its first to its last.
+    #[must_use]
+    pub fn pages(&self, collection: &Arc<Collection>) -> Pages {
+        Pages::new(self.clone(), Arc::clone(collection))
+    }
+
+    /// What the run has cost Graph so far.
+    #[must_use]
+    pub fn usage(&self) -> GraphUsage {
+        self.spending.usage()
+    }
+
+    /// After how many seconds it is worth asking again, once a list was given up because Graph throttles.
+    #[must_use]
+    pub fn retry_after_s(&self) -> Option<i32> {
+        self.spending.retry_after_s()
+    }
+
+    /// Whether a list may be asked with `$select`, as far as this process knows.
+    pub(super) fn is_selectable(&self, version: &str, path: &str) -> bool {
+        let key = (version.to_owned(), path.to_owned());
+        !self.shared.unselectable.lock().unwrap_or_else(PoisonError::into_inner).contains(&key)
+    }
+
+    /// Remembers that this Graph refuses the `$select` of a list.
+    pub(super) fn select_refused(&self, version: &str, path: &str) {
+        let key = (version.to_owned(), path.to_owned());
+        self.shared.unselectable.lock().unwrap_or_else(PoisonError::into_inner).insert(key);
+        self.spending.select_refused();
+        telemetry::graph_select_refused();
+        tracing::warn!(tenant_id = %self.tenant_id, version, path, "$select was refused; asking without it from now on");
+    }
+}
+
+impl std::fmt::Debug for GraphReader {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("GraphReader").field("tenant_id", &self.tenant_id).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,209 @@
+//! Admission: every row of its table, through the real queue.
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use inventoryd::config::WhenFull;
+
+use crate::sim::Rule;
+use crate::support::daemon::Replica;
+use crate::support::eventually;
+use crate::support::world::World;
+
+/// Every answer of Graph takes `delay_ms` longer.
+fn slow(delay_ms: u64) -> Rule {
+    serde_json::from_value(json!({ "action": { "kind": "slow", "delay_ms": delay_ms } })).unwrap()
+}
+
+async fn running(world: &World, key: &str) -> Value {
+    eventually("the run begins", || async { world.runs(key).await.pop().filter(|run| run["status"] == "running") }).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_has_ended_makes_no_second_run_and_no_second_event() {
+    let world = World::new().await;
+    let replica = Replica::start(&world).await;
+    let events = world.subscribe().await;
+    let run = world.sync("once", &["mobileApp"]).await;
+    events.event_of(&run).await;
+    let requests = world.sim.state().requests;
+    for _ in 0..5 {
+        world.publish(&world.request("once", &["mobileApp"])).await;
+    }
+    world.sync("after", &["deviceShellScript"]).await;
+    eventually("the queue is empty", || async { (world.depth("inventory.sync.requests").await == 0).then_some(()) }).await;
+    replica.stop().await;
+    assert_eq!(world.runs("once").await, [run]);
+    assert_eq!(world.count("select count(*) from outbox_events").await, 2);
+    assert_eq!(events.received().len(), 2);
+    assert!(world.sim.state().requests <= requests + 2, "a duplicate asks Graph nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_selection_never_runs_twice_at_once() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(1_500));
+    let _replica = Replica::start(&world).await;
+    let events = world.subscribe().await;
+    world.publish(&world.request("first", &["mobileApp"])).await;
+    running(&world, "first").await;
+    let second = world.sync("second", &["mobileApp"]).await;
+    assert_eq!((&second["status"], &second["error_codes"]), (&json!("skipped"), &json!(["lock_contended"])));
+    assert_eq!((&second["had_errors"], &second["started_at"]), (&json!(true), &second["finished_at"]));
+    assert_eq!(world.ended("first").await["status"], "success");
+    let event = events.event_of(&second).await;
+    assert_eq!((&event["data"]["status"], &event["data"]["error_codes"]), (&json!("skipped"), &json!(["lock_contended"])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_over_its_limit_is_skipped_with_its_code() {
+    let world = World::new().await;
+    world.execute("update tenants set max_concurrent_runs = 1").await;
+    world.sim.add_rule(slow(1_500));
+    let _replica = Replica::start(&world).await;
+    world.publish(&world.request("first", &["mobileApp"])).await;
+    running(&world, "first").await;
+    let second = world.sync("second", &["deviceShellScript"]).await;
+    assert_eq!((&second["status"], &second["error_codes"]), (&json!("skipped"), &json!(["concurrency_limit_tenant"])));
+    let other = Uuid::new_v4();
+    world.register(other, None).await;
+    world.publish(&World::request_of(other, "other", &["mobileApp"])).await;
+    assert_eq!(world.ended("other").await["status"], "success", "another tenant has its own limit");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_fleet_limit_holds_over_all_replicas_and_tenants() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(1_500));
+    let mut config = world.config();
+    config.limits.fleet_max_runs = 2;
+    let _one = Replica::with(config.clone()).await;
+    let _two = Replica::with(config).await;
+    let tenants: Vec<Uuid> = (0..6).map(|_| Uuid::new_v4()).collect();
+    for (number, tenant) in tenants.iter().enumerate() {
+        world.register(*tenant, None).await;
+        world.publish(&World::request_of(*tenant, &format!("k{number}"), &["mobileApp"])).await;
+    }
+    let mut statuses = Vec::new();
+    for number in 0..6 {
+        let run = world.ended(&format!("k{number}")).await;
+        if run["status"] == "skipped" {
+            assert_eq!(run["error_codes"], json!(["concurrency_limit_global"]));
+        }
+        statuses.push(run["status"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(statuses.iter().filter(|status| *status == "success").count(), 2, "{statuses:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deferred_request_waits_its_turn_and_then_runs() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(1_000));
+    let mut config = world.config();
+    config.limits.when_full = WhenFull::Defer;
+    let _replica = Replica::with(config).await;
+    world.publish(&world.request("first", &["mobileApp"])).await;
+    running(&world, "first").await;
+    world.publish(&world.request("second", &["mobileApp"])).await;
+    eventually("it waits on the retry ladder", || async { (world.depth("inventory.retry.5s").await == 1).then_some(()) }).await;
+    assert!(world.runs("second").await.is_empty(), "a deferred request has no run yet");
+    assert_eq!(world.ended("second").await["status"], "success");
+    assert_eq!(world.ended("first").await["status"], "success");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_deferred_too_long_is_skipped() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(4_000));
+    let mut config = world.config();
+    config.limits.when_full = WhenFull::Defer;
+    config.limits.defer_max_s = 5;
+    let _replica = Replica::with(config).await;
+    world.publish(&world.request("first", &["mobileApp"])).await;
+    running(&world, "first").await;
+    world.publish(&world.request("second", &["mobileApp"])).await;
+    let second = world.ended("second").await;
+    assert_eq!((&second["status"], &second["error_codes"]), (&json!("skipped"), &json!(["lock_contended"])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_handed_back_is_taken_over_at_once_and_costs_no_attempt() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    world.sync("warm", &["mobileApp"]).await;
+    let tenant = world.tenant;
+    // As a stopped worker leaves it: no owner, lease over, one of two types finished.
+    let request = world.request("handed", &["mobileApp", "deviceShellScript"]);
+    let selection = inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
+    let run_id = Uuid::now_v7();
+    world.execute(&format!(
+        "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status, attempt,
+                interruptions, lease_expires_at, daemon_version)
+         values ('{tenant}', '{run_id}', 'handed', '{}', '{}', 'running', 7, 6, clock_timestamp(), 'x');
+         insert into inventory_sync_run_types values ('{tenant}', '{run_id}', 'mobileApp', 'complete', 5, 5, 5, 0, 0)",
+        selection.hash(), selection.canonical_json(),
+    )).await;
+    world.sim.reset_counters();
+    world.publish(&request).await;
+    let run = world.ended("handed").await;
+    assert_eq!((&run["status"], &run["attempt"], &run["interruptions"]), (&json!("success"), &json!(8), &json!(7)));
+    assert_eq!(run["items_observed_count"], 5 + 12, "the finished type is kept as it was");
+    assert!(world.sim.requests().iter().all(|r| !r.path.contains("mobileApps")), "and not read again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_has_lost_too_many_workers_is_given_up() {
+    let world = World::new().await;
+    let request = world.request("lost", &["mobileApp"]);
+    let selection = inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
+    world.execute(&format!(
+        "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status, attempt,
+                lease_owner, lease_expires_at, daemon_version)
+         values ('{}', '{}', 'lost', '{}', '{}', 'running', 5, 'gone', clock_timestamp() - interval '1 s', 'x')",
+        world.tenant, Uuid::now_v7(), selection.hash(), selection.canonical_json(),
+    )).await;
+    let _replica = Replica::start(&world).await;
+    let events = world.subscribe().await;
+    world.publish(&request).await;
+    let run = world.ended("lost").await;
+    assert_eq!((&run["status"], &run["error_codes"], &run["attempt"]), (&json!("failed"), &json!(["worker_lost"]), &json!(5)));
+    events.event_of(&run).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_worker_of_the_same_selection_makes_way() {
+    let world = World::new().await;
+    let request = world.request("mine", &["mobileApp"]);
+    let selection = inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
+    world.execute(&format!(
+        "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
+                lease_owner, lease_expires_at, daemon_version)
+         values ('{}', '{}', 'theirs', '{}', '{}', 'running', 'gone', clock_timestamp() - interval '1 s', 'x')",
+        world.tenant, Uuid::now_v7(), selection.hash(), selection.canonical_json(),
+    )).await;
+    let _replica = Replica::start(&world).await;
+    let events = world.subscribe().await;
+    world.publish(&request).await;
+    assert_eq!(world.ended("mine").await["status"], "success");
+    let theirs = world.ended("theirs").await;
+    assert_eq!((&theirs["status"], &theirs["error_codes"]), (&json!("failed"), &json!(["worker_lost"])));
+    events.event_of(&theirs).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_without_worker_and_message_is_ended_by_the_janitor() {
+    let world = World::new().await;
+    world.execute(&format!(
+        "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
+                lease_owner, lease_expires_at, daemon_version)
+         values ('{}', '{}', 'orphan', 'h', '{{\"policy_types\": [\"mobileApp\"]}}', 'running', 'gone', clock_timestamp() - interval '5 s', 'x')",
+        world.tenant, Uuid::now_v7(),
+    )).await;
+    let mut config = world.config();
+    config.run.abandoned_after_s = 1;
+    let _replica = Replica::with(config).await;
+    let events = world.subscribe().await;
+    let run = world.ended("orphan").await;
+    assert_eq!((&run["status"], &run["error_codes"]), (&json!("failed"), &json!(["worker_lost"])));
+    events.event_of(&run).await;
+}

@@ -1,0 +1,89 @@
+//! Messages that can never be run: nothing is lost, and the reason stands beside the bytes.
+
+use lapin::BasicProperties;
+use lapin::message::BasicGetMessage;
+use lapin::types::{AMQPValue, FieldTable};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::support::daemon::Replica;
+use crate::support::eventually;
+use crate::support::world::World;
+
+fn header(letter: &BasicGetMessage, name: &str) -> Option<String> {
+    let headers = letter.properties.headers().as_ref()?;
+    match headers.inner().get(name)? {
+        AMQPValue::LongString(text) => Some(String::from_utf8_lossy(text.as_bytes()).into_owned()),
+        other => Some(format!("{other:?}")),
+    }
+}
+
+async fn dead(world: &World) -> BasicGetMessage {
+    eventually("a dead letter arrives", || world.take("inventory.dead")).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_reason_keeps_the_bytes_and_names_the_cure() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    world.sync("taken", &["mobileApp"]).await;
+    let stranger = World::request_of(Uuid::new_v4(), "k", &["mobileApp"]);
+    let mut wrong_type = world.request("k", &["mobileApp"]);
+    wrong_type["selection"]["policy_types"] = json!("mobileApp");
+    let mut version = world.request("k", &["mobileApp"]);
+    version["schema_version"] = json!(2);
+    let cases: Vec<(Vec<u8>, &str, &str)> = vec![
+        (b"{ nope".to_vec(), "invalid_json", "not JSON"),
+        (vec![0xff, 0x00, 0x80], "invalid_json", "not JSON"),
+        (bytes(&wrong_type), "invalid_request", "`selection.policy_types` is a string: expected an array"),
+        (bytes(&world.request("k", &["roleScopeTag"])), "invalid_request", "selects nothing"),
+        (bytes(&version), "unsupported_version", "`schema_version` is 2"),
+        (bytes(&stranger), "unknown_tenant", "tenant add"),
+        (bytes(&world.request("taken", &["deviceShellScript"])), "idempotency_conflict", "`idempotency_key`"),
+        (vec![b' '; 300_000], "message_too_large", "300000 bytes"),
+    ];
+    for (body, reason, detail) in cases {
+        let mut mine = FieldTable::default();
+        mine.insert("x-mine".into(), AMQPValue::LongString("kept".into()));
+        world.publish_bytes(&body, BasicProperties::default().with_headers(mine).with_correlation_id("c-1".into())).await;
+        let letter = dead(&world).await;
+        assert_eq!(letter.data, body, "{reason}: byte for byte");
+        assert_eq!(header(&letter, "x-dead-reason").as_deref(), Some(reason));
+        let said = header(&letter, "x-dead-detail").unwrap();
+        assert!(said.contains(detail), "{reason}: {said}");
+        assert_eq!(header(&letter, "x-mine").as_deref(), Some("kept"));
+        assert_eq!(letter.properties.correlation_id().as_ref().map(|id| id.as_str()), Some("c-1"));
+        assert!(header(&letter, "x-dead-at").is_some() && header(&letter, "x-dead-by").is_some());
+    }
+    assert_eq!(world.count("select count(*) from inventory_sync_runs").await, 1, "none of them made a run");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_type_does_not_stop_the_run() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    let mut request = world.request("mixed", &["mobileApp", "noSuchType"]);
+    request["selection"]["categories"] = json!(["NoSuchCategory"]);
+    world.publish(&request).await;
+    let run = world.ended("mixed").await;
+    assert_eq!((&run["status"], &run["error_codes"]), (&json!("partial"), &json!(["unsupported_policy_type"])));
+    let types = world.rows("select policy_type, status, error_code from inventory_sync_run_types order by 1").await;
+    let names: Vec<&Value> = types.iter().map(|row| &row["policy_type"]).collect();
+    assert_eq!(names, ["category:NoSuchCategory", "mobileApp", "noSuchType"]);
+    let alone = world.sync("alone", &["noSuchType"]).await;
+    assert_eq!((&alone["status"], &alone["error_codes"]), (&json!("failed"), &json!(["unsupported_policy_type"])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cloudevents_envelope_is_opened() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    let envelope = json!({ "specversion": "1.0", "id": "1", "source": "/scheduler", "type": "sync.requested",
+                           "data": world.request("wrapped", &["mobileApp"]) });
+    world.publish_envelope(&envelope).await;
+    assert_eq!(world.ended("wrapped").await["status"], "success");
+}
+
+fn bytes(value: &Value) -> Vec<u8> {
+    value.to_string().into_bytes()
+}

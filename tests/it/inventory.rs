@@ -1,0 +1,144 @@
+//! The inventory: identity, whitelist, isolation, and what is never touched.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::sim::{Action, Rule, Which};
+use crate::support::daemon::Replica;
+use crate::support::world::World;
+
+const ITEMS: &str = "select * from inventory_items order by tenant_id, policy_type, external_id";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn identity_prevents_duplicates_and_last_seen_moves() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    let first = world.sync("first", &["mobileApp"]).await;
+    let before = world.rows(ITEMS).await;
+    assert_eq!(first["status"], "success");
+    assert_eq!(before.len(), 12);
+    assert_eq!((&first["items_created_count"], &first["items_observed_count"]), (&json!(12), &json!(12)));
+
+    let second = world.sync("second", &["mobileApp"]).await;
+    let after = world.rows(ITEMS).await;
+    assert_eq!((&second["items_created_count"], &second["items_changed_count"]), (&json!(0), &json!(0)));
+    assert_eq!((&second["items_upserted_count"], after.len()), (&json!(12), 12));
+    for (old, new) in before.iter().zip(&after) {
+        assert_eq!(old["external_id"], new["external_id"]);
+        assert_eq!((&new["last_seen_run_id"], &old["last_seen_run_id"]), (&second["id"], &first["id"]));
+        assert!(new["last_seen_at"].as_str() > old["last_seen_at"].as_str());
+        assert_eq!(old["first_seen_at"], new["first_seen_at"]);
+        assert_eq!(old["last_changed_at"], new["last_changed_at"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renamed_object_is_changed_and_a_new_one_created() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    world.sync("first", &["mobileApp"]).await;
+    world.sim.rename_object(world.tenant, "deviceAppManagement/mobileApps", Which::Index(0), "Brand new name").unwrap();
+    world.sim.add_objects(world.tenant, "deviceAppManagement/mobileApps", 2).unwrap();
+    let second = world.sync("second", &["mobileApp"]).await;
+    assert_eq!(second["items_changed_count"], 1);
+    assert_eq!(second["items_created_count"], 2);
+    assert_eq!(world.count("select count(*) from inventory_items where display_name = 'Brand new name'").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn repeated_ids_across_pages_are_one_item() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    world.sim.set_size(None, None, 60).unwrap();
+    world.sim.add_rule(rule("deviceManagement/configurationPolicies", Action::DuplicateIds { count: 3 }));
+    let run = world.sync("overlap", &["settingsCatalogPolicy"]).await;
+    assert_eq!(run["status"], "success");
+    let items = world.count("select count(*) from inventory_items").await;
+    assert_eq!(run["items_observed_count"], items, "distinct objects, however often they came");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_type_is_listed_and_only_by_get() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    world.publish(&json!({ "schema_version": 1, "tenant_id": world.tenant, "idempotency_key": "all",
+                           "selection": { "policy_types": ["*"] } })).await;
+    let run = world.ended("all").await;
+    let catalog = inventoryd::domain::policy_type::Catalog::built_in();
+    let ended: BTreeSet<String> = world
+        .rows("select policy_type from inventory_sync_run_types where status = 'complete'")
+        .await
+        .iter()
+        .map(|row| row["policy_type"].as_str().unwrap().to_owned())
+        .collect();
+    let known: BTreeSet<String> = catalog.types().map(|policy_type| policy_type.key.clone()).collect();
+    assert_eq!(ended, known, "{run}");
+    assert!(world.sim.requests().iter().filter(|request| !request.path.ends_with("/token")).all(|r| r.method == "GET"));
+    assert_eq!(world.sim.state().non_get, 0);
+    for policy_type in catalog.types() {
+        let metas = world.rows(&format!("select distinct k from inventory_items, jsonb_object_keys(meta_jsonb) k where policy_type = '{}'", policy_type.key)).await;
+        let keys: BTreeSet<String> = metas.iter().map(|row| row["k"].as_str().unwrap().to_owned()).collect();
+        assert!(keys.is_subset(&policy_type.meta), "{}: {keys:?}", policy_type.key);
+    }
+    assert_eq!(world.count("select count(*) from inventory_items where meta_jsonb::text like '%Bearer %' or meta_jsonb::text like '%SECRET%'").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tenants_never_see_each_others_rows() {
+    let world = World::new().await;
+    let other = Uuid::new_v4();
+    world.register(other, None).await;
+    let _replica = Replica::start(&world).await;
+    world.sync("mine", &["mobileApp", "windowsUpdateRing"]).await;
+    let mine = world.rows(&format!("select * from inventory_items where tenant_id = '{}' order by 1, 2, 3", world.tenant)).await;
+    world.publish(&World::request_of(other, "theirs", &["mobileApp", "windowsUpdateRing"])).await;
+    let run = world.ended("theirs").await;
+    assert_eq!(run["tenant_id"], json!(other));
+    let mine_after = world.rows(&format!("select * from inventory_items where tenant_id = '{}' order by 1, 2, 3", world.tenant)).await;
+    assert_eq!(mine, mine_after);
+    let crossed = "select count(*) from inventory_items i join inventory_sync_runs r on r.id = i.last_seen_run_id and r.tenant_id <> i.tenant_id";
+    assert_eq!(world.count(crossed).await, 0);
+    assert_eq!(world.missing(&json!({ "tenant_id": other, "selection_hash": run["selection_hash"] })).await, Vec::<Value>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_and_backups_are_never_touched() {
+    let world = World::new().await;
+    world.execute(
+        "create table policy_versions (id int, body text); create table backup_sets (id int, body text);
+         insert into policy_versions select n, repeat('v', n) from generate_series(1, 50) n;
+         insert into backup_sets select n, repeat('b', n) from generate_series(1, 50) n;",
+    ).await;
+    let role = format!("role_{}", Uuid::new_v4().simple());
+    world.execute(&format!(
+        "create role {role} login;
+         grant select, insert, update, delete on tenants, inventory_fleet, inventory_sync_runs, inventory_sync_run_types,
+               inventory_items, outbox_events, inventory_latest_runs to {role};
+         grant select on _sqlx_migrations to {role}",
+    )).await;
+    let fingerprint = "select md5(string_agg(t::text || xmin::text, ',' order by id)) from";
+    let both = format!("select ({fingerprint} policy_versions t) as v, ({fingerprint} backup_sets t) as b");
+    let before = world.rows(&both).await;
+    let mut config = world.config();
+    config.database.url = world.database_url.replace("inventoryd@", &format!("{role}@")).into();
+    let _replica = Replica::with(config).await;
+    let run = world.sync("run", &["mobileApp", "deviceConfiguration"]).await;
+    assert_eq!(run["status"], "success");
+    assert_eq!(world.rows(&both).await, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_no_type_claims_is_counted_and_left_out() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    world.sim.add_rule(rule("deviceManagement/deviceEnrollmentConfigurations", Action::Unclassified));
+    let run = world.sync("odd", &["enrollmentDeviceLimit"]).await;
+    assert!(run["items_unclassified_count"].as_i64().unwrap() >= 1, "{run}");
+    assert_eq!(run["status"], "success");
+}
+
+fn rule(path: &str, action: Action) -> Rule {
+    serde_json::from_value(json!({ "path": path, "action": action })).unwrap()
+}

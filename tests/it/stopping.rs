@@ -1,0 +1,68 @@
+//! Stopping in order: what is in hand is finished or handed back, and the process ends within its budget.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::sim::Rule;
+use crate::support::daemon::{Process, Replica};
+use crate::support::eventually;
+use crate::support::world::World;
+
+fn slow(delay_ms: u64) -> Rule {
+    serde_json::from_value(json!({ "path": "deviceAppManagement/mobileApps", "action": { "kind": "slow", "delay_ms": delay_ms } })).unwrap()
+}
+
+async fn running(world: &World, key: &str) {
+    eventually("the run begins", || async { world.runs(key).await.iter().any(|run| run["status"] == "running").then_some(()) }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopping_daemon_finishes_what_it_can() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(2_000));
+    let mut process = Process::start(&world, "a", &[]);
+    world.publish_once_declared(&world.request("run", &["mobileApp"])).await;
+    running(&world, "run").await;
+    let events = world.subscribe().await;
+    process.signal("TERM");
+    assert!(process.ended(Duration::from_secs(15)).await.success(), "{}", process.log());
+    let run = &world.runs("run").await[0];
+    assert_eq!(run["status"], "success");
+    assert_eq!(events.event_of(run).await["id"], run["id"], "the event left before the process did");
+    assert_eq!(world.depth("inventory.sync.requests").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_finish_in_time_is_handed_back_and_finished_by_another() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(6_000));
+    let mut process = Process::start(&world, "a", &[("CONSUMER__DRAIN_S", "1"), ("CONSUMER__PREFETCH", "2")]);
+    world.publish_once_declared(&world.request("run", &["mobileApp", "deviceShellScript"])).await;
+    running(&world, "run").await;
+    eventually("one of the two types ends", || async {
+        (world.count("select count(*) from inventory_sync_run_types").await == 1).then_some(())
+    }).await;
+    process.signal("TERM");
+    assert!(process.ended(Duration::from_secs(10)).await.success(), "{}", process.log());
+    let handed = &world.runs("run").await[0];
+    assert_eq!((&handed["status"], &handed["lease_owner"]), (&json!("running"), &json!(null)));
+    world.sim.remove_rules(None);
+    let _next = Replica::start(&world).await;
+    let run = world.ended("run").await;
+    assert_eq!((&run["status"], &run["attempt"], &run["interruptions"]), (&json!("success"), &json!(2), &json!(1)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_does_not_wait() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(30_000));
+    let mut process = Process::start(&world, "a", &[]);
+    world.publish_once_declared(&world.request("run", &["mobileApp"])).await;
+    running(&world, "run").await;
+    process.signal("TERM");
+    eventually("it drains", || async { process.log().contains("draining").then_some(()) }).await;
+    process.signal("TERM");
+    assert!(process.ended(Duration::from_secs(8)).await.success(), "{}", process.log());
+    assert_eq!(world.depth("inventory.sync.requests").await, 1, "the request is back in the queue");
+}

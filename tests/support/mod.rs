@@ -1,0 +1,30 @@
+//! The harness: real servers of its own, a world for every test, waits with deadlines.
+
+pub mod daemon;
+pub mod events;
+pub mod proxy;
+pub mod servers;
+pub mod world;
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+/// How long a test waits for what must come to pass.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Asks again and again until there is an answer, or fails with `what` after [`PATIENCE`].
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, ask: impl FnMut() -> F) -> T {
+    within(PATIENCE, what, ask).await
+}
+
+/// Like [`eventually`], with a patience of its own.
+pub async fn within<T, F: Future<Output = Option<T>>>(patience: Duration, what: &str, mut ask: impl FnMut() -> F) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(begun.elapsed() < patience, "not within {patience:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+}

@@ -1,0 +1,74 @@
+//! A TCP proxy that breaks the wire on command: between the daemon and the database, the broker or Graph.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// Passes bytes both ways until it is told to cut, freeze or refuse.
+pub struct Proxy {
+    /// Where it listens.
+    pub address: SocketAddr,
+    cut: watch::Sender<u64>,
+    frozen: watch::Sender<bool>,
+    refusing: Arc<AtomicBool>,
+}
+
+impl Proxy {
+    /// A proxy before `target` (host:port).
+    pub async fn before(target: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let address = listener.local_addr().expect("it is bound");
+        let (cut, frozen, refusing) = (watch::Sender::new(0), watch::Sender::new(false), Arc::new(AtomicBool::new(false)));
+        let proxy = Self { address, cut, frozen, refusing };
+        let (cuts, freezes, refusals) = (proxy.cut.subscribe(), proxy.frozen.subscribe(), Arc::clone(&proxy.refusing));
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                if refusals.load(Ordering::Relaxed) {
+                    continue;
+                }
+                tokio::spawn(pass(client, target, cuts.clone(), freezes.clone()));
+            }
+        });
+        proxy
+    }
+
+    /// Cuts every connection that is open now.
+    pub fn cut(&self) {
+        self.cut.send_modify(|count| *count += 1);
+    }
+
+    /// Takes no new connections, or takes them again.
+    pub fn refuse(&self, yes: bool) {
+        self.refusing.store(yes, Ordering::Relaxed);
+    }
+
+    /// Passes nothing on while frozen, without closing anything.
+    pub fn freeze(&self, yes: bool) {
+        self.frozen.send_replace(yes);
+    }
+}
+
+async fn pass(client: TcpStream, target: SocketAddr, mut cut: watch::Receiver<u64>, frozen: watch::Receiver<bool>) {
+    let Ok(server) = TcpStream::connect(target).await else { return };
+    cut.mark_unchanged();
+    let ((client_in, client_out), (server_in, server_out)) = (client.into_split(), server.into_split());
+    tokio::select! {
+        _ = cut.changed() => {}
+        () = copy(client_in, server_out, frozen.clone()) => {}
+        () = copy(server_in, client_out, frozen) => {}
+    }
+}
+
+async fn copy(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + Unpin, mut frozen: watch::Receiver<bool>) {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
+        if frozen.wait_for(|frozen| !frozen).await.is_err() || to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! One test's world: a simulator, a database and a prefix on the broker, with nobody else in them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use inventoryd::config::Config;
+use inventoryd::store::Store;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use serde_json::{Value, json};
+use sqlx::postgres::{PgPool, PgPoolOptions};
+use sqlx::{AssertSqlSafe, Connection as _, Row};
+use uuid::Uuid;
+
+use super::eventually;
+use super::events::Subscriber;
+use super::servers;
+use crate::sim::{Sim, SimConfig};
+
+/// The credentials that the simulator knows.
+const CLIENT_ID: &str = "11111111-2222-4333-8444-555555555555";
+const CLIENT_SECRET: &str = "simulated-secret";
+
+/// Everything around the daemon, real but for Microsoft.
+pub struct World {
+    /// Microsoft Graph and its token service.
+    pub sim: Sim,
+    /// The database, for looking at.
+    pub db: PgPool,
+    /// The registered tenant that most tests ask for.
+    pub tenant: Uuid,
+    /// What stands before every exchange and queue name.
+    pub prefix: String,
+    /// Address of the database.
+    pub database_url: String,
+    /// Address of the broker.
+    pub amqp_url: String,
+    ca_file: PathBuf,
+    channel: Channel,
+    _connection: Connection,
+}
+
+impl World {
+    /// A world on the shared servers.
+    pub async fn new() -> Self {
+        Self::with_sim(SimConfig::default()).await
+    }
+
+    /// A world whose simulator starts with `config`.
+    pub async fn with_sim(config: SimConfig) -> Self {
+        let (postgres, rabbitmq) = tokio::task::spawn_blocking(|| {
+            (servers::postgres().url.clone(), servers::rabbitmq().url.clone())
+        })
+        .await
+        .expect("the servers start");
+        Self::on(config, &postgres, &rabbitmq).await
+    }
+
+    /// A world on servers that the test has started for itself.
+    pub async fn on(config: SimConfig, postgres: &str, rabbitmq: &str) -> Self {
+        let sim = Sim::start(config).await.expect("the simulator starts");
+        let name = format!("t{}", Uuid::new_v4().simple());
+        let database_url = create_database(postgres, &name).await;
+        let db = PgPoolOptions::new().max_connections(4).connect_lazy(&database_url).expect("the address is right");
+        let connection = Connection::connect(rabbitmq, ConnectionProperties::default()).await.expect("the broker answers");
+        let channel = connection.create_channel().await.expect("a channel opens");
+        channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms are turned on");
+        let ca_file = std::env::temp_dir().join(format!("{name}.pem"));
+        std::fs::write(&ca_file, sim.ca_pem()).expect("the certificate can be written");
+        let world = Self {
+            sim, db, ca_file, channel, database_url,
+            tenant: Uuid::new_v4(), prefix: format!("{name}."), amqp_url: rabbitmq.to_owned(), _connection: connection,
+        };
+        let config = world.config();
+        Store::connect(&config.database, "test").expect("the address is right").migrate().await.expect("the schema is made");
+        world.register(world.tenant, None).await;
+        world
+    }
+
+    /// The variables that lead a daemon into this world.
+    pub fn variables(&self) -> BTreeMap<String, String> {
+        let sim = self.sim.base_url();
+        let pairs = [
+            ("BROKER__URL", self.amqp_url.as_str()), ("BROKER__HEARTBEAT_S", "5"), ("TOPOLOGY__PREFIX", &self.prefix),
+            ("RUN__LEASE_S", "15"), ("DATABASE__URL", &self.database_url), ("OUTBOX__POLL_MS", "200"),
+            ("DATABASE__MAX_CONNECTIONS", "6"), ("DATABASE__CONTROL_CONNECTIONS", "2"),
+            ("GRAPH__CLOUD", "custom"), ("GRAPH__BASE_URL", &sim), ("GRAPH__AUTHORITY", &sim),
+            ("GRAPH__CA_FILE", self.ca_file.to_str().expect("a path in UTF-8")),
+            ("GRAPH__BACKOFF_FIRST_S", "0.05"), ("GRAPH__BACKOFF_MAX_S", "0.5"), ("GRAPH__MAX_TRIES", "4"),
+            ("GRAPH__CREDENTIALS__DEFAULT__CLIENT_ID", CLIENT_ID),
+            ("GRAPH__CREDENTIALS__DEFAULT__CLIENT_SECRET", CLIENT_SECRET), ("HTTP__LISTEN", ""),
+        ];
+        pairs.into_iter().map(|(key, value)| (format!("INVENTORYD__{key}"), value.to_owned())).collect()
+    }
+
+    /// The configuration of a daemon in this world.
+    pub fn config(&self) -> Config {
+        Config::load_with(None, self.variables()).expect("the harness's configuration holds")
+    }
+
+    /// Registers a tenant.
+    pub async fn register(&self, tenant: Uuid, max_concurrent_runs: Option<i32>) {
+        sqlx::query("insert into tenants (tenant_id, display_name, max_concurrent_runs) values ($1, 'Contoso', $2)")
+            .bind(tenant)
+            .bind(max_concurrent_runs)
+            .execute(&self.db)
+            .await
+            .expect("the tenant is registered");
+    }
+
+    /// A request for some types of the world's tenant, without foundations.
+    pub fn request(&self, key: &str, types: &[&str]) -> Value {
+        Self::request_of(self.tenant, key, types)
+    }
+
+    /// A request for some types of a tenant, without foundations.
+    pub fn request_of(tenant: Uuid, key: &str, types: &[&str]) -> Value {
+        json!({ "schema_version": 1, "tenant_id": tenant, "idempotency_key": key,
+                "selection": { "policy_types": types, "include_foundations": false } })
+    }
+
+    /// Publishes a request as a scheduler would.
+    pub async fn publish(&self, request: &Value) {
+        let properties = BasicProperties::default().with_content_type("application/json".into());
+        self.publish_bytes(request.to_string().as_bytes(), properties).await;
+    }
+
+    /// Publishes a request wrapped in a CloudEvents envelope.
+    pub async fn publish_envelope(&self, envelope: &Value) {
+        let properties = BasicProperties::default().with_content_type("application/cloudevents+json".into());
+        self.publish_bytes(envelope.to_string().as_bytes(), properties).await;
+    }
+
+    /// Publishes a request as soon as a daemon has made the queue.
+    pub async fn publish_once_declared(&self, request: &Value) {
+        eventually("the daemon declares its queues", || self.try_depth("inventory.sync.requests")).await;
+        self.publish(request).await;
+    }
+
+    /// Publishes any bytes and waits for the broker's confirmation.
+    pub async fn publish_bytes(&self, body: &[u8], properties: BasicProperties) {
+        let confirmed = self
+            .channel
+            .basic_publish(
+                format!("{}inventory.sync", self.prefix).into(),
+                "sync.requested".into(),
+                BasicPublishOptions { mandatory: true, ..Default::default() },
+                body,
+                properties.with_delivery_mode(2),
+            )
+            .await
+            .expect("the message is sent")
+            .await
+            .expect("the broker answers");
+        assert!(confirmed.is_ack() && confirmed.take_message().is_none(), "the message was routed");
+    }
+
+    /// Messages that wait in a queue.
+    pub async fn depth(&self, queue: &str) -> u32 {
+        self.try_depth(queue).await.expect("the queue is there")
+    }
+
+    async fn try_depth(&self, queue: &str) -> Option<u32> {
+        let channel = self._connection.create_channel().await.expect("a channel opens");
+        let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
+        let name = format!("{}{queue}", self.prefix);
+        Some(channel.queue_declare(name.into(), options, FieldTable::default()).await.ok()?.message_count())
+    }
+
+    /// Takes one message out of a queue.
+    pub async fn take(&self, queue: &str) -> Option<lapin::message::BasicGetMessage> {
+        let name = format!("{}{queue}", self.prefix);
+        let options = lapin::options::BasicGetOptions { no_ack: true };
+        self.channel.basic_get(name.into(), options).await.expect("the queue is there")
+    }
+
+    /// A subscriber to every event of this world.
+    pub async fn subscribe(&self) -> Subscriber {
+        Subscriber::new(&self.amqp_url, &self.prefix).await
+    }
+
+    /// The run of a key once it has ended, as JSON.
+    pub async fn ended(&self, key: &str) -> Value {
+        eventually(&format!("the run of {key} ends"), || async {
+            self.runs(key).await.into_iter().find(|run| run["status"] != "running")
+        })
+        .await
+    }
+
+    /// Publishes a request for some types and waits for the end of its run.
+    pub async fn sync(&self, key: &str, types: &[&str]) -> Value {
+        self.publish(&self.request(key, types)).await;
+        self.ended(key).await
+    }
+
+    /// Every run of a key, whatever the tenant.
+    pub async fn runs(&self, key: &str) -> Vec<Value> {
+        self.rows(&format!("select * from inventory_sync_runs where idempotency_key = '{key}'")).await
+    }
+
+    /// The rows of a query, as JSON.
+    pub async fn rows(&self, query: &str) -> Vec<Value> {
+        let query = format!("select to_jsonb(q) from ({query}) q");
+        let rows = sqlx::query(AssertSqlSafe(query)).fetch_all(&self.db).await.expect("the query is right");
+        rows.into_iter().map(|row| row.get(0)).collect()
+    }
+
+    /// The only value of a query that counts.
+    pub async fn count(&self, query: &str) -> i64 {
+        sqlx::query(AssertSqlSafe(query.to_owned())).fetch_one(&self.db).await.expect("the query is right").get(0)
+    }
+
+    /// Does something to the database.
+    pub async fn execute(&self, statement: &str) {
+        sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&self.db).await.expect("the statement is right");
+    }
+
+    /// What `inventory_missing` says of a run's selection.
+    pub async fn missing(&self, run: &Value) -> Vec<Value> {
+        let (tenant, hash) = (&run["tenant_id"], &run["selection_hash"]);
+        let query = format!("select * from inventory_missing({tenant}, {hash}) order by external_id");
+        self.rows(&query.replace('"', "'")).await
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.ca_file);
+    }
+}
+
+async fn create_database(server: &str, name: &str) -> String {
+    let mut admin = sqlx::PgConnection::connect(server).await.expect("the database server answers");
+    sqlx::raw_sql(AssertSqlSafe(format!("create database {name}"))).execute(&mut admin).await.expect("a database is made");
+    let (base, _) = server.rsplit_once('/').expect("an address names a database");
+    format!("{base}/{name}")
+}
