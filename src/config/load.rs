@@ -7,7 +7,7 @@ use config::{Environment, File, FileFormat};
 use secrecy::SecretString;
 
 use super::settings::{self, Setting};
-use super::{Config, ConfigError, DEFAULTS, ENVIRONMENT_PREFIX, GraphConfig, check};
+use super::{Config, ConfigError, CredentialConfig, DEFAULTS, ENVIRONMENT_PREFIX, GraphConfig, check};
 use crate::domain::policy_type::Catalog;
 
 impl Config {
@@ -71,6 +71,18 @@ impl GraphConfig {
         let refuse = |problem: String| ConfigError(format!("graph.policy_types_file: {}: {problem}", path.display()));
         let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
         Catalog::parse(&text).map_err(refuse)
+    }
+}
+
+impl CredentialConfig {
+    /// The client secret as it is now: a file is read again each time, because secrets are replaced while we run.
+    ///
+    /// # Errors
+    /// If the file can't be read.
+    pub fn read_client_secret(&self) -> Result<SecretString, ConfigError> {
+        let mut secret = self.client_secret.clone();
+        read_secret("client_secret_file", self.client_secret_file.as_deref(), &mut secret)?;
+        Ok(secret)
     }
 }
 
