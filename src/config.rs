@@ -4,14 +4,17 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use config::{Environment, File, FileFormat};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 mod check;
+mod load;
+mod settings;
+
+pub use settings::{Origin, Setting};
 
 /// The defaults, with their documentation.
 pub const DEFAULTS: &str = include_str!("../config/default.toml");
@@ -289,61 +292,6 @@ pub enum LogFormat {
     Json,
     /// For people.
     Pretty,
-}
-
-impl Config {
-    /// Reads the configuration that this process is to run with.
-    ///
-    /// # Errors
-    /// One line for each problem: an unknown key, a value of the wrong kind, a risky combination, an unreadable file.
-    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
-        Self::layered(file, Environment::with_prefix(ENVIRONMENT_PREFIX).prefix_separator("__").separator("__"))
-    }
-
-    /// Like [`Config::load`], with variables given by the caller in place of the process's own environment.
-    ///
-    /// # Errors
-    /// As [`Config::load`].
-    pub fn load_with(file: Option<&Path>, variables: BTreeMap<String, String>) -> Result<Self, ConfigError> {
-        let variables = variables.into_iter().collect();
-        let environment = Environment::with_prefix(ENVIRONMENT_PREFIX).prefix_separator("__").separator("__");
-        Self::layered(file, environment.source(Some(variables)))
-    }
-
-    fn layered(file: Option<&Path>, environment: Environment) -> Result<Self, ConfigError> {
-        let mut builder = config::Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml));
-        if let Some(path) = file {
-            builder = builder.add_source(File::from(path).format(FileFormat::Toml));
-        }
-        let layers = builder.add_source(environment).build().map_err(|error| refuse(&error))?;
-        let mut config: Self = layers.try_deserialize().map_err(|error| refuse(&error))?;
-        config.read_secret_files()?;
-        check::check(&config)?;
-        Ok(config)
-    }
-
-    fn read_secret_files(&mut self) -> Result<(), ConfigError> {
-        read_secret("broker.url_file", self.broker.url_file.as_deref(), &mut self.broker.url)?;
-        read_secret("database.url_file", self.database.url_file.as_deref(), &mut self.database.url)?;
-        read_secret("http.token_file", self.http.token_file.as_deref(), &mut self.http.token)?;
-        for (name, credential) in &mut self.graph.credentials {
-            let key = format!("graph.credentials.{name}.client_secret_file");
-            read_secret(&key, credential.client_secret_file.as_deref(), &mut credential.client_secret)?;
-        }
-        Ok(())
-    }
-}
-
-fn refuse(error: &config::ConfigError) -> ConfigError {
-    ConfigError(format!("configuration: {error}; config/default.toml lists every key"))
-}
-
-fn read_secret(key: &str, file: Option<&Path>, secret: &mut SecretString) -> Result<(), ConfigError> {
-    let Some(path) = file else { return Ok(()) };
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| ConfigError(format!("{key}: can't read {}: {error}", path.display())))?;
-    *secret = text.trim_end_matches(['\r', '\n']).into();
-    Ok(())
 }
 
 fn path_or_none<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {

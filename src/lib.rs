@@ -49,4 +49,7 @@ pub mod store;
 
 pub mod run;
 
+pub mod http;
 pub mod janitor;
+
+pub mod cli;

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `inventoryd` binary: everything is in the library.
+
+fn main() -> std::process::ExitCode {
+    inventoryd::cli::main()
+}

@@ -18,19 +18,23 @@ pub const EVENT_TYPE: &str = "io.inventoryd.run.completed.v1";
 #[schemars(title = "inventoryd run-completed event, version 1")]
 pub struct CloudEvent {
     /// `1.0`.
+    #[schemars(extend("const" = "1.0"))]
     pub specversion: String,
     /// The run's id: an event that arrives twice has the same one.
     pub id: String,
     /// `/inventoryd/<deployment>`.
     pub source: String,
-    /// [`EVENT_TYPE`].
+    /// `io.inventoryd.run.completed.v1`; its last part is the version of `data`.
     #[serde(rename = "type")]
+    #[schemars(extend("const" = EVENT_TYPE))]
     pub kind: String,
     /// The tenant's id.
     pub subject: String,
     /// When the run ended, RFC 3339.
+    #[schemars(extend("format" = "date-time"))]
     pub time: String,
     /// `application/json`.
+    #[schemars(extend("const" = "application/json"))]
     pub datacontenttype: String,
     /// W3C trace context of the request, if it had one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -47,6 +51,7 @@ pub struct RunCompleted {
     /// The tenant.
     pub tenant_id: Uuid,
     /// The hash of the selection.
+    #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
     pub selection_hash: String,
     /// The selection in its canonical form.
     pub selection: Selection,
@@ -71,8 +76,10 @@ pub struct RunCompleted {
     /// One for every selected type; empty for a skipped run.
     pub types: Vec<TypeOutcome>,
     /// When the run began, RFC 3339.
+    #[schemars(extend("format" = "date-time"))]
     pub started_at: String,
     /// When it ended, RFC 3339.
+    #[schemars(extend("format" = "date-time"))]
     pub finished_at: String,
     /// How many workers held the run, the last one included.
     pub attempt: i32,

@@ -15,6 +15,7 @@ pub const EVERY_TYPE: &str = "*";
 /// The fields stand in the order of their names and the sets are sorted, so that plain serialisation *is* RFC 8785
 /// canonical JSON of the keys that change the scope: there is no second form to keep in step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(description = "What to look at in a tenant.")]
 pub struct Selection {
     /// Names of categories: every type of each.
     #[serde(default)]

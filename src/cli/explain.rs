@@ -1,0 +1,121 @@
+//! `inventoryd explain`: what a code means and what to do about it.
+
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use super::{CliError, Context, Outcome};
+use crate::domain::failure::{DeadReason, ErrorCode};
+
+/// Explain an error code of a run or the reason of a dead letter; without CODE, all of them
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The code, such as graph_forbidden
+    code: Option<String>,
+    /// Print the tables that stand in README.md
+    #[arg(long, conflicts_with = "code")]
+    markdown: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Kind {
+    ErrorCode,
+    DeadReason,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Meaning {
+    code: &'static str,
+    kind: Kind,
+    cause: &'static str,
+    remedy: &'static str,
+}
+
+impl From<ErrorCode> for Meaning {
+    fn from(code: ErrorCode) -> Self {
+        Self { code: code.as_str(), kind: Kind::ErrorCode, cause: code.cause(), remedy: code.remedy() }
+    }
+}
+
+impl From<DeadReason> for Meaning {
+    fn from(reason: DeadReason) -> Self {
+        Self { code: reason.as_str(), kind: Kind::DeadReason, cause: reason.cause(), remedy: reason.remedy() }
+    }
+}
+
+pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    match &args.code {
+        Some(code) => one(code, context),
+        None if args.markdown => context.out.bytes(markdown().as_bytes()),
+        None => every(context),
+    }?;
+    Ok(Outcome::Done)
+}
+
+fn one(code: &str, context: &mut Context<'_>) -> Result<(), CliError> {
+    let meaning = ErrorCode::from_str(code)
+        .map(Meaning::from)
+        .or_else(|_| DeadReason::from_str(code).map(Meaning::from))
+        .map_err(|_| CliError::Usage(format!("no code {code:?}; `inventoryd explain` lists them all")))?;
+    if context.out.is_json() {
+        return context.out.json(&meaning);
+    }
+    let what = match meaning.kind {
+        Kind::ErrorCode => "error code of a run",
+        Kind::DeadReason => "reason of a dead letter",
+    };
+    context.out.line(format_args!("{} ({what})", meaning.code))?;
+    context.out.line(format_args!("  Cause:  {}", meaning.cause))?;
+    context.out.line(format_args!("  Remedy: {}", meaning.remedy))
+}
+
+fn every(context: &mut Context<'_>) -> Result<(), CliError> {
+    context.out.rows(["code", "of a", "cause", "remedy"], &meanings(), |meaning| {
+        let of = if meaning.kind == Kind::ErrorCode { "run" } else { "dead letter" };
+        [meaning.code, of, meaning.cause, meaning.remedy].map(str::to_owned)
+    })
+}
+
+fn meanings() -> Vec<Meaning> {
+    let codes = ErrorCode::ALL.iter().map(|code| Meaning::from(*code));
+    codes.chain(DeadReason::ALL.iter().map(|reason| Meaning::from(*reason))).collect()
+}
+
+/// The two tables of README.md.
+fn markdown() -> String {
+    let mut text = String::new();
+    for (heading, kind) in [("Error code", Kind::ErrorCode), ("Reason", Kind::DeadReason)] {
+        let space = if text.is_empty() { "" } else { "\n" };
+        text += &format!("{space}| {heading} | Cause | Remedy |\n|---|---|---|\n");
+        for meaning in meanings().iter().filter(|meaning| meaning.kind == kind) {
+            text += &format!("| `{}` | {} | {} |\n", meaning.code, meaning.cause, meaning.remedy);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::call;
+    use super::*;
+
+    #[test]
+    fn every_code_is_explained() {
+        for meaning in meanings() {
+            let (code, text) = call(&["explain", meaning.code]);
+            assert_eq!(code, 0);
+            assert!(text.contains(meaning.cause) && text.contains(meaning.remedy), "{text}");
+        }
+        let (_, all) = call(&["explain", "--json"]);
+        let all: Vec<serde_json::Value> = serde_json::from_str(&all).unwrap();
+        assert_eq!(all.len(), ErrorCode::ALL.len() + DeadReason::ALL.len());
+    }
+
+    #[test]
+    fn the_markdown_has_a_row_for_every_code() {
+        let (_, text) = call(&["explain", "--markdown"]);
+        assert!(meanings().iter().all(|meaning| text.contains(&format!("| `{}` | ", meaning.code))));
+        assert!(meanings().iter().all(|meaning| !meaning.cause.contains('|') && !meaning.remedy.contains('|')));
+    }
+}

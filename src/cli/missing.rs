@@ -1,0 +1,89 @@
+//! `inventoryd missing`: what the latest completed run of a selection did not observe any more.
+
+use serde_json::json;
+use uuid::Uuid;
+
+use super::output::{or_dash, second, yes};
+use super::selection::SelectionArgs;
+use super::{CliError, Context, Outcome, tenant};
+use crate::store::{MissingItem, Run};
+
+/// List the items of a tenant that are missing, relative to the latest completed run of a selection
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The tenant
+    #[arg(long, value_name = "GUID")]
+    tenant: Uuid,
+    /// The selection by its hash [default: the only one of the tenant]
+    #[arg(long, value_name = "HASH", conflicts_with_all = ["types", "category", "all", "no_foundations", "foundations_only"])]
+    selection_hash: Option<String>,
+    #[command(flatten)]
+    selection: SelectionArgs,
+}
+
+pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let wanted = match &args.selection_hash {
+        Some(hash) => Some(hash.to_ascii_lowercase()),
+        None if args.selection.is_absent() => None,
+        None => Some(args.selection.to_selection()?.hash()),
+    };
+    let store = context.store().await?;
+    if store.tenant_credential(args.tenant).await?.is_none() {
+        return Err(tenant::unknown(args.tenant));
+    }
+    let latest = choose(store.latest_runs(args.tenant).await?, wanted.as_deref()).map_err(CliError::Failed)?;
+    let items = store.missing(args.tenant, &latest.selection_hash).await?;
+    print(&latest, &items, context)?;
+    Ok(Outcome::Done)
+}
+
+/// The run that "missing" refers to. No run and nothing missing must not look alike.
+fn choose(mut latest: Vec<Run>, wanted: Option<&str>) -> Result<Run, String> {
+    if let Some(hash) = wanted {
+        latest.retain(|run| run.selection_hash == hash);
+        return latest
+            .pop()
+            .ok_or_else(|| format!("no run of selection {hash} has completed yet: nothing can be missing"));
+    }
+    match latest.len() {
+        0 => Err("no run of this tenant has completed yet: nothing can be missing".to_owned()),
+        1 => Ok(latest.remove(0)),
+        _ => {
+            let each =
+                |run: &Run| format!("--selection-hash {}  {}", run.selection_hash, run.selection.canonical_json());
+            let each: Vec<String> = latest.iter().map(each).collect();
+            Err(format!("the tenant has {} selections; choose one:\n{}", each.len(), each.join("\n")))
+        }
+    }
+}
+
+fn print(latest: &Run, items: &[MissingItem], context: &mut Context<'_>) -> Result<(), CliError> {
+    let high = items.iter().filter(|item| item.confidence == "high").count();
+    if context.out.is_json() {
+        return context.out.json(&json!({
+            "tenant_id": latest.tenant_id, "selection_hash": latest.selection_hash, "run_id": latest.run_id,
+            "run_status": latest.status, "run_finished_at": latest.finished_at, "high": high, "low": items.len() - high,
+            "items": items }));
+    }
+    if !items.is_empty() {
+        let header = ["type", "name", "id", "last seen", "confidence", "type complete"];
+        context.out.rows(header, items, |item| {
+            [
+                item.policy_type.clone(),
+                or_dash(item.display_name.as_ref()),
+                item.external_id.clone(),
+                second(&item.last_seen_at),
+                item.confidence.clone(),
+                yes(item.type_complete),
+            ]
+        })?;
+    }
+    context.out.line(format_args!(
+        "{} missing ({high} for sure, {} perhaps), relative to run {} of {}, {}",
+        items.len(),
+        items.len() - high,
+        latest.run_id,
+        second(&latest.started_at),
+        latest.status.as_str()
+    ))
+}

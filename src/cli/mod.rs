@@ -1,0 +1,243 @@
+//! The command line: one file per subcommand, each with its arguments and its `run`.
+//!
+//! What was asked for goes to standard output, as tables for people and with `--json` for programs; everything else
+//! goes to standard error. Exit codes: 0 done, 1 failed, 2 used wrongly.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{Config, ConfigError};
+use crate::store::{Store, StoreError};
+
+mod check;
+mod completions;
+mod explain;
+mod hash;
+mod man;
+mod migrate;
+mod missing;
+mod output;
+mod progress;
+mod runs;
+mod schema;
+mod selection;
+mod tenant;
+mod types;
+
+use output::Out;
+
+/// Keeps a last-observed inventory of Microsoft Intune tenants.
+#[derive(Debug, Parser)]
+#[command(name = "inventoryd", version, max_term_width = 100, propagate_version = true)]
+pub struct Cli {
+    /// Configuration file; the environment (INVENTORYD__SECTION__KEY) stands above it
+    #[arg(long, global = true, value_name = "FILE", env = "INVENTORYD_CONFIG", hide_env_values = true)]
+    config: Option<PathBuf>,
+    /// Print JSON for programs instead of tables for people
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Migrate(migrate::Args),
+    Check(check::Args),
+    Tenant(tenant::Args),
+    Runs(runs::Args),
+    Missing(missing::Args),
+    Types(types::Args),
+    Hash(hash::Args),
+    Explain(explain::Args),
+    Schema(schema::Args),
+    Completions(completions::Args),
+    Man(man::Args),
+}
+
+/// How a command came out that ran to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// It did what was asked.
+    Done,
+    /// It did, and what it found is bad; it has said so itself.
+    Bad,
+}
+
+/// Why a command did not run to its end.
+#[derive(Debug, thiserror::Error)]
+enum CliError {
+    /// One line or more, each saying what is wrong and what to do.
+    #[error("{0}")]
+    Failed(String),
+    /// The arguments don't fit together.
+    #[error("{0}")]
+    Usage(String),
+    /// Nobody reads standard output any more: no reason to complain.
+    #[error("standard output was closed")]
+    NobodyReads,
+}
+
+impl From<std::io::Error> for CliError {
+    fn from(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::BrokenPipe => Self::NobodyReads,
+            _ => Self::Failed(format!("can't write to standard output: {error}")),
+        }
+    }
+}
+
+impl From<ConfigError> for CliError {
+    fn from(error: ConfigError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+impl From<StoreError> for CliError {
+    fn from(error: StoreError) -> Self {
+        let hint = match &error {
+            StoreError::Database(_) if !error.is_defect() => {
+                "; see that PostgreSQL runs and that database.url is right (`inventoryd check` shows it)"
+            }
+            _ => "",
+        };
+        Self::Failed(format!("{error}{hint}"))
+    }
+}
+
+/// What every command is given.
+struct Context<'a> {
+    config_file: Option<PathBuf>,
+    out: Out<'a>,
+}
+
+impl Context<'_> {
+    fn config(&self) -> Result<Config, CliError> {
+        Ok(Config::load(self.config_file.as_deref())?)
+    }
+
+    /// The database, once its schema is known to be the one of this version.
+    async fn store(&self) -> Result<Store, CliError> {
+        let config = self.config()?;
+        let store = Store::connect(&config.database, &config.telemetry.deployment)?;
+        store.check_schema().await?;
+        Ok(store)
+    }
+}
+
+/// Runs a command that waits for others.
+fn wait_for(command: impl Future<Output = Result<Outcome, CliError>>) -> Result<Outcome, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| CliError::Failed(format!("can't start: {error}")))?;
+    runtime.block_on(command)
+}
+
+/// Says something to the person at the terminal, beside what was asked for.
+fn note(text: impl std::fmt::Display) {
+    // Where standard error is gone, there is nobody left to tell.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Reads the arguments of this process, does what they say, and gives the exit code.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let mut stdout = std::io::stdout().lock();
+    let ended = run(cli, &mut stdout);
+    report(&ended);
+    ExitCode::from(exit_code(&ended))
+}
+
+fn run(cli: Cli, stdout: &mut dyn Write) -> Result<Outcome, CliError> {
+    let mut context = Context { config_file: cli.config, out: Out::new(stdout, cli.json) };
+    let outcome = dispatch(cli.command, &mut context)?;
+    context.out.flush()?;
+    Ok(outcome)
+}
+
+fn dispatch(command: Command, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    match command {
+        Command::Migrate(args) => wait_for(migrate::run(&args, context)),
+        Command::Check(args) => check::run(&args, context),
+        Command::Tenant(args) => wait_for(tenant::run(args, context)),
+        Command::Runs(args) => wait_for(runs::run(args, context)),
+        Command::Missing(args) => wait_for(missing::run(&args, context)),
+        Command::Types(args) => types::run(&args, context),
+        Command::Hash(args) => hash::run(&args, context),
+        Command::Explain(args) => explain::run(&args, context),
+        Command::Schema(args) => schema::run(&args, context),
+        Command::Completions(args) => completions::run(&args, context),
+        Command::Man(args) => man::run(&args, context),
+    }
+}
+
+fn report(ended: &Result<Outcome, CliError>) {
+    let Err(error @ (CliError::Failed(text) | CliError::Usage(text))) = ended else { return };
+    let mut lines: String = text.lines().map(|line| format!("error: {line}\n")).collect();
+    if matches!(error, CliError::Usage(_)) {
+        lines.push_str("For more information, try '--help'.\n");
+    }
+    // Where standard error is gone, there is nobody left to tell.
+    let _ = std::io::stderr().write_all(lines.as_bytes());
+}
+
+fn exit_code(ended: &Result<Outcome, CliError>) -> u8 {
+    match ended {
+        Ok(Outcome::Done) | Err(CliError::NobodyReads) => 0,
+        Ok(Outcome::Bad) | Err(CliError::Failed(_)) => 1,
+        Err(CliError::Usage(_)) => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    /// The exit code and the standard output of a command line.
+    pub(super) fn call(arguments: &[&str]) -> (u8, String) {
+        let cli = Cli::try_parse_from(std::iter::once(&"inventoryd").chain(arguments)).unwrap();
+        let mut stdout = Vec::new();
+        let code = exit_code(&run(cli, &mut stdout));
+        (code, String::from_utf8(stdout).unwrap())
+    }
+
+    struct Closed;
+
+    impl Write for Closed {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            Err(std::io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_arguments_fit_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn exit_codes_say_done_failed_or_used_wrongly() {
+        assert_eq!(call(&["explain", "worker_lost"]).0, 0);
+        assert_eq!(call(&["explain", "no_such_code"]).0, 2);
+        assert_eq!(call(&["--config", "/no/such/file", "check"]).0, 1);
+        assert_eq!(Cli::try_parse_from(["inventoryd", "launch"]).unwrap_err().exit_code(), 2);
+        assert_eq!(Cli::try_parse_from(["inventoryd", "--help"]).unwrap_err().exit_code(), 0);
+    }
+
+    #[test]
+    fn a_closed_pipe_is_no_failure() {
+        let cli = Cli::try_parse_from(["inventoryd", "types"]).unwrap();
+        let ended = run(cli, &mut Closed);
+        assert!(matches!(ended, Err(CliError::NobodyReads)));
+        assert_eq!(exit_code(&ended), 0);
+    }
+}

@@ -1,0 +1,123 @@
+//! Standard output: tables for people, JSON for programs.
+
+use std::fmt::Display;
+use std::io::Write;
+
+use comfy_table::{Cell, ContentArrangement, ContentLineStyle, LineStyle, Table, TableStyle};
+use serde::Serialize;
+
+use super::CliError;
+
+const STYLE: TableStyle = TableStyle::new()
+    .top_border(LineStyle::new('╭', '─', '┬', '╮'))
+    .header_lines(ContentLineStyle::new('│', '│', '│'))
+    .header_separator(LineStyle::new('├', '─', '┼', '┤'))
+    .content_lines(ContentLineStyle::new('│', '│', '│'))
+    .bottom_border(LineStyle::new('╰', '─', '┴', '╯'));
+
+/// Where a command writes what was asked for.
+pub(super) struct Out<'a> {
+    sink: &'a mut dyn Write,
+    json: bool,
+}
+
+impl<'a> Out<'a> {
+    pub(super) fn new(sink: &'a mut dyn Write, json: bool) -> Self {
+        Self { sink, json }
+    }
+
+    /// Whether a program reads it.
+    pub(super) fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// One line.
+    pub(super) fn line(&mut self, text: impl Display) -> Result<(), CliError> {
+        Ok(writeln!(self.sink, "{text}")?)
+    }
+
+    /// Bytes as they are.
+    pub(super) fn bytes(&mut self, bytes: &[u8]) -> Result<(), CliError> {
+        Ok(self.sink.write_all(bytes)?)
+    }
+
+    /// One document, laid out over several lines.
+    pub(super) fn json(&mut self, value: &impl Serialize) -> Result<(), CliError> {
+        let text = serde_json::to_string_pretty(value).map_err(|error| CliError::Failed(error.to_string()))?;
+        self.line(text)
+    }
+
+    /// The rows as a table, or as a JSON array of what they stand for.
+    pub(super) fn rows<T: Serialize, const N: usize>(
+        &mut self,
+        header: [&str; N],
+        rows: &[T],
+        cells: impl Fn(&T) -> [String; N],
+    ) -> Result<(), CliError> {
+        if self.json {
+            return self.json(&rows);
+        }
+        self.line(table(header, rows.iter().map(cells)))
+    }
+
+    pub(super) fn flush(&mut self) -> Result<(), CliError> {
+        Ok(self.sink.flush()?)
+    }
+}
+
+/// A table that fits the terminal; where there is none, each row is one line.
+pub(super) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(STYLE)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(header)
+        .add_rows(rows.into_iter().map(|row| row.map(|text| Cell::new(printable(&text)))));
+    table
+}
+
+/// Names come from tenants: what would steer the terminal is made visible instead.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
+}
+
+/// A value that may be absent.
+pub(super) fn or_dash(value: Option<&impl Display>) -> String {
+    value.map_or_else(|| "-".to_owned(), ToString::to_string)
+}
+
+/// `yes` or nothing, which is easier to see in a column than `true` and `false`.
+pub(super) fn yes(value: bool) -> String {
+    if value { "yes".to_owned() } else { String::new() }
+}
+
+/// A moment for people: RFC 3339 cut down to the second. All moments are UTC.
+pub(super) fn second(rfc3339: &str) -> String {
+    rfc3339.get(..19).unwrap_or(rfc3339).replace('T', " ")
+}
+
+/// A duration for people.
+pub(super) fn seconds(count: f64) -> String {
+    match count {
+        ..10.0 => format!("{count:.1} s"),
+        ..120.0 => format!("{count:.0} s"),
+        _ => format!("{:.0} min", count / 60.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_from_a_tenant_does_not_steer_the_terminal() {
+        let table = table(["name"], [["a\u{1b}[2Jb".to_owned()]]).to_string();
+        assert!(!table.contains('\u{1b}') && table.contains("a\u{fffd}[2Jb"), "{table}");
+    }
+
+    #[test]
+    fn moments_and_durations_are_short() {
+        assert_eq!(second("2026-11-24T06:30:12.123456Z"), "2026-11-24 06:30:12");
+        assert_eq!(["1.3 s", "15 s", "5 min"], [1.26, 15.2, 300.0].map(seconds));
+    }
+}

@@ -1,0 +1,167 @@
+//! Following a run: live bars on a terminal, one line for each type that ends elsewhere.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use indicatif::{HumanCount, MultiProgress, ProgressBar, ProgressStyle};
+use uuid::Uuid;
+
+use super::{CliError, note};
+use crate::domain::policy_type::Catalog;
+use crate::domain::run::{RunStatus, TypeOutcome};
+use crate::domain::selection::Selection;
+use crate::store::{RunDetails, Store};
+
+/// How often the database is asked. What a run has observed so far is counted there, which is not free.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Where a run is followed.
+pub(super) struct Follow<'a> {
+    pub(super) store: &'a Store,
+    pub(super) catalog: &'a Catalog,
+}
+
+/// Shows a run's progress on standard error until it has ended, and gives its end; nothing if there is no such run.
+pub(super) async fn follow(at: &Follow<'_>, run_id: Uuid) -> Result<Option<RunDetails>, CliError> {
+    let Some(mut details) = at.store.show_run(run_id).await? else { return Ok(None) };
+    let mut bars = Bars::new(&details.run.selection, at.catalog);
+    while details.run.status == RunStatus::Running {
+        bars.show(&details);
+        tokio::time::sleep(LOOK_EVERY).await;
+        let Some(newer) = at.store.show_run(run_id).await? else { return Ok(None) };
+        details = newer;
+    }
+    bars.finish(&details);
+    Ok(Some(details))
+}
+
+/// A spinner to look at while something is waited for.
+pub(super) fn spinner(text: String) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(text).with_style(style("{spinner} {msg}"));
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("the templates of this file are well formed")
+}
+
+/// One bar for the run, and one below it for each type that is being read: a run of every type would not fit.
+struct Bars {
+    all: MultiProgress,
+    total: ProgressBar,
+    reading: BTreeMap<String, ProgressBar>,
+    ended: BTreeSet<String>,
+    quiet: bool,
+}
+
+impl Bars {
+    fn new(selection: &Selection, catalog: &Catalog) -> Self {
+        let all = MultiProgress::new();
+        let total = all.add(ProgressBar::new(types_in(selection, catalog)));
+        total.set_style(style("{bar:24} {pos}/{len} types  {elapsed}  {msg}"));
+        let quiet = !std::io::stderr().is_terminal();
+        Self { all, total, reading: BTreeMap::new(), ended: BTreeSet::new(), quiet }
+    }
+
+    fn show(&mut self, details: &RunDetails) {
+        self.end_types(details);
+        let mut observed = 0;
+        for (policy_type, count) in &details.observed_so_far {
+            observed += count;
+            if self.ended.contains(policy_type) {
+                continue;
+            }
+            let bar = self.reading.entry(policy_type.clone()).or_insert_with(|| {
+                let bar = self.all.add(spinner(String::new()));
+                bar.set_style(style("  {spinner} {prefix:36} {msg} objects"));
+                bar.with_prefix(policy_type.clone())
+            });
+            bar.set_message(HumanCount(unsigned(*count)).to_string());
+        }
+        let run = &details.run;
+        self.total.set_message(format!(
+            "{} objects  attempt {} on {}",
+            HumanCount(unsigned(observed)),
+            run.attempt,
+            run.lease_owner.as_deref().unwrap_or("nobody")
+        ));
+    }
+
+    /// The end of a type is told once, above the bars.
+    fn end_types(&mut self, details: &RunDetails) {
+        for outcome in &details.types {
+            if !self.ended.insert(outcome.policy_type.clone()) {
+                continue;
+            }
+            if let Some(bar) = self.reading.remove(&outcome.policy_type) {
+                bar.finish_and_clear();
+                self.all.remove(&bar);
+            }
+            let line = type_line(outcome);
+            if self.quiet {
+                note(line);
+            } else {
+                // Only a terminal that is gone refuses, and then nobody is left to tell.
+                let _ = self.all.println(line);
+            }
+        }
+        self.total.set_position(self.ended.len() as u64);
+    }
+
+    fn finish(mut self, details: &RunDetails) {
+        self.end_types(details);
+        for bar in self.reading.values() {
+            bar.finish_and_clear();
+        }
+        self.total.finish_and_clear();
+    }
+}
+
+fn unsigned(count: i64) -> u64 {
+    u64::try_from(count).unwrap_or(0)
+}
+
+fn types_in(selection: &Selection, catalog: &Catalog) -> u64 {
+    let scope = catalog.resolve(selection);
+    (scope.listings.iter().map(|listing| listing.selected.len()).sum::<usize>() + scope.unsupported.len()) as u64
+}
+
+fn type_line(outcome: &TypeOutcome) -> String {
+    let count = HumanCount(unsigned(outcome.counters.items_observed_count));
+    let (mark, end) = match (&outcome.failure, outcome.complete) {
+        (None, _) if outcome.suspicious_drop => ("!", "  suspicious drop".to_owned()),
+        (None, _) => ("✓", String::new()),
+        (Some(failure), true) => ("!", format!("  {}", failure.code)),
+        (Some(failure), false) => ("✗", format!("  {}", failure.code)),
+    };
+    format!("  {mark} {:36} {count} objects{end}", outcome.policy_type)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::failure::ErrorCode;
+    use crate::domain::run::TypeCounters;
+
+    #[test]
+    fn a_line_says_how_a_type_ended() {
+        let counters = TypeCounters { items_observed_count: 12_345, ..TypeCounters::default() };
+        let failed = TypeOutcome::failed("mobileApp", counters, ErrorCode::GraphThrottled.into());
+        let line = type_line(&failed);
+        assert!(line.contains("✗ mobileApp") && line.ends_with("12,345 objects  graph_throttled"), "{line}");
+        let complete = TypeOutcome { complete: true, failure: None, ..failed };
+        assert!(type_line(&complete).ends_with("12,345 objects"));
+    }
+
+    #[test]
+    fn the_bar_is_as_long_as_the_scope() {
+        let selection = Selection {
+            categories: BTreeSet::new(),
+            include_foundations: false,
+            policy_types: ["mobileApp".to_owned(), "noSuchType".to_owned()].into(),
+        };
+        assert_eq!(types_in(&selection, &Catalog::built_in()), 2);
+    }
+}

@@ -1,0 +1,213 @@
+//! `inventoryd runs`: what was observed when, and how that went.
+
+use clap::Subcommand;
+use uuid::Uuid;
+
+use super::output::{or_dash, second, seconds, table};
+use super::progress::{Follow, follow};
+use super::{CliError, Context, Outcome};
+use crate::domain::run::{RunStatus, TypeOutcome};
+use crate::store::{Run, RunDetails, RunFilter};
+
+/// List runs, show one, watch one to its end
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// List runs, newest first
+    List(List),
+    /// Show a run and each of its types
+    Show(Show),
+    /// Follow a run to its end; exit code 0 if it succeeds
+    Watch(Watch),
+}
+
+#[derive(Debug, clap::Args)]
+struct List {
+    /// Only of this tenant
+    #[arg(long, value_name = "GUID")]
+    tenant: Option<Uuid>,
+    /// Only in this state: running, success, partial, failed or skipped
+    #[arg(long)]
+    status: Option<RunStatus>,
+    /// So many at most
+    #[arg(long, default_value_t = 20, value_name = "COUNT")]
+    limit: u32,
+}
+
+#[derive(Debug, clap::Args)]
+struct Show {
+    /// The run's id
+    #[arg(value_name = "RUN")]
+    run_id: Uuid,
+}
+
+#[derive(Debug, clap::Args)]
+struct Watch {
+    /// The run's id [default: the newest running one]
+    #[arg(value_name = "RUN")]
+    run_id: Option<Uuid>,
+    /// Of this tenant, if no run is named
+    #[arg(long, value_name = "GUID", conflicts_with = "run_id")]
+    tenant: Option<Uuid>,
+}
+
+pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    match args.action {
+        Action::List(args) => list(args, context).await,
+        Action::Show(args) => show(&args, context).await,
+        Action::Watch(args) => watch(&args, context).await,
+    }
+}
+
+async fn list(args: List, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let filter = RunFilter { tenant_id: args.tenant, status: args.status, limit: args.limit };
+    let runs = context.store().await?.list_runs(&filter).await?;
+    let header = ["run", "tenant", "key", "status", "items", "new", "changed", "errors", "codes", "took", "started"];
+    context.out.rows(header, &runs, |run| {
+        [
+            run.run_id.to_string(),
+            run.tenant_name.clone(),
+            run.idempotency_key.clone(),
+            run.status.as_str().to_owned(),
+            run.counters.items_observed_count.to_string(),
+            run.counters.items_created_count.to_string(),
+            run.counters.items_changed_count.to_string(),
+            run.counters.errors_count.to_string(),
+            run.error_codes.join(" "),
+            seconds(run.duration_s),
+            second(&run.started_at),
+        ]
+    })?;
+    Ok(Outcome::Done)
+}
+
+async fn show(args: &Show, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let details = context.store().await?.show_run(args.run_id).await?.ok_or_else(|| unknown(args.run_id))?;
+    print(&details, context)?;
+    Ok(Outcome::Done)
+}
+
+async fn watch(args: &Watch, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let (store, catalog) = (context.store().await?, context.config()?.graph.catalog()?);
+    let run_id = match args.run_id {
+        Some(run_id) => run_id,
+        None => {
+            let filter = RunFilter { tenant_id: args.tenant, status: Some(RunStatus::Running), limit: 1 };
+            let newest = store.list_runs(&filter).await?.pop();
+            newest
+                .ok_or_else(|| CliError::Failed("no run is running; `inventoryd runs list` lists them".to_owned()))?
+                .run_id
+        }
+    };
+    let details = follow(&Follow { store: &store, catalog: &catalog }, run_id).await?.ok_or_else(|| unknown(run_id))?;
+    print(&details, context)?;
+    Ok(by_status(details.run.status))
+}
+
+/// What the state of a run means for the exit code of who waited for it.
+pub(super) fn by_status(status: RunStatus) -> Outcome {
+    if status == RunStatus::Success { Outcome::Done } else { Outcome::Bad }
+}
+
+fn unknown(run_id: Uuid) -> CliError {
+    CliError::Failed(format!("no run {run_id}; `inventoryd runs list` lists them"))
+}
+
+/// A run and its types.
+pub(super) fn print(details: &RunDetails, context: &mut Context<'_>) -> Result<(), CliError> {
+    if context.out.is_json() {
+        return context.out.json(details);
+    }
+    context.out.line(table(["run", &details.run.run_id.to_string()], facts(&details.run)))?;
+    if details.types.is_empty() {
+        return Ok(());
+    }
+    let header = ["type", "complete", "items", "new", "changed", "errors", "code", "note"];
+    context.out.line(table(header, details.types.iter().map(type_row)))
+}
+
+fn facts(run: &Run) -> Vec<[String; 2]> {
+    let (counters, usage) = (&run.counters, &run.usage);
+    let throttled = format!(
+        "{} requests, {} throttled, waited {}",
+        usage.graph_requests_count,
+        usage.graph_throttled_count,
+        seconds(usage.graph_throttle_wait_ms as f64 / 1000.0)
+    );
+    let items = format!(
+        "{} observed, {} new, {} changed",
+        counters.items_observed_count, counters.items_created_count, counters.items_changed_count
+    );
+    let lease = run.lease_owner.as_deref().zip(run.lease_left_s);
+    let facts = [
+        ("tenant", Some(format!("{} ({})", run.tenant_id, run.tenant_name))),
+        ("status", Some(run.status.as_str().to_owned())),
+        ("errors", Some(format!("{} {}", counters.errors_count, run.error_codes.join(" ")))),
+        ("items", Some(items)),
+        ("graph", Some(throttled)),
+        ("ask again after", run.retry_after_s.map(|s| format!("{s} s"))),
+        ("selection", Some(run.selection.canonical_json())),
+        ("selection hash", Some(run.selection_hash.clone())),
+        ("key", Some(run.idempotency_key.clone())),
+        ("correlation id", run.correlation_id.clone()),
+        ("requested by", run.requested_by.clone()),
+        ("started", Some(second(&run.started_at))),
+        ("finished", run.finished_at.as_deref().map(second)),
+        ("took", Some(seconds(run.duration_s))),
+        ("held by", lease.map(|(owner, left)| format!("{owner}, for another {}", seconds(left)))),
+        ("attempt", Some(run.attempt.to_string())),
+        ("daemon", Some(run.daemon_version.clone())),
+    ];
+    facts.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?.trim().to_owned()])).collect()
+}
+
+fn type_row(outcome: &TypeOutcome) -> [String; 8] {
+    let counters = &outcome.counters;
+    let failure = outcome.failure.as_ref();
+    let told = |name: &str, value: Option<String>| value.map(|value| format!("{name} {value}"));
+    let notes = [
+        outcome.suspicious_drop.then(|| "suspicious drop".to_owned()),
+        told("HTTP", failure.and_then(|f| f.http_status).map(|status| status.to_string())),
+        failure.and_then(|f| f.graph_code.clone()),
+        told("request", failure.and_then(|f| f.request_id.clone())),
+    ];
+    [
+        outcome.policy_type.clone(),
+        if outcome.complete { "yes".to_owned() } else { "no".to_owned() },
+        counters.items_observed_count.to_string(),
+        counters.items_created_count.to_string(),
+        counters.items_changed_count.to_string(),
+        counters.errors_count.to_string(),
+        or_dash(failure.map(|f| f.code).as_ref()),
+        notes.into_iter().flatten().collect::<Vec<_>>().join(", "),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::failure::{ErrorCode, Failure};
+    use crate::domain::run::TypeCounters;
+
+    #[test]
+    fn only_success_is_a_good_end() {
+        assert_eq!(by_status(RunStatus::Success), Outcome::Done);
+        for status in [RunStatus::Partial, RunStatus::Failed, RunStatus::Skipped, RunStatus::Running] {
+            assert_eq!(by_status(status), Outcome::Bad);
+        }
+    }
+
+    #[test]
+    fn a_failed_type_tells_what_a_support_case_needs() {
+        let id = "8b6f3b4c-0000-4000-8000-000000000001";
+        let failure = Failure::from_graph(ErrorCode::GraphForbidden, 403, Some("Forbidden"), Some(id));
+        let row = type_row(&TypeOutcome::failed("mobileApp", TypeCounters::default(), failure));
+        assert_eq!(row[6], "graph_forbidden");
+        assert_eq!(row[7], format!("HTTP 403, Forbidden, request {id}"));
+    }
+}

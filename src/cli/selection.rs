@@ -1,0 +1,144 @@
+//! The flags that say what to look at, shared by the commands that need a selection.
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::path::Path;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::CliError;
+use crate::domain::request::{CLOUDEVENTS_CONTENT_TYPE, MAX_BODY_BYTES, SyncRequest};
+use crate::domain::selection::{EVERY_TYPE, Selection};
+
+const NOTHING: &str = "say what to look at: --types, --category, --all or --foundations-only";
+
+/// What to look at.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "What to look at")]
+pub(super) struct SelectionArgs {
+    /// Policy types, separated by commas (`inventoryd types` lists them)
+    #[arg(long, value_name = "TYPE", value_delimiter = ',')]
+    types: Vec<String>,
+    /// Categories, separated by commas: every type of each
+    #[arg(long, value_name = "CATEGORY", value_delimiter = ',')]
+    category: Vec<String>,
+    /// Every supported type
+    #[arg(long, conflicts_with_all = ["types", "category"])]
+    all: bool,
+    /// Leave the foundations (scope tags, filters, templates, roles) out
+    #[arg(long)]
+    no_foundations: bool,
+    /// The foundations and nothing else
+    #[arg(long, conflicts_with_all = ["types", "category", "all", "no_foundations"])]
+    foundations_only: bool,
+}
+
+impl SelectionArgs {
+    /// Whether none of the flags was given.
+    pub(super) fn is_absent(&self) -> bool {
+        !(self.all || self.no_foundations || self.foundations_only) && self.types.is_empty() && self.category.is_empty()
+    }
+
+    /// The selection that the flags describe.
+    pub(super) fn to_selection(&self) -> Result<Selection, CliError> {
+        if self.types.is_empty() && self.category.is_empty() && !self.all && !self.foundations_only {
+            return Err(CliError::Usage(NOTHING.to_owned()));
+        }
+        let trimmed = |names: &[String]| names.iter().map(|name| name.trim().to_owned()).collect();
+        let mut policy_types: BTreeSet<String> = trimmed(&self.types);
+        if self.all {
+            policy_types.insert(EVERY_TYPE.to_owned());
+        }
+        let selection =
+            Selection { categories: trimmed(&self.category), include_foundations: !self.no_foundations, policy_types };
+        checked(&json!(selection)).map_err(CliError::Usage)
+    }
+}
+
+/// The selection in a JSON document: a selection by itself, or a whole sync request with one in it.
+pub(super) fn from_json(text: &[u8]) -> Result<Selection, String> {
+    let value: Value = serde_json::from_slice(text).map_err(|error| format!("not JSON: {error}"))?;
+    if value.get("specversion").is_some() {
+        return SyncRequest::parse(Some(CLOUDEVENTS_CONTENT_TYPE), text)
+            .map(|request| request.selection)
+            .map_err(|rejection| rejection.detail);
+    }
+    checked(value.get("selection").unwrap_or(&value))
+}
+
+/// Reads `selection` by the rules of the message, so that this command and the daemon can't disagree.
+fn checked(selection: &Value) -> Result<Selection, String> {
+    let request = json!({ "schema_version": 1, "tenant_id": "6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d",
+                          "idempotency_key": "-", "selection": selection });
+    SyncRequest::parse(None, request.to_string().as_bytes())
+        .map(|request| request.selection)
+        .map_err(|rejection| rejection.detail)
+}
+
+/// The bytes of a file, or of standard input for `-`; no more than a message may have, and one to show the excess.
+pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, CliError> {
+    let limit = MAX_BODY_BYTES as u64 + 1;
+    let mut bytes = Vec::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().lock().take(limit).read_to_end(&mut bytes)
+    } else {
+        std::fs::File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes))
+    };
+    read.map_err(|error| CliError::Failed(format!("can't read {}: {error}", path.display())))?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Flags {
+        #[command(flatten)]
+        selection: SelectionArgs,
+    }
+
+    fn selected(flags: &[&str]) -> Result<String, CliError> {
+        let flags = Flags::try_parse_from(std::iter::once(&"x").chain(flags)).unwrap();
+        flags.selection.to_selection().map(|selection| selection.canonical_json())
+    }
+
+    #[test]
+    fn flags_come_to_the_selection_of_the_message() {
+        let cases: [(&[&str], &str); 4] = [
+            (
+                &["--types", "b,a, c", "--types", "a"],
+                r#"{"categories":[],"include_foundations":true,"policy_types":["a","b","c"]}"#,
+            ),
+            (
+                &["--category", "Compliance", "--no-foundations"],
+                r#"{"categories":["Compliance"],"include_foundations":false,"policy_types":[]}"#,
+            ),
+            (&["--all"], r#"{"categories":[],"include_foundations":true,"policy_types":["*"]}"#),
+            (&["--foundations-only"], r#"{"categories":[],"include_foundations":true,"policy_types":[]}"#),
+        ];
+        for (flags, expected) in cases {
+            assert_eq!(selected(flags).unwrap(), expected, "{flags:?}");
+        }
+        assert!(Flags::try_parse_from(["x", "--all", "--types", "a"]).is_err());
+    }
+
+    #[test]
+    fn flags_that_select_nothing_are_a_usage_error() {
+        for flags in [&[][..], &["--no-foundations"], &["--types", ""]] {
+            assert!(matches!(selected(flags), Err(CliError::Usage(_))), "{flags:?}");
+        }
+    }
+
+    #[test]
+    fn a_document_is_a_selection_or_a_request() {
+        let bare = br#"{"policy_types":["a"],"colour":1}"#;
+        let request = br#"{"selection":{"policy_types":["a","a"]}}"#;
+        assert_eq!(from_json(bare).unwrap().hash(), from_json(request).unwrap().hash());
+        assert!(from_json(br#"{"policy_types":"a"}"#).unwrap_err().contains("selection.policy_types"));
+        assert!(from_json(b"nope").unwrap_err().contains("not JSON"));
+    }
+}

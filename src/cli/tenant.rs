@@ -1,0 +1,157 @@
+//! `inventoryd tenant`: which tenants may be asked for.
+
+use clap::Subcommand;
+use serde_json::json;
+use uuid::Uuid;
+
+use super::output::{or_dash, second, yes};
+use super::{CliError, Context, Outcome, note};
+use crate::store::{NewTenant, Store, Tenant};
+
+/// Register tenants, list them, enable and disable them
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Register a tenant; of a registered one, change what is given
+    Add(Add),
+    /// List the tenants
+    List,
+    /// Let requests for a tenant run
+    Enable(Which),
+    /// Skip requests for a tenant, and say so in their events
+    Disable(Which),
+}
+
+#[derive(Debug, clap::Args)]
+struct Add {
+    /// Entra directory id
+    #[arg(value_name = "GUID")]
+    tenant_id: Uuid,
+    /// Name for people [default: the id]
+    #[arg(long)]
+    name: Option<String>,
+    /// Credential that reads it, one of graph.credentials [default: default]
+    #[arg(long, value_name = "NAME")]
+    credential: Option<String>,
+    /// Running runs that it may have [default: limits.tenant_max_runs]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(i32).range(1..))]
+    max_runs: Option<i32>,
+}
+
+#[derive(Debug, clap::Args)]
+struct Which {
+    /// Entra directory id
+    #[arg(value_name = "GUID")]
+    tenant_id: Uuid,
+}
+
+pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let store = context.store().await?;
+    match args.action {
+        Action::Add(args) => add(args, &store, context).await,
+        Action::List => list(&store, context).await,
+        Action::Enable(Which { tenant_id }) => set_enabled(tenant_id, true, &store, context).await,
+        Action::Disable(Which { tenant_id }) => set_enabled(tenant_id, false, &store, context).await,
+    }?;
+    Ok(Outcome::Done)
+}
+
+async fn add(args: Add, store: &Store, context: &mut Context<'_>) -> Result<(), CliError> {
+    let credentials = context.config()?.graph.credentials;
+    let registered = store.list_tenants().await?.into_iter().find(|tenant| tenant.tenant_id == args.tenant_id);
+    let is_new = registered.is_none();
+    let tenant = merge(args, registered);
+    if !credentials.contains_key(&tenant.credential) {
+        note(format_args!(
+            "note: graph.credentials.{} is not in this configuration; see that the daemon's has it",
+            tenant.credential
+        ));
+    }
+    store.add_tenant(&tenant).await?;
+    if context.out.is_json() {
+        return context.out.json(&json!({
+            "tenant_id": tenant.tenant_id, "display_name": tenant.display_name, "credential": tenant.credential,
+            "max_concurrent_runs": tenant.max_concurrent_runs, "new": is_new }));
+    }
+    let what = if is_new { "registered" } else { "changed" };
+    context.out.line(format_args!("{what} {} ({})", tenant.tenant_id, tenant.display_name))
+}
+
+/// What was not given stays as it was.
+fn merge(args: Add, registered: Option<Tenant>) -> NewTenant {
+    let (name, credential, max_runs) = match registered {
+        Some(tenant) => (tenant.display_name, tenant.credential, tenant.max_concurrent_runs),
+        None => (args.tenant_id.to_string(), "default".to_owned(), None),
+    };
+    NewTenant {
+        tenant_id: args.tenant_id,
+        display_name: args.name.unwrap_or(name),
+        credential: args.credential.unwrap_or(credential),
+        max_concurrent_runs: args.max_runs.or(max_runs),
+    }
+}
+
+async fn list(store: &Store, context: &mut Context<'_>) -> Result<(), CliError> {
+    let tenants = store.list_tenants().await?;
+    let header = ["tenant", "name", "enabled", "credential", "max runs", "items", "registered"];
+    context.out.rows(header, &tenants, |tenant| {
+        [
+            tenant.tenant_id.to_string(),
+            tenant.display_name.clone(),
+            yes(tenant.enabled),
+            tenant.credential.clone(),
+            or_dash(tenant.max_concurrent_runs.as_ref()),
+            tenant.items_count.to_string(),
+            second(&tenant.created_at),
+        ]
+    })
+}
+
+async fn set_enabled(id: Uuid, enabled: bool, store: &Store, context: &mut Context<'_>) -> Result<(), CliError> {
+    if !store.set_tenant_enabled(id, enabled).await? {
+        return Err(unknown(id));
+    }
+    if context.out.is_json() {
+        return context.out.json(&json!({ "tenant_id": id, "enabled": enabled }));
+    }
+    context.out.line(format_args!("{} {id}", if enabled { "enabled" } else { "disabled" }))
+}
+
+/// The complaint about a tenant that is not registered.
+pub(super) fn unknown(tenant_id: Uuid) -> CliError {
+    CliError::Failed(format!("tenant {tenant_id} is not registered; `inventoryd tenant add {tenant_id}` does it"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adding_again_changes_only_what_is_given() {
+        let args = |name: Option<&str>| Add {
+            tenant_id: Uuid::from_u128(7),
+            name: name.map(str::to_owned),
+            credential: None,
+            max_runs: None,
+        };
+        let new = merge(args(None), None);
+        assert_eq!((new.display_name, new.credential), (Uuid::from_u128(7).to_string(), "default".to_owned()));
+        let registered = Tenant {
+            tenant_id: Uuid::from_u128(7),
+            display_name: "Contoso".to_owned(),
+            enabled: false,
+            max_concurrent_runs: Some(3),
+            credential: "emea".to_owned(),
+            created_at: String::new(),
+            items_count: 0,
+        };
+        let changed = merge(args(Some("Fabrikam")), Some(registered));
+        assert_eq!((changed.display_name.as_str(), changed.credential.as_str()), ("Fabrikam", "emea"));
+        assert_eq!(changed.max_concurrent_runs, Some(3));
+    }
+}

@@ -1,0 +1,82 @@
+//! `inventoryd types`: the policy types that this daemon knows.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+
+use super::output::yes;
+use super::{CliError, Context, Outcome};
+use crate::domain::policy_type::PolicyType;
+
+/// List the policy types: where they are read from and the permission that each needs
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Only the types of these categories, separated by commas
+    #[arg(long, value_name = "CATEGORY", value_delimiter = ',')]
+    category: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Row<'a> {
+    key: &'a str,
+    label: &'a str,
+    category: &'a str,
+    foundation: bool,
+    api_version: &'a str,
+    path: &'a str,
+    permission: &'a str,
+}
+
+impl<'a> From<&'a PolicyType> for Row<'a> {
+    fn from(of: &'a PolicyType) -> Self {
+        Self {
+            key: &of.key,
+            label: &of.label,
+            category: &of.category,
+            foundation: of.foundation,
+            api_version: &of.api_version,
+            path: &of.path,
+            permission: &of.permission,
+        }
+    }
+}
+
+pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let catalog = context.config()?.graph.catalog()?;
+    let known: BTreeSet<&str> = catalog.types().map(|one| one.category.as_str()).collect();
+    if let Some(unknown) = args.category.iter().find(|name| !known.contains(name.as_str())) {
+        let known: Vec<&str> = known.into_iter().collect();
+        return Err(CliError::Usage(format!("no category {unknown:?}; there are {}", known.join(", "))));
+    }
+    let wanted = |one: &&PolicyType| args.category.is_empty() || args.category.contains(&one.category);
+    let rows: Vec<Row<'_>> = catalog.types().map(AsRef::as_ref).filter(wanted).map(Row::from).collect();
+    let header = ["key", "label", "category", "foundation", "version", "path", "permission"];
+    context.out.rows(header, &rows, |row| {
+        let text = str::to_owned;
+        [
+            text(row.key),
+            text(row.label),
+            text(row.category),
+            yes(row.foundation),
+            text(row.api_version),
+            text(row.path),
+            text(row.permission),
+        ]
+    })?;
+    Ok(Outcome::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::call;
+
+    #[test]
+    fn types_are_listed_by_category() {
+        let (code, text) = call(&["types", "--category", "Compliance", "--json"]);
+        let rows: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+        assert_eq!(code, 0);
+        assert!(!rows.is_empty() && rows.iter().all(|row| row["category"] == "Compliance"), "{text}");
+        assert!(rows.iter().all(|row| row["permission"].as_str().is_some_and(|text| text.contains(".Read"))), "{text}");
+        assert_eq!(call(&["types", "--category", "Colours"]).0, 2);
+    }
+}
