@@ -7,6 +7,7 @@ mod support;
 
 mod admission;
 mod architecture;
+mod crashes;
 mod dead_letters;
 mod graph;
 mod inventory;
