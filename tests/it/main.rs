@@ -9,6 +9,7 @@ mod admission;
 mod architecture;
 mod dead_letters;
 mod graph;
+mod graph_client;
 mod inventory;
 mod limits;
 mod missing;
