@@ -225,7 +225,7 @@ impl CredentialConfig {
     /// If the file can't be read.
     pub fn read_client_secret(&self) -> Result<SecretString, ConfigError> {
         let mut secret = self.client_secret.clone();
-        read_secret("client_secret_file", self.client_secret_file.as_deref(), &mut secret)?;
+        load::read_secret("client_secret_file", self.client_secret_file.as_deref(), &mut secret)?;
         Ok(secret)
     }
 }

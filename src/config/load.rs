@@ -110,7 +110,7 @@ fn refuse(error: &config::ConfigError) -> ConfigError {
     ConfigError(format!("configuration: {error}; config/default.toml lists every key"))
 }
 
-fn read_secret(key: &str, file: Option<&Path>, secret: &mut SecretString) -> Result<(), ConfigError> {
+pub(super) fn read_secret(key: &str, file: Option<&Path>, secret: &mut SecretString) -> Result<(), ConfigError> {
     let Some(path) = file else { return Ok(()) };
     let text = std::fs::read_to_string(path)
         .map_err(|error| ConfigError(format!("{key}: can't read {}: {error}", path.display())))?;
