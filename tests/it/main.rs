@@ -10,6 +10,7 @@ mod architecture;
 mod crashes;
 mod dead_letters;
 mod graph;
+mod graph_client;
 mod inventory;
 mod limits;
 mod missing;
