@@ -218,6 +218,18 @@ pub struct CredentialConfig {
     pub client_secret_file: Option<PathBuf>,
 }
 
+impl CredentialConfig {
+    /// The client secret as it is now: a file is read again each time, because secrets are replaced while we run.
+    ///
+    /// # Errors
+    /// If the file can't be read.
+    pub fn read_client_secret(&self) -> Result<SecretString, ConfigError> {
+        let mut secret = self.client_secret.clone();
+        load::read_secret("client_secret_file", self.client_secret_file.as_deref(), &mut secret)?;
+        Ok(secret)
+    }
+}
+
 /// `[database]`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]

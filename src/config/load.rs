@@ -7,7 +7,7 @@ use config::{Environment, File, FileFormat};
 use secrecy::SecretString;
 
 use super::settings::{self, Setting};
-use super::{Config, ConfigError, CredentialConfig, DEFAULTS, ENVIRONMENT_PREFIX, GraphConfig, check};
+use super::{Config, ConfigError, DEFAULTS, ENVIRONMENT_PREFIX, GraphConfig, check};
 use crate::domain::policy_type::Catalog;
 
 impl Config {
@@ -74,18 +74,6 @@ impl GraphConfig {
     }
 }
 
-impl CredentialConfig {
-    /// The client secret as it is now: a file is read again each time, because secrets are replaced while we run.
-    ///
-    /// # Errors
-    /// If the file can't be read.
-    pub fn read_client_secret(&self) -> Result<SecretString, ConfigError> {
-        let mut secret = self.client_secret.clone();
-        read_secret("client_secret_file", self.client_secret_file.as_deref(), &mut secret)?;
-        Ok(secret)
-    }
-}
-
 fn environment() -> Environment {
     Environment::with_prefix(ENVIRONMENT_PREFIX).prefix_separator("__").separator("__")
 }
@@ -122,7 +110,7 @@ fn refuse(error: &config::ConfigError) -> ConfigError {
     ConfigError(format!("configuration: {error}; config/default.toml lists every key"))
 }
 
-fn read_secret(key: &str, file: Option<&Path>, secret: &mut SecretString) -> Result<(), ConfigError> {
+pub(super) fn read_secret(key: &str, file: Option<&Path>, secret: &mut SecretString) -> Result<(), ConfigError> {
     let Some(path) = file else { return Ok(()) };
     let text = std::fs::read_to_string(path)
         .map_err(|error| ConfigError(format!("{key}: can't read {}: {error}", path.display())))?;

@@ -75,12 +75,13 @@ impl GraphReader {
         telemetry::graph_request_took(started.elapsed());
         let logged = Logged { reader: self, path, client_request_id, took: started.elapsed() };
         match answer {
-            Ok(answer) => self.judge(answer, &token, read, &logged).inspect_err(|missed| {
-                if matches!(missed, Missed::Throttled(..)) {
-                    // Graph's advice for 503: come back over another connection, it may lead to another server.
+            Ok(answer) => {
+                if answer.status == 503 {
+                    // Graph's advice: come back over another connection, it may lead to another server.
                     self.shared.connections.renew(generation);
                 }
-            }),
+                self.judge(answer, &token, read, &logged)
+            }
             Err(no_answer) => {
                 logged.no_answer(no_answer);
                 if no_answer == NoAnswer::TimedOut {

@@ -63,6 +63,17 @@ pub enum HandBackReason {
     Stopping,
 }
 
+/// The two ways in which a daemon is told to stop.
+#[derive(Debug, Clone, Default)]
+pub struct Stop {
+    /// Take nothing new, finish what is in hand.
+    pub drain: CancellationToken,
+    /// Hand everything back now.
+    pub abort: CancellationToken,
+    /// Take nothing new while this is `true`, but neither drain nor end.
+    pub quiet: tokio::sync::watch::Sender<bool>,
+}
+
 /// Takes requests through the whole recipe.
 #[derive(Debug, Clone)]
 pub struct Runner(Arc<Recipe>);

@@ -58,6 +58,19 @@ impl StoreError {
         matches!(self, Self::LeaseLost)
     }
 
+    /// Whether the database answers but will not have this daemon: a wrong password, database, right or schema.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Schema(_) => true,
+            // Classes of SQLSTATE: 28 authorisation, 3D no such database, 42 rights.
+            Self::Database(sqlx::Error::Database(error)) => {
+                error.code().is_some_and(|code| ["28", "3D", "42"].iter().any(|class| code.starts_with(class)))
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the same statement would fail again on a healthy database: a defect, not an outage.
     #[must_use]
     pub fn is_defect(&self) -> bool {

@@ -79,7 +79,9 @@ async fn confidence_is_low_after_a_partial_run_and_says_which_type_was_complete(
     assert_eq!((&partial["status"], &partial["error_codes"]), (&json!("partial"), &json!(["graph_forbidden"])));
     let missing = world.missing(&partial).await;
     assert!(missing.iter().all(|item| item["confidence"] == "low"));
-    let complete = |name: &str| missing.iter().filter(|i| i["policy_type"] == name).map(|i| &i["type_complete"]).collect::<Vec<_>>();
+    let complete = |name: &str| {
+        missing.iter().filter(|i| i["policy_type"] == name).map(|i| &i["type_complete"]).collect::<Vec<_>>()
+    };
     assert_eq!(complete("mobileApp"), [true]);
     assert!(complete("deviceShellScript").len() == 12 && complete("deviceShellScript").iter().all(|c| **c == false));
 }

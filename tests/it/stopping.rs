@@ -10,11 +10,17 @@ use crate::support::eventually;
 use crate::support::world::World;
 
 fn slow(delay_ms: u64) -> Rule {
-    serde_json::from_value(json!({ "path": "deviceAppManagement/mobileApps", "action": { "kind": "slow", "delay_ms": delay_ms } })).unwrap()
+    serde_json::from_value(
+        json!({ "path": "deviceAppManagement/mobileApps", "action": { "kind": "slow", "delay_ms": delay_ms } }),
+    )
+    .unwrap()
 }
 
 async fn running(world: &World, key: &str) {
-    eventually("the run begins", || async { world.runs(key).await.iter().any(|run| run["status"] == "running").then_some(()) }).await;
+    eventually("the run begins", || async {
+        world.runs(key).await.iter().any(|run| run["status"] == "running").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -42,7 +48,8 @@ async fn what_does_not_finish_in_time_is_handed_back_and_finished_by_another() {
     running(&world, "run").await;
     eventually("one of the two types ends", || async {
         (world.count("select count(*) from inventory_sync_run_types").await == 1).then_some(())
-    }).await;
+    })
+    .await;
     process.signal("TERM");
     assert!(process.ended(Duration::from_secs(10)).await.success(), "{}", process.log());
     let handed = &world.runs("run").await[0];

@@ -1,6 +1,7 @@
 //! One test's world: a simulator, a database and a prefix on the broker, with nobody else in them.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use inventoryd::config::Config;
@@ -13,8 +14,9 @@ use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Connection as _, Row};
 use uuid::Uuid;
 
-use super::eventually;
 use super::events::Subscriber;
+use super::eventually;
+use super::proxy::Proxy;
 use super::servers;
 use crate::sim::{Sim, SimConfig};
 
@@ -49,11 +51,10 @@ impl World {
 
     /// A world whose simulator starts with `config`.
     pub async fn with_sim(config: SimConfig) -> Self {
-        let (postgres, rabbitmq) = tokio::task::spawn_blocking(|| {
-            (servers::postgres().url.clone(), servers::rabbitmq().url.clone())
-        })
-        .await
-        .expect("the servers start");
+        let (postgres, rabbitmq) =
+            tokio::task::spawn_blocking(|| (servers::postgres().url.clone(), servers::rabbitmq().url.clone()))
+                .await
+                .expect("the servers start");
         Self::on(config, &postgres, &rabbitmq).await
     }
 
@@ -63,17 +64,29 @@ impl World {
         let name = format!("t{}", Uuid::new_v4().simple());
         let database_url = create_database(postgres, &name).await;
         let db = PgPoolOptions::new().max_connections(4).connect_lazy(&database_url).expect("the address is right");
-        let connection = Connection::connect(rabbitmq, ConnectionProperties::default()).await.expect("the broker answers");
+        let connection =
+            Connection::connect(rabbitmq, ConnectionProperties::default()).await.expect("the broker answers");
         let channel = connection.create_channel().await.expect("a channel opens");
         channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms are turned on");
         let ca_file = std::env::temp_dir().join(format!("{name}.pem"));
         std::fs::write(&ca_file, sim.ca_pem()).expect("the certificate can be written");
         let world = Self {
-            sim, db, ca_file, channel, database_url,
-            tenant: Uuid::new_v4(), prefix: format!("{name}."), amqp_url: rabbitmq.to_owned(), _connection: connection,
+            sim,
+            db,
+            ca_file,
+            channel,
+            database_url,
+            tenant: Uuid::new_v4(),
+            prefix: format!("{name}."),
+            amqp_url: rabbitmq.to_owned(),
+            _connection: connection,
         };
         let config = world.config();
-        Store::connect(&config.database, "test").expect("the address is right").migrate().await.expect("the schema is made");
+        Store::connect(&config.database, "test")
+            .expect("the address is right")
+            .migrate()
+            .await
+            .expect("the schema is made");
         world.register(world.tenant, None).await;
         world
     }
@@ -82,16 +95,46 @@ impl World {
     pub fn variables(&self) -> BTreeMap<String, String> {
         let sim = self.sim.base_url();
         let pairs = [
-            ("BROKER__URL", self.amqp_url.as_str()), ("BROKER__HEARTBEAT_S", "5"), ("TOPOLOGY__PREFIX", &self.prefix),
-            ("RUN__LEASE_S", "15"), ("DATABASE__URL", &self.database_url), ("OUTBOX__POLL_MS", "200"),
-            ("DATABASE__MAX_CONNECTIONS", "6"), ("DATABASE__CONTROL_CONNECTIONS", "2"),
-            ("GRAPH__CLOUD", "custom"), ("GRAPH__BASE_URL", &sim), ("GRAPH__AUTHORITY", &sim),
+            ("BROKER__URL", self.amqp_url.as_str()),
+            ("BROKER__HEARTBEAT_S", "5"),
+            ("TOPOLOGY__PREFIX", &self.prefix),
+            ("RUN__LEASE_S", "15"),
+            ("DATABASE__URL", &self.database_url),
+            ("OUTBOX__POLL_MS", "200"),
+            ("DATABASE__MAX_CONNECTIONS", "6"),
+            ("DATABASE__CONTROL_CONNECTIONS", "2"),
+            ("GRAPH__CLOUD", "custom"),
+            ("GRAPH__BASE_URL", &sim),
+            ("GRAPH__AUTHORITY", &sim),
             ("GRAPH__CA_FILE", self.ca_file.to_str().expect("a path in UTF-8")),
-            ("GRAPH__BACKOFF_FIRST_S", "0.05"), ("GRAPH__BACKOFF_MAX_S", "0.5"), ("GRAPH__MAX_TRIES", "4"),
+            ("GRAPH__BACKOFF_FIRST_S", "0.05"),
+            ("GRAPH__BACKOFF_MAX_S", "0.5"),
+            ("GRAPH__MAX_TRIES", "4"),
             ("GRAPH__CREDENTIALS__DEFAULT__CLIENT_ID", CLIENT_ID),
-            ("GRAPH__CREDENTIALS__DEFAULT__CLIENT_SECRET", CLIENT_SECRET), ("HTTP__LISTEN", ""),
+            ("GRAPH__CREDENTIALS__DEFAULT__CLIENT_SECRET", CLIENT_SECRET),
+            ("HTTP__LISTEN", ""),
         ];
         pairs.into_iter().map(|(key, value)| (format!("INVENTORYD__{key}"), value.to_owned())).collect()
+    }
+
+    /// Where the broker listens.
+    pub fn amqp_address(&self) -> SocketAddr {
+        address_in(&self.amqp_url)
+    }
+
+    /// The broker's address by way of a proxy.
+    pub fn amqp_through(&self, proxy: &Proxy) -> String {
+        self.amqp_url.replace(&self.amqp_address().to_string(), &proxy.address.to_string())
+    }
+
+    /// Where the database listens.
+    pub fn database_address(&self) -> SocketAddr {
+        address_in(&self.database_url)
+    }
+
+    /// The database's address by way of a proxy.
+    pub fn database_through(&self, proxy: &Proxy) -> String {
+        self.database_url.replace(&self.database_address().to_string(), &proxy.address.to_string())
     }
 
     /// The configuration of a daemon in this world.
@@ -230,9 +273,18 @@ impl Drop for World {
     }
 }
 
+/// The `host:port` of an address with user and path.
+fn address_in(url: &str) -> SocketAddr {
+    let (_, rest) = url.split_once('@').expect("an address names its user");
+    rest.split('/').next().expect("split gives a first part").parse().expect("the servers listen on 127.0.0.1")
+}
+
 async fn create_database(server: &str, name: &str) -> String {
     let mut admin = sqlx::PgConnection::connect(server).await.expect("the database server answers");
-    sqlx::raw_sql(AssertSqlSafe(format!("create database {name}"))).execute(&mut admin).await.expect("a database is made");
+    sqlx::raw_sql(AssertSqlSafe(format!("create database {name}")))
+        .execute(&mut admin)
+        .await
+        .expect("a database is made");
     let (base, _) = server.rsplit_once('/').expect("an address names a database");
     format!("{base}/{name}")
 }
