@@ -9,11 +9,14 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::broker::BrokerError;
 use crate::config::{Config, ConfigError};
 use crate::store::{Store, StoreError};
 
 mod check;
 mod completions;
+mod dead;
+mod events;
 mod explain;
 mod hash;
 mod man;
@@ -21,6 +24,7 @@ mod migrate;
 mod missing;
 mod output;
 mod progress;
+mod request;
 mod runs;
 mod schema;
 mod selection;
@@ -48,8 +52,11 @@ enum Command {
     Migrate(migrate::Args),
     Check(check::Args),
     Tenant(tenant::Args),
+    Request(request::Args),
     Runs(runs::Args),
     Missing(missing::Args),
+    Dead(dead::Args),
+    Events(events::Args),
     Types(types::Args),
     Hash(hash::Args),
     Explain(explain::Args),
@@ -101,6 +108,18 @@ impl From<StoreError> for CliError {
         let hint = match &error {
             StoreError::Database(_) if !error.is_defect() => {
                 "; see that PostgreSQL runs and that database.url is right (`inventoryd check` shows it)"
+            }
+            _ => "",
+        };
+        Self::Failed(format!("{error}{hint}"))
+    }
+}
+
+impl From<BrokerError> for CliError {
+    fn from(error: BrokerError) -> Self {
+        let hint = match &error {
+            BrokerError::Unreachable(_) => {
+                "; see that RabbitMQ runs and that broker.url is right (`inventoryd check` shows it)"
             }
             _ => "",
         };
@@ -165,8 +184,11 @@ fn dispatch(command: Command, context: &mut Context<'_>) -> Result<Outcome, CliE
         Command::Migrate(args) => wait_for(migrate::run(&args, context)),
         Command::Check(args) => check::run(&args, context),
         Command::Tenant(args) => wait_for(tenant::run(args, context)),
+        Command::Request(args) => wait_for(request::run(&args, context)),
         Command::Runs(args) => wait_for(runs::run(args, context)),
         Command::Missing(args) => wait_for(missing::run(&args, context)),
+        Command::Dead(args) => wait_for(dead::run(args, context)),
+        Command::Events(args) => wait_for(events::run(args, context)),
         Command::Types(args) => types::run(&args, context),
         Command::Hash(args) => hash::run(&args, context),
         Command::Explain(args) => explain::run(&args, context),
