@@ -44,6 +44,7 @@ pub mod backoff;
 pub mod config;
 pub mod telemetry;
 
+pub mod broker;
 pub mod graph;
 pub mod store;
 
