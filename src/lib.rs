@@ -50,7 +50,11 @@ pub mod store;
 
 pub mod run;
 
+pub mod consumer;
 pub mod http;
 pub mod janitor;
+pub mod relay;
+
+pub mod daemon;
 
 pub mod cli;

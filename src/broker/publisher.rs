@@ -96,12 +96,14 @@ impl Publisher {
 
     /// Puts a copy of the delivery on a rung of the retry ladder.
     pub async fn park(&self, delivery: &Delivery, rung: Rung) -> Fate {
-        self.publish_one(Outgoing::parked(&delivery.original(), &self.names, rung)).await
+        let copy = Outgoing::parked(&delivery.original(), &self.names, rung);
+        self.publish_one(copy).await
     }
 
     /// Puts a copy of the delivery into the dead-letter queue. `by` says which process found it wanting.
     pub async fn bury(&self, delivery: &Delivery, rejection: &Rejection, by: &str) -> Fate {
-        self.publish_one(Outgoing::buried(&delivery.original(), rejection, by)).await
+        let copy = Outgoing::buried(&delivery.original(), rejection, by);
+        self.publish_one(copy).await
     }
 
     /// Whether the broker takes no messages for now, because of a memory or disk alarm.

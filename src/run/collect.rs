@@ -55,7 +55,8 @@ impl<'a> Collector<'a> {
         self.finish(&mut unsupported).await?;
         outcomes.append(&mut unsupported);
 
-        let remaining = scope.listings.iter().filter_map(|listing| unfinished(listing, finished));
+        let remaining: Vec<Listing> =
+            scope.listings.iter().filter_map(|listing| unfinished(listing, finished)).collect();
         let read: Vec<Vec<TypeOutcome>> = stream::iter(remaining)
             .map(|listing| self.read(listing))
             .buffer_unordered(self.settings.concurrent_lists)
