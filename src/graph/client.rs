@@ -7,9 +7,9 @@ use std::time::Duration;
 use reqwest::Url;
 use uuid::Uuid;
 
-use super::credential::{TokenSource, Tokens};
 use super::pages::Pages;
 use super::spending::{RunBudget, Spending};
+use super::token::{TokenSource, Tokens};
 use super::transport::Connections;
 use crate::config::GraphConfig;
 use crate::domain::policy_type::Collection;

@@ -5,6 +5,7 @@
 //! no further than this room: outwards there is only a [`Failure`](crate::domain::failure::Failure).
 
 mod answer;
+mod assertion;
 mod client;
 mod credential;
 mod page;
@@ -12,6 +13,7 @@ mod pages;
 mod request;
 mod retry_after;
 mod spending;
+mod token;
 mod transport;
 mod walk;
 

@@ -7,8 +7,8 @@ use uuid::Uuid;
 
 use super::answer::{Refusal, Told};
 use super::client::GraphReader;
-use super::credential::Token;
 use super::page::{Parsed, Unreadable};
+use super::token::Token;
 use super::transport::{Answer, Get, NoAnswer};
 use crate::backoff::{Waits, full_jitter};
 use crate::domain::failure::{ErrorCode, Failure};
