@@ -22,7 +22,7 @@ impl Replica {
 
     /// A replica with a configuration that the test has changed.
     pub async fn with(config: Config) -> Self {
-        Self(Some(Daemon::start(config).await.expect("the daemon starts")))
+        Self(Some(Daemon::start(config, None).await.expect("the daemon starts")))
     }
 
     /// Stops in order.
