@@ -12,7 +12,7 @@ use super::spending::{RunBudget, Spending};
 use super::token::{TokenSource, Tokens};
 use super::transport::Connections;
 use crate::config::GraphConfig;
-use crate::domain::policy_type::Collection;
+use crate::domain::catalog::Collection;
 use crate::domain::run::GraphUsage;
 use crate::telemetry;
 

@@ -9,8 +9,10 @@ use super::answer::{Refusal, Why};
 use super::client::GraphReader;
 use super::page::{self, Parsed};
 use super::walk::{Met, Walk};
+use crate::domain::catalog::Collection;
 use crate::domain::failure::Failure;
-use crate::domain::policy_type::{Collection, Shape};
+
+use crate::domain::policy_type::Shape;
 
 /// One page of a list.
 #[derive(Debug)]

@@ -9,8 +9,8 @@ use super::answer::{Refusal, Why};
 use super::client::GraphReader;
 use super::page::Parsed;
 use super::request::Read;
+use crate::domain::catalog::Collection;
 use crate::domain::failure::{ErrorCode, Failure};
-use crate::domain::policy_type::Collection;
 
 /// Pages without an object are legal anywhere in a list, but not without end.
 const MOST_EMPTY_PAGES: u32 = 100;

@@ -104,6 +104,8 @@ impl World {
             ("RUN__LEASE_S", "15"),
             ("DATABASE__URL", &self.database_url),
             ("OUTBOX__POLL_MS", "200"),
+            ("BROKER__OPERATION_TIMEOUT_S", "5"),
+            ("OUTBOX__CLAIM_S", "6"),
             ("DATABASE__MAX_CONNECTIONS", "6"),
             ("DATABASE__CONTROL_CONNECTIONS", "2"),
             ("GRAPH__CLOUD", "custom"),
