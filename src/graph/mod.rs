@@ -12,6 +12,7 @@ mod crowd;
 mod pace;
 mod page;
 mod pages;
+mod probe;
 mod request;
 mod retry_after;
 mod spending;
@@ -22,5 +23,6 @@ mod walk;
 
 pub use client::{GraphClient, GraphError, GraphReader};
 pub use pages::{Page, PageObject, Pages};
+pub use probe::ProbeFailure;
 pub use spending::RunBudget;
 pub use throttle::GateChange;

@@ -92,7 +92,7 @@ impl Walk {
         self.remember(&url)?;
         let answer = reader.get(self.request(&url, read)).await;
         // The list was there a page ago: whatever is wrong, it is neither its path nor its end.
-        answer.map_err(|refusal| Refusal { failure: not_unsupported(refusal.failure), why: Why::Final })
+        answer.map_err(|refusal| Refusal { failure: not_unsupported(refusal.failure), why: Why::Final, ..refusal })
     }
 
     /// The first page; without `$select` if this Graph does not take it.
