@@ -12,7 +12,7 @@ const FLOORS: &[&[&str]] = &[
     &["main"],
     &["cli"],
     &["daemon"],
-    &["consumer", "relay", "janitor", "http"],
+    &["consumer", "relay", "janitor", "fleet", "http"],
     &["run"],
     &["graph", "store", "broker"],
     &["backoff"],

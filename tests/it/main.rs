@@ -9,6 +9,7 @@ mod admission;
 mod architecture;
 mod crashes;
 mod dead_letters;
+mod fleet;
 mod graph;
 mod graph_client;
 mod inventory;
