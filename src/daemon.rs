@@ -91,6 +91,12 @@ impl Daemon {
         self.stop.abort.cancel();
     }
 
+    /// What tells it to stop, for whoever waits in [`Daemon::stopped`] meanwhile.
+    #[must_use]
+    pub fn stop(&self) -> Stop {
+        self.stop.clone()
+    }
+
     /// What the consumer does.
     #[must_use]
     pub fn health(&self) -> &Arc<ConsumerHealth> {

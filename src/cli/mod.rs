@@ -28,6 +28,7 @@ mod request;
 mod runs;
 mod schema;
 mod selection;
+mod serve;
 mod tenant;
 mod types;
 
@@ -49,6 +50,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Serve(serve::Args),
     Migrate(migrate::Args),
     Check(check::Args),
     Tenant(tenant::Args),
@@ -149,11 +151,23 @@ impl Context<'_> {
 
 /// Runs a command that waits for others.
 fn wait_for(command: impl Future<Output = Result<Outcome, CliError>>) -> Result<Outcome, CliError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| CliError::Failed(format!("can't start: {error}")))?;
-    runtime.block_on(command)
+    wait_on(tokio::runtime::Builder::new_current_thread(), command)
+}
+
+fn wait_with_all_cores_for(command: impl Future<Output = Result<Outcome, CliError>>) -> Result<Outcome, CliError> {
+    wait_on(tokio::runtime::Builder::new_multi_thread(), command)
+}
+
+fn wait_on(
+    mut threads: tokio::runtime::Builder,
+    command: impl Future<Output = Result<Outcome, CliError>>,
+) -> Result<Outcome, CliError> {
+    let runtime =
+        threads.enable_all().build().map_err(|error| CliError::Failed(format!("no threads could be started: {error}")))?;
+    let ended = runtime.block_on(command);
+    // A name that is still being looked up must not hold the end back.
+    runtime.shutdown_background();
+    ended
 }
 
 /// Says something to the person at the terminal, beside what was asked for.
@@ -181,6 +195,7 @@ fn run(cli: Cli, stdout: &mut dyn Write) -> Result<Outcome, CliError> {
 
 fn dispatch(command: Command, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     match command {
+        Command::Serve(args) => wait_with_all_cores_for(serve::run(&args, context)),
         Command::Migrate(args) => wait_for(migrate::run(&args, context)),
         Command::Check(args) => check::run(&args, context),
         Command::Tenant(args) => wait_for(tenant::run(args, context)),

@@ -6,7 +6,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::info;
 
 use super::{CliError, Context, Outcome};
-use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::run::Stop;
 use crate::telemetry;
