@@ -47,7 +47,7 @@ tour() {
   head_line 'Runs'
   cli runs list --limit 6
   head_line 'Events that a subscriber received'
-  show_events "$events"
+  show_events "$events" 6
   head_line 'Missing at Contoso: inventoryd missing'
   cli missing --tenant "$CONTOSO" --types "$FIRST_TYPES"
   head_line 'Dead letters: inventoryd dead list'
@@ -108,21 +108,35 @@ until_running() { # TENANT
 }
 
 malformed() { # STAMP
+  local before deadline=$((SECONDS + 20))
+  before=$(dead_letters)
   printf '{"schema_version": 1, "tenant_id": "contoso", "idempotency_key": "%s-bad", "selection": {"policy_types": ["*"]}}\n' "$1" >"$DEV/malformed.json"
-  cli request --raw "$DEV/malformed.json" >>"$DEV/log/demo.log"
+  cli request --from-file "$DEV/malformed.json" >>"$DEV/log/demo.log" 2>&1 || die "publishing failed: $(tail -n 1 "$DEV/log/demo.log")"
+  until (($(dead_letters) > before)); do
+    ((SECONDS < deadline)) || die 'the malformed message did not become a dead letter: deploy/dev logs'
+    sleep 0.2
+  done
 }
+
+dead_letters() { cli dead list --json | grep -c '"reason"' || true; }
 
 SUBSCRIBER=
 subscribe() { # FILE
-  : >"$1"
-  "$BIN" events tail >"$1" 2>>"$DEV/log/demo.log" &
+  local deadline=$((SECONDS + 20))
+  "$BIN" events tail >"$1" 2>"$1.err" &
   SUBSCRIBER=$!
   trap 'kill "$SUBSCRIBER" 2>/dev/null || true' EXIT
+  until grep -q listening "$1.err"; do
+    if ((SECONDS >= deadline)) || ! kill -0 "$SUBSCRIBER" 2>/dev/null; then die "cannot listen for events: $(tail -n 1 "$1.err")"; fi
+    sleep 0.1
+  done
 }
 
-show_events() { # FILE
-  sleep 1
+# What arrived; the names of the tenants in place of their ids, and without the ids of the runs, which the table shows.
+show_events() { # FILE HOW_MANY
+  local deadline=$((SECONDS + 20))
+  until (($(wc -l <"$1") >= $2 || SECONDS >= deadline)); do sleep 0.2; done
   kill "$SUBSCRIBER" 2>/dev/null || true
   wait "$SUBSCRIBER" 2>/dev/null || true
-  cat "$1"
+  sed -E "s/$CONTOSO/Contoso  /; s/$FABRIKAM/Fabrikam /; s/$NORTHWIND/Northwind/; s/  run [0-9a-f-]{36}//; s/^/  /" "$1"
 }

@@ -162,8 +162,10 @@ fn wait_on(
     mut threads: tokio::runtime::Builder,
     command: impl Future<Output = Result<Outcome, CliError>>,
 ) -> Result<Outcome, CliError> {
-    let runtime =
-        threads.enable_all().build().map_err(|error| CliError::Failed(format!("no threads could be started: {error}")))?;
+    let runtime = threads
+        .enable_all()
+        .build()
+        .map_err(|error| CliError::Failed(format!("no threads could be started: {error}")))?;
     let ended = runtime.block_on(command);
     // A name that is still being looked up must not hold the end back.
     runtime.shutdown_background();

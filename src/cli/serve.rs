@@ -45,7 +45,11 @@ pub(super) async fn run(_: &Args, context: &mut Context<'_>) -> Result<Outcome, 
             }
         }
     }
-    if told > 0 { Ok(Outcome::Done) } else { Err(CliError::Failed("the daemon ended by itself; its log says why".to_owned())) }
+    if told > 0 {
+        Ok(Outcome::Done)
+    } else {
+        Err(CliError::Failed("the daemon ended by itself; its log says why".to_owned()))
+    }
 }
 
 /// Does what a signal asks for, the `told`th to stop; false if that is to end at once.
@@ -82,7 +86,8 @@ struct Signals {
 
 impl Signals {
     fn new() -> Result<Self, CliError> {
-        let listen = |kind| signal(kind).map_err(|error| CliError::Failed(format!("can't listen for signals: {error}")));
+        let listen =
+            |kind| signal(kind).map_err(|error| CliError::Failed(format!("can't listen for signals: {error}")));
         Ok(Self {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,

@@ -18,7 +18,7 @@ fn dir() -> Option<String> {
 }
 
 fn instance(arguments: &[&str]) -> String {
-    let mut all = vec!["rabbitmq", arguments[0], ];
+    let mut all = vec!["rabbitmq", arguments[0]];
     let folder = dir().unwrap();
     all.push(&folder);
     all.extend(&arguments[1..]);
@@ -40,8 +40,13 @@ impl Rig {
         dir()?;
         let url = instance(&["url"]);
         let prefix = format!("t{}.", Uuid::new_v4().simple());
-        let vars = [("INVENTORYD__BROKER__URL", url.as_str()), ("INVENTORYD__TOPOLOGY__PREFIX", &prefix),
-            ("INVENTORYD__BROKER__HEARTBEAT_S", "5"), ("INVENTORYD__BROKER__OPERATION_TIMEOUT_S", "3"), ("INVENTORYD__BROKER__CONNECT_TIMEOUT_S", "3")];
+        let vars = [
+            ("INVENTORYD__BROKER__URL", url.as_str()),
+            ("INVENTORYD__TOPOLOGY__PREFIX", &prefix),
+            ("INVENTORYD__BROKER__HEARTBEAT_S", "5"),
+            ("INVENTORYD__BROKER__OPERATION_TIMEOUT_S", "3"),
+            ("INVENTORYD__BROKER__CONNECT_TIMEOUT_S", "3"),
+        ];
         let vars = vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let config = Config::load_with(None, vars).unwrap();
         let broker = Broker::new(&config.broker, &config.topology, "live-test").unwrap();
@@ -60,7 +65,13 @@ impl Rig {
     async fn publish(&self, body: &[u8], properties: BasicProperties) {
         let options = BasicPublishOptions { mandatory: true, ..Default::default() };
         let exchange = self.broker.names().sync.as_str().into();
-        let confirm = self.channel.basic_publish(exchange, "sync.requested".into(), options, body, properties.with_delivery_mode(2)).await.unwrap().await.unwrap();
+        let confirm = self
+            .channel
+            .basic_publish(exchange, "sync.requested".into(), options, body, properties.with_delivery_mode(2))
+            .await
+            .unwrap()
+            .await
+            .unwrap();
         assert!(confirm.is_ack() && confirm.take_message().is_none());
     }
 
@@ -91,22 +102,35 @@ async fn topology_is_made_twice_and_drift_is_told() {
     let other = rig.broker_with(|c| c.topology.delivery_limit = 7);
     println!("LIMIT: {:?}", other.ensure_topology().await);
     rig.channel.queue_delete(names.requests.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
-    rig.channel.queue_declare(names.requests.as_str().into(), QueueDeclareOptions::durable(), FieldTable::default()).await.unwrap();
-    rig.channel.queue_delete(names.retry(Rung::TwoMinutes).as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    rig.channel
+        .queue_declare(names.requests.as_str().into(), QueueDeclareOptions::durable(), FieldTable::default())
+        .await
+        .unwrap();
+    rig.channel
+        .queue_delete(names.retry(Rung::TwoMinutes).as_str().into(), QueueDeleteOptions::default())
+        .await
+        .unwrap();
     let mut args = FieldTable::default();
     args.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
     args.insert("x-message-ttl".into(), AMQPValue::LongInt(7));
     args.insert("x-dead-letter-exchange".into(), AMQPValue::LongString(names.sync.as_str().into()));
-    rig.channel.queue_declare(names.retry(Rung::TwoMinutes).as_str().into(), QueueDeclareOptions::durable(), args).await.unwrap();
+    rig.channel
+        .queue_declare(names.retry(Rung::TwoMinutes).as_str().into(), QueueDeclareOptions::durable(), args)
+        .await
+        .unwrap();
     for broker in [&rig.broker, &verify] {
         let drift = broker.ensure_topology().await.unwrap_err();
         println!("DRIFT: {drift}");
         assert!(matches!(drift, BrokerError::Drift(_)));
         assert!(drift.to_string().contains("x-queue-type"), "{drift}");
-        assert!(drift.to_string().contains("x-message-ttl is 7 on the broker, the configuration wants 120000"), "{drift}");
+        assert!(
+            drift.to_string().contains("x-message-ttl is 7 on the broker, the configuration wants 120000"),
+            "{drift}"
+        );
         assert!(matches!(broker.subscribe(4).await, Err(BrokerError::Drift(_))));
     }
-    let wrong = rig.broker_with(|c| c.broker.url = "amqp://guest:hunter2@127.0.0.1:1/,amqp://guest:hunter2@127.0.0.1:2".into());
+    let wrong =
+        rig.broker_with(|c| c.broker.url = "amqp://guest:hunter2@127.0.0.1:1/,amqp://guest:hunter2@127.0.0.1:2".into());
     let error = wrong.ensure_topology().await.unwrap_err().to_string();
     println!("AWAY: {error}");
     let url = instance(&["url"]).replace("guest:guest", "guest:hunter2");
@@ -240,20 +264,31 @@ async fn a_frozen_broker_is_noticed_and_left() {
     println!("FROZEN publish {fates:?} after {:?}", begun.elapsed());
     assert_eq!(fates, [Fate::Unknown]);
     let begun = Instant::now();
-    let end = tokio::time::timeout(Duration::from_secs(20), subscription.next()).await.expect("missing heartbeats are noticed");
+    let end = tokio::time::timeout(Duration::from_secs(20), subscription.next())
+        .await
+        .expect("missing heartbeats are noticed");
     println!("FROZEN loss after {:?}: {:?}", begun.elapsed(), end.map(|e| e.map(|_| ()).map_err(|e| e.to_string())));
     let begun = Instant::now();
     drop(subscription);
     println!("SUBSCRIBE frozen: {} after {:?}", rig.broker.subscribe(4).await.err().unwrap(), begun.elapsed());
-    let threads = || std::fs::read_dir("/proc/self/task").unwrap().filter(|t| {
-        std::fs::read_to_string(t.as_ref().unwrap().path().join("comm")).unwrap_or_default().starts_with("lapin-io")
-    }).count();
+    let threads = || {
+        std::fs::read_dir("/proc/self/task")
+            .unwrap()
+            .filter(|t| {
+                std::fs::read_to_string(t.as_ref().unwrap().path().join("comm"))
+                    .unwrap_or_default()
+                    .starts_with("lapin-io")
+            })
+            .count()
+    };
     println!("io threads: {}", threads());
     instance(&["resume"]);
     let (_, message) = event("run.completed.success.t");
     let mut fates = publisher.publish(vec![message]).await;
     for _ in 0..10 {
-        if fates == [Fate::Confirmed] { break; }
+        if fates == [Fate::Confirmed] {
+            break;
+        }
         let (_, message) = event("run.completed.success.t");
         fates = publisher.publish(vec![message]).await;
     }
@@ -285,7 +320,8 @@ async fn a_memory_alarm_blocks_publishing_and_not_consuming() {
     assert!(publisher.blocked());
     assert_eq!(fates, [Fate::Unknown, Fate::Refused, Fate::Refused]);
     for _ in 0..2 {
-        let delivery = tokio::time::timeout(Duration::from_secs(3), subscription.next()).await.unwrap().unwrap().unwrap();
+        let delivery =
+            tokio::time::timeout(Duration::from_secs(3), subscription.next()).await.unwrap().unwrap().unwrap();
         assert!(delivery.ack().await.unwrap(), "acks go through");
     }
     assert_eq!(subscription.ready().await.unwrap(), 0);
@@ -330,14 +366,24 @@ async fn dead_letters_are_looked_at_replayed_and_dropped() {
     let mut headers = FieldTable::default();
     headers.insert("tenant-team".into(), AMQPValue::LongString("blue".into()));
     headers.insert("CC".into(), AMQPValue::FieldArray(vec![AMQPValue::LongString("nowhere".into())].into()));
-    let properties = BasicProperties::default().with_headers(headers).with_message_id("m-1".into()).with_user_id("guest".into()).with_content_type("application/json".into());
+    let properties = BasicProperties::default()
+        .with_headers(headers)
+        .with_message_id("m-1".into())
+        .with_user_id("guest".into())
+        .with_content_type("application/json".into());
     rig.publish(b"\xff bad", properties).await;
     let delivery = subscription.next().await.unwrap().unwrap();
     assert_eq!(publisher.park(&delivery, Rung::FiveSeconds).await, Fate::Confirmed);
     assert!(delivery.ack().await.unwrap());
     let begun = Instant::now();
     let parked = subscription.next().await.unwrap().unwrap();
-    println!("PARKED for {:?}: retries {} deferred {} redelivered {}", begun.elapsed(), parked.retries, parked.deferred_s, parked.redelivered);
+    println!(
+        "PARKED for {:?}: retries {} deferred {} redelivered {}",
+        begun.elapsed(),
+        parked.retries,
+        parked.deferred_s,
+        parked.redelivered
+    );
     assert_eq!((parked.retries, parked.deferred_s), (1, 5));
     let rejection = Rejection::new(DeadReason::InvalidJson, "not JSON: line 1");
     assert_eq!(publisher.bury(&parked, &rejection, "live-test").await, Fate::Confirmed);
@@ -359,7 +405,10 @@ async fn dead_letters_are_looked_at_replayed_and_dropped() {
     let mut letters = rig.broker.dead_letters().await.unwrap();
     let list = letters.list(10).await.unwrap();
     for letter in &list {
-        println!("DEAD {} {} {:?} {:?} {} {:?} retries {}", letter.id, letter.reason, letter.detail, letter.at, letter.by, letter.message_id, letter.retries);
+        println!(
+            "DEAD {} {} {:?} {:?} {} {:?} retries {}",
+            letter.id, letter.reason, letter.detail, letter.at, letter.by, letter.message_id, letter.retries
+        );
     }
     let reasons: Vec<&str> = list.iter().map(|letter| letter.reason.as_str()).collect();
     assert_eq!(reasons, ["invalid_json", "delivery_limit"]);
@@ -370,7 +419,10 @@ async fn dead_letters_are_looked_at_replayed_and_dropped() {
     letters.replay(&bad).await.unwrap();
     letters.close().await;
     let replayed = subscription.next().await.unwrap().unwrap();
-    assert_eq!((replayed.body.as_slice(), replayed.retries, replayed.deferred_s, replayed.redelivered), (&b"\xff bad"[..], 0, 0, false));
+    assert_eq!(
+        (replayed.body.as_slice(), replayed.retries, replayed.deferred_s, replayed.redelivered),
+        (&b"\xff bad"[..], 0, 0, false)
+    );
     println!("REPLAYED {replayed:?}");
     assert!(replayed.ack().await.unwrap());
     let mut letters = rig.broker.dead_letters().await.unwrap();
@@ -392,7 +444,10 @@ async fn a_missing_rung_is_made_again() {
     let delivery = subscription.next().await.unwrap().unwrap();
     let (_, message) = event("run.completed.success.t");
     publisher.publish(vec![message]).await;
-    rig.channel.queue_delete(names.retry(Rung::FiveSeconds).as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    rig.channel
+        .queue_delete(names.retry(Rung::FiveSeconds).as_str().into(), QueueDeleteOptions::default())
+        .await
+        .unwrap();
     assert_eq!(publisher.park(&delivery, Rung::FiveSeconds).await, Fate::Unroutable);
     assert_eq!(publisher.park(&delivery, Rung::FiveSeconds).await, Fate::Confirmed);
     rig.broker.publish_request(b"{}".to_vec(), "application/json", None).await.unwrap();

@@ -122,7 +122,7 @@ async fn a_deferred_request_waits_its_turn_and_then_runs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_deferred_too_long_is_skipped() {
     let world = World::new().await;
-    world.sim.add_rule(slow(4_000));
+    world.sim.add_rule(slow(8_000));
     let mut config = world.config();
     config.limits.when_full = WhenFull::Defer;
     config.limits.defer_max_s = 5;

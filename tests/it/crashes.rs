@@ -28,7 +28,7 @@ async fn killed_at(step: &Step) {
     truths::keep_history(&world).await;
     hold_at(&world, step, 2.0).await;
     let victim = Process::start(&world, "victim", &[]);
-    world.publish_once_declared(&world.request("run", &["mobileApp", "deviceShellScript"])).await;
+    world.publish(&world.request("run", &["mobileApp", "deviceShellScript"])).await;
     let events = world.subscribe().await;
     held(&world).await;
     victim.signal("KILL");
@@ -73,7 +73,7 @@ async fn killed_mid_page_and_between_pages() {
     world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1,
         "action": { "kind": "slow_body", "chunk_bytes": 64, "pause_ms": 100 } })));
     let victim = Process::start(&world, "victim", &[("RUN__BATCH_ROWS", "10")]);
-    world.publish_once_declared(&world.request("run", &["mobileApp"])).await;
+    world.publish(&world.request("run", &["mobileApp"])).await;
     let events = world.subscribe().await;
     eventually("the first page is written", || async {
         (world.count("select count(*) from inventory_items").await > 0).then_some(())
@@ -96,7 +96,7 @@ async fn killed_between_the_commit_and_the_ack() {
     let broker = Proxy::before(world.amqp_address()).await;
     world.sim.add_rule(rule(json!({ "action": { "kind": "slow", "delay_ms": 800 } })));
     let victim = Process::start(&world, "victim", &[("BROKER__URL", &world.amqp_through(&broker))]);
-    world.publish_once_declared(&world.request("run", &["mobileApp"])).await;
+    world.publish(&world.request("run", &["mobileApp"])).await;
     let events = world.subscribe().await;
     running(&world, "run").await;
     broker.freeze(true);
@@ -119,7 +119,7 @@ async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
     world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 60).unwrap();
     world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1, "action": { "kind": "slow", "delay_ms": 3_000 } })));
     let zombie = Process::start(&world, "zombie", &[]);
-    world.publish_once_declared(&world.request("run", &["mobileApp"])).await;
+    world.publish(&world.request("run", &["mobileApp"])).await;
     let events = world.subscribe().await;
     running(&world, "run").await;
     zombie.signal("STOP");
@@ -130,7 +130,7 @@ async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
     .await;
     assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(2)));
     zombie.signal("CONT");
-    eventually("the zombie notices", || async { zombie.log().contains("lease lost").then_some(()) }).await;
+    zombie.logs("lease lost").await;
     truths::hold(&world, &["run".to_owned()], &events).await;
     assert_eq!(world.runs("run").await[0], run, "it has changed nothing");
     world.sync("next", &["deviceShellScript"]).await;

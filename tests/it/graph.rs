@@ -57,7 +57,7 @@ async fn throttled_for_ever_ends_within_its_budget_and_says_when_to_come_back() 
     let _replica = Replica::with(config).await;
     let events = world.subscribe().await;
     let begun = Instant::now();
-    let run = world.sync("for ever", &["mobileApp"]).await;
+    let run = world.sync("for-ever", &["mobileApp"]).await;
     fails_with(&run, "graph_throttled");
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     assert!(run["graph_throttle_wait_ms"].as_i64().unwrap() <= 6_000, "{run}");

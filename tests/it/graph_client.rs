@@ -6,9 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use inventoryd::config::{Config, GraphConfig};
+use inventoryd::domain::catalog::{Catalog, Collection, DEFAULT_CONTRACTS};
 use inventoryd::domain::clock::Deadline;
 use inventoryd::domain::failure::{ErrorCode, Failure};
-use inventoryd::domain::policy_type::{Catalog, Collection, DEFAULT_CONTRACTS, Shape};
+
+use inventoryd::domain::policy_type::Shape;
 use inventoryd::graph::{GraphClient, GraphReader, PageObject, RunBudget};
 use uuid::Uuid;
 

@@ -68,7 +68,7 @@ async fn every_type_is_listed_and_only_by_get() {
                            "selection": { "policy_types": ["*"] } }))
         .await;
     let run = world.ended("all").await;
-    let catalog = inventoryd::domain::policy_type::Catalog::built_in();
+    let catalog = inventoryd::domain::catalog::Catalog::built_in();
     let ended: BTreeSet<String> = world
         .rows("select policy_type from inventory_sync_run_types where status = 'complete'")
         .await

@@ -29,7 +29,8 @@ async fn a_deleted_object_is_missing_with_high_confidence_and_stays_in_the_table
     let missing = world.missing(&second).await;
     let mut ids: Vec<&str> = missing.iter().map(|item| item["external_id"].as_str().unwrap()).collect();
     let mut expected: Vec<&str> = gone.iter().map(String::as_str).collect();
-    (ids.sort_unstable(), expected.sort_unstable());
+    ids.sort_unstable();
+    expected.sort_unstable();
     assert_eq!(ids, expected);
     assert_eq!(confidences(&missing), ["high", "high"]);
     assert!(missing.iter().all(|item| item["type_complete"] == true && item["last_seen_run_id"] == first["id"]));

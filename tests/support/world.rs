@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use inventoryd::broker::Broker;
 use inventoryd::config::Config;
 use inventoryd::store::Store;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
@@ -40,7 +41,7 @@ pub struct World {
     pub amqp_url: String,
     ca_file: PathBuf,
     channel: Channel,
-    _connection: Connection,
+    connection: Connection,
 }
 
 impl World {
@@ -79,7 +80,7 @@ impl World {
             tenant: Uuid::new_v4(),
             prefix: format!("{name}."),
             amqp_url: rabbitmq.to_owned(),
-            _connection: connection,
+            connection,
         };
         let config = world.config();
         Store::connect(&config.database, "test")
@@ -87,6 +88,8 @@ impl World {
             .migrate()
             .await
             .expect("the schema is made");
+        let broker = Broker::new(&config.broker, &config.topology, "test").expect("the address is right");
+        broker.ensure_topology().await.expect("the queues are made");
         world.register(world.tenant, None).await;
         world
     }
@@ -101,6 +104,8 @@ impl World {
             ("RUN__LEASE_S", "15"),
             ("DATABASE__URL", &self.database_url),
             ("OUTBOX__POLL_MS", "200"),
+            ("BROKER__OPERATION_TIMEOUT_S", "5"),
+            ("OUTBOX__CLAIM_S", "6"),
             ("DATABASE__MAX_CONNECTIONS", "6"),
             ("DATABASE__CONTROL_CONNECTIONS", "2"),
             ("GRAPH__CLOUD", "custom"),
@@ -175,12 +180,6 @@ impl World {
         self.publish_bytes(envelope.to_string().as_bytes(), properties).await;
     }
 
-    /// Publishes a request as soon as a daemon has made the queue.
-    pub async fn publish_once_declared(&self, request: &Value) {
-        eventually("the daemon declares its queues", || self.try_depth("inventory.sync.requests")).await;
-        self.publish(request).await;
-    }
-
     /// Publishes any bytes and waits for the broker's confirmation.
     pub async fn publish_bytes(&self, body: &[u8], properties: BasicProperties) {
         let confirmed = self
@@ -201,14 +200,11 @@ impl World {
 
     /// Messages that wait in a queue.
     pub async fn depth(&self, queue: &str) -> u32 {
-        self.try_depth(queue).await.expect("the queue is there")
-    }
-
-    async fn try_depth(&self, queue: &str) -> Option<u32> {
-        let channel = self._connection.create_channel().await.expect("a channel opens");
+        let channel = self.connection.create_channel().await.expect("a channel opens");
         let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
         let name = format!("{}{queue}", self.prefix);
-        Some(channel.queue_declare(name.into(), options, FieldTable::default()).await.ok()?.message_count())
+        let declared = channel.queue_declare(name.into(), options, FieldTable::default()).await;
+        declared.expect("the queue is there").message_count()
     }
 
     /// Takes one message out of a queue.
