@@ -11,6 +11,8 @@ mod crashes;
 mod dead_letters;
 mod graph;
 mod graph_client;
+mod graph_credentials;
+mod graph_limits;
 mod inventory;
 mod limits;
 mod missing;
