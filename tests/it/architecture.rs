@@ -29,6 +29,7 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("reqwest", &["graph"]),
     ("azure_identity", &["graph"]),
     ("azure_core", &["graph"]),
+    ("governor", &["graph"]),
     ("axum", &["http"]),
     ("backoff", &["backoff"]),
     ("clap", &["main", "cli"]),

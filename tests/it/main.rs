@@ -12,6 +12,8 @@ mod dead_letters;
 mod fleet;
 mod graph;
 mod graph_client;
+mod graph_credentials;
+mod graph_limits;
 mod inventory;
 mod limits;
 mod missing;
