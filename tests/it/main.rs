@@ -17,4 +17,5 @@ mod graph_limits;
 mod inventory;
 mod limits;
 mod missing;
+mod readme;
 mod stopping;
