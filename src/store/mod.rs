@@ -4,6 +4,7 @@
 //! still keep its lease. No function holds one connection while it asks for another.
 
 mod admission;
+mod fleet;
 mod items;
 mod leases;
 mod outbox;
@@ -23,6 +24,7 @@ use tokio::sync::Notify;
 use tracing::log::LevelFilter;
 
 pub use admission::{Admission, AdmissionRules, Admitted, Applicant};
+pub use fleet::ClosedGate;
 pub use items::Written;
 pub use leases::Renewal;
 pub use outbox::{Backlog, OutboxEvent};

@@ -130,7 +130,7 @@ async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
     .await;
     assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(2)));
     zombie.signal("CONT");
-    eventually("the zombie notices", || async { zombie.log().contains("lease lost").then_some(()) }).await;
+    zombie.logs("lease lost").await;
     truths::hold(&world, &["run".to_owned()], &events).await;
     assert_eq!(world.runs("run").await[0], run, "it has changed nothing");
     world.sync("next", &["deviceShellScript"]).await;

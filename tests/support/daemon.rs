@@ -8,8 +8,8 @@ use std::time::Duration;
 use inventoryd::config::Config;
 use inventoryd::daemon::Daemon;
 
-use super::within;
 use super::world::World;
+use super::{PATIENCE, within};
 
 /// A replica in this process.
 pub struct Replica(Option<Daemon>);
@@ -79,6 +79,15 @@ impl Process {
             child.borrow_mut().try_wait().expect("it is our child")
         })
         .await
+    }
+
+    /// Waits until it has logged `text`; fails with everything that it has logged instead.
+    pub async fn logs(&self, text: &str) {
+        let begun = std::time::Instant::now();
+        while !self.log().contains(text) {
+            assert!(begun.elapsed() < PATIENCE, "{text:?} is not in the log:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
     }
 
     /// Everything that it has logged.
