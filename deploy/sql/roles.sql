@@ -25,7 +25,6 @@
 begin;
 set local client_min_messages = warning;
 
-
 do $$
 declare
     wanted text;
