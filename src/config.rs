@@ -11,9 +11,11 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 mod check;
+mod credential;
 mod load;
 mod settings;
 
+pub use credential::{CredentialConfig, CredentialKind};
 pub use settings::{Origin, Setting};
 
 /// The defaults, with their documentation.
@@ -145,6 +147,9 @@ pub struct GraphConfig {
     pub max_pages: u32,
     pub max_page_bytes: usize,
     pub rate_share: f64,
+    pub intune_per_20s: u32,
+    pub devices_per_20s: u32,
+    pub conditional_access_per_s: u32,
     pub credentials: BTreeMap<String, CredentialConfig>,
 }
 
@@ -205,29 +210,6 @@ impl GraphConfig {
 
 fn or_cloud<'a>(given: &'a str, cloud: Option<&'a str>) -> &'a str {
     if given.is_empty() { cloud.unwrap_or_default() } else { given.trim_end_matches('/') }
-}
-
-/// `[graph.credentials.<name>]`
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "config/default.toml documents every key")]
-pub struct CredentialConfig {
-    pub client_id: String,
-    #[serde(default)]
-    pub client_secret: SecretString,
-    pub client_secret_file: Option<PathBuf>,
-}
-
-impl CredentialConfig {
-    /// The client secret as it is now: a file is read again each time, because secrets are replaced while we run.
-    ///
-    /// # Errors
-    /// If the file can't be read.
-    pub fn read_client_secret(&self) -> Result<SecretString, ConfigError> {
-        let mut secret = self.client_secret.clone();
-        load::read_secret("client_secret_file", self.client_secret_file.as_deref(), &mut secret)?;
-        Ok(secret)
-    }
 }
 
 /// `[database]`

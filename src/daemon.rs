@@ -12,7 +12,7 @@ use crate::backoff::{Waits, full_jitter};
 use crate::broker::{Broker, BrokerError};
 use crate::config::{Config, GraphConfig, seconds};
 use crate::consumer::{Consumer, ConsumerHealth};
-use crate::domain::policy_type::Catalog;
+use crate::domain::catalog::Catalog;
 use crate::graph::{GraphClient, GraphError};
 use crate::http::{self, Consuming, Figures, Heartbeat, HttpState};
 use crate::janitor::Janitor;
@@ -89,6 +89,12 @@ impl Daemon {
     pub fn abort(&self) {
         self.stop.drain.cancel();
         self.stop.abort.cancel();
+    }
+
+    /// What tells it to stop, for whoever waits in [`Daemon::stopped`] meanwhile.
+    #[must_use]
+    pub fn stop(&self) -> Stop {
+        self.stop.clone()
     }
 
     /// What the consumer does.

@@ -44,12 +44,17 @@ pub mod backoff;
 pub mod config;
 pub mod telemetry;
 
+pub mod broker;
 pub mod graph;
 pub mod store;
 
 pub mod run;
 
+pub mod consumer;
 pub mod http;
 pub mod janitor;
+pub mod relay;
+
+pub mod daemon;
 
 pub mod cli;

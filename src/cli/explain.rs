@@ -2,19 +2,28 @@
 
 use std::str::FromStr;
 
+use clap::ValueEnum;
 use serde::Serialize;
 
 use super::{CliError, Context, Outcome};
 use crate::domain::failure::{DeadReason, ErrorCode};
+use crate::telemetry::METRICS;
 
 /// Explain an error code of a run or the reason of a dead letter; without CODE, all of them
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The code, such as graph_forbidden
     code: Option<String>,
-    /// Print the tables that stand in README.md
-    #[arg(long, conflicts_with = "code")]
-    markdown: bool,
+    /// Print the tables that stand in README.md: those of the codes, or with =metrics that of the metrics
+    #[arg(long, value_name = "TABLE", conflicts_with = "code", num_args = 0..=1, require_equals = true,
+          default_missing_value = "codes")]
+    markdown: Option<Tables>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Tables {
+    Codes,
+    Metrics,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -45,10 +54,11 @@ impl From<DeadReason> for Meaning {
 }
 
 pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
-    match &args.code {
-        Some(code) => one(code, context),
-        None if args.markdown => context.out.bytes(markdown().as_bytes()),
-        None => every(context),
+    match (&args.code, args.markdown) {
+        (Some(code), _) => one(code, context),
+        (None, Some(Tables::Codes)) => context.out.bytes(markdown().as_bytes()),
+        (None, Some(Tables::Metrics)) => context.out.bytes(markdown_of_metrics().as_bytes()),
+        (None, None) => every(context),
     }?;
     Ok(Outcome::Done)
 }
@@ -95,6 +105,16 @@ fn markdown() -> String {
     text
 }
 
+fn markdown_of_metrics() -> String {
+    let mut text = "| Metric | Kind | Labels | What it says |\n|---|---|---|---|\n".to_owned();
+    for metric in METRICS {
+        let kind = format!("{:?}", metric.kind).to_lowercase();
+        let labels: Vec<String> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
+        text += &format!("| `{}` | {kind} | {} | {} |\n", metric.name, labels.join(", "), metric.help);
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::call;
@@ -113,9 +133,11 @@ mod tests {
     }
 
     #[test]
-    fn the_markdown_has_a_row_for_every_code() {
+    fn the_markdown_has_a_row_for_everything() {
         let (_, text) = call(&["explain", "--markdown"]);
         assert!(meanings().iter().all(|meaning| text.contains(&format!("| `{}` | ", meaning.code))));
+        let (_, metrics) = call(&["explain", "--markdown=metrics"]);
+        assert!(METRICS.iter().all(|metric| metrics.contains(&format!("| `{}` | ", metric.name))));
         assert!(meanings().iter().all(|meaning| !meaning.cause.contains('|') && !meaning.remedy.contains('|')));
     }
 }

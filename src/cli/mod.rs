@@ -9,11 +9,14 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::broker::BrokerError;
 use crate::config::{Config, ConfigError};
 use crate::store::{Store, StoreError};
 
 mod check;
 mod completions;
+mod dead;
+mod events;
 mod explain;
 mod hash;
 mod man;
@@ -21,9 +24,11 @@ mod migrate;
 mod missing;
 mod output;
 mod progress;
+mod request;
 mod runs;
 mod schema;
 mod selection;
+mod serve;
 mod tenant;
 mod types;
 
@@ -45,11 +50,15 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Serve(serve::Args),
     Migrate(migrate::Args),
     Check(check::Args),
     Tenant(tenant::Args),
+    Request(request::Args),
     Runs(runs::Args),
     Missing(missing::Args),
+    Dead(dead::Args),
+    Events(events::Args),
     Types(types::Args),
     Hash(hash::Args),
     Explain(explain::Args),
@@ -108,6 +117,18 @@ impl From<StoreError> for CliError {
     }
 }
 
+impl From<BrokerError> for CliError {
+    fn from(error: BrokerError) -> Self {
+        let hint = match &error {
+            BrokerError::Unreachable(_) => {
+                "; see that RabbitMQ runs and that broker.url is right (`inventoryd check` shows it)"
+            }
+            _ => "",
+        };
+        Self::Failed(format!("{error}{hint}"))
+    }
+}
+
 /// What every command is given.
 struct Context<'a> {
     config_file: Option<PathBuf>,
@@ -130,11 +151,25 @@ impl Context<'_> {
 
 /// Runs a command that waits for others.
 fn wait_for(command: impl Future<Output = Result<Outcome, CliError>>) -> Result<Outcome, CliError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    wait_on(tokio::runtime::Builder::new_current_thread(), command)
+}
+
+fn wait_with_all_cores_for(command: impl Future<Output = Result<Outcome, CliError>>) -> Result<Outcome, CliError> {
+    wait_on(tokio::runtime::Builder::new_multi_thread(), command)
+}
+
+fn wait_on(
+    mut threads: tokio::runtime::Builder,
+    command: impl Future<Output = Result<Outcome, CliError>>,
+) -> Result<Outcome, CliError> {
+    let runtime = threads
         .enable_all()
         .build()
-        .map_err(|error| CliError::Failed(format!("can't start: {error}")))?;
-    runtime.block_on(command)
+        .map_err(|error| CliError::Failed(format!("no threads could be started: {error}")))?;
+    let ended = runtime.block_on(command);
+    // A name that is still being looked up must not hold the end back.
+    runtime.shutdown_background();
+    ended
 }
 
 /// Says something to the person at the terminal, beside what was asked for.
@@ -162,11 +197,15 @@ fn run(cli: Cli, stdout: &mut dyn Write) -> Result<Outcome, CliError> {
 
 fn dispatch(command: Command, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     match command {
+        Command::Serve(args) => wait_with_all_cores_for(serve::run(&args, context)),
         Command::Migrate(args) => wait_for(migrate::run(&args, context)),
         Command::Check(args) => check::run(&args, context),
         Command::Tenant(args) => wait_for(tenant::run(args, context)),
+        Command::Request(args) => wait_for(request::run(&args, context)),
         Command::Runs(args) => wait_for(runs::run(args, context)),
         Command::Missing(args) => wait_for(missing::run(&args, context)),
+        Command::Dead(args) => wait_for(dead::run(args, context)),
+        Command::Events(args) => wait_for(events::run(args, context)),
         Command::Types(args) => types::run(&args, context),
         Command::Hash(args) => hash::run(&args, context),
         Command::Explain(args) => explain::run(&args, context),

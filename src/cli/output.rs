@@ -3,11 +3,16 @@
 use std::fmt::Display;
 use std::io::Write;
 
-use comfy_table::{Cell, ContentArrangement, ContentLineStyle, LineStyle, Table, TableStyle};
+use comfy_table::{
+    CellAlignment, ColumnConstraint, ContentArrangement, ContentLineStyle, LineStyle, Table, TableStyle, Width,
+};
 use serde::Serialize;
 
 use super::CliError;
 
+/// Words up to the length of a GUID are not broken over lines: ids are there to be copied.
+const WHOLE_WORD: u16 = 36;
+const PADDING: u16 = 2;
 const STYLE: TableStyle = TableStyle::new()
     .top_border(LineStyle::new('╭', '─', '┬', '╮'))
     .header_lines(ContentLineStyle::new('│', '│', '│'))
@@ -65,15 +70,31 @@ impl<'a> Out<'a> {
     }
 }
 
-/// A table that fits the terminal; where there is none, each row is one line.
+/// A table that fits the terminal if that can be without breaking words; where there is no terminal, each row is a line.
 pub(super) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> Table {
+    let rows: Vec<[String; N]> = rows.into_iter().map(|row| row.map(|text| printable(&text))).collect();
+    let longest: [u16; N] = std::array::from_fn(|n| {
+        rows.iter().map(|row| longest_word(&row[n])).fold(longest_word(header[n]), u16::max).min(WHOLE_WORD)
+    });
+    let numeric: [bool; N] = std::array::from_fn(|n| rows.iter().all(|row| is_number(&row[n])));
     let mut table = Table::new();
+    table.load_style(STYLE).set_content_arrangement(ContentArrangement::Dynamic).set_header(header).add_rows(rows);
+    for (n, column) in table.column_iter_mut().enumerate() {
+        column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(longest[n] + PADDING)));
+        if numeric[n] {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
     table
-        .load_style(STYLE)
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_header(header)
-        .add_rows(rows.into_iter().map(|row| row.map(|text| Cell::new(printable(&text)))));
-    table
+}
+
+fn longest_word(text: &str) -> u16 {
+    let longest = text.split_whitespace().map(|word| word.chars().count()).max().unwrap_or_default();
+    u16::try_from(longest).unwrap_or(u16::MAX)
+}
+
+fn is_number(text: &str) -> bool {
+    text == "-" || !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// Names come from tenants: what would steer the terminal is made visible instead.
@@ -99,9 +120,9 @@ pub(super) fn second(rfc3339: &str) -> String {
 /// A duration for people.
 pub(super) fn seconds(count: f64) -> String {
     match count {
-        ..10.0 => format!("{count:.1} s"),
-        ..120.0 => format!("{count:.0} s"),
-        _ => format!("{:.0} min", count / 60.0),
+        ..10.0 => format!("{count:.1}s"),
+        ..120.0 => format!("{count:.0}s"),
+        _ => format!("{:.0}min", count / 60.0),
     }
 }
 
@@ -118,6 +139,6 @@ mod tests {
     #[test]
     fn moments_and_durations_are_short() {
         assert_eq!(second("2026-11-24T06:30:12.123456Z"), "2026-11-24 06:30:12");
-        assert_eq!(["1.3 s", "15 s", "5 min"], [1.26, 15.2, 300.0].map(seconds));
+        assert_eq!(["1.3s", "15s", "5min"], [1.26, 15.2, 300.0].map(seconds));
     }
 }

@@ -8,7 +8,7 @@ use indicatif::{HumanCount, MultiProgress, ProgressBar, ProgressStyle};
 use uuid::Uuid;
 
 use super::{CliError, note};
-use crate::domain::policy_type::Catalog;
+use crate::domain::catalog::Catalog;
 use crate::domain::run::{RunStatus, TypeOutcome};
 use crate::domain::selection::Selection;
 use crate::store::{RunDetails, Store};

@@ -67,7 +67,7 @@ pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome
 async fn list(args: List, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let filter = RunFilter { tenant_id: args.tenant, status: args.status, limit: args.limit };
     let runs = context.store().await?.list_runs(&filter).await?;
-    let header = ["run", "tenant", "key", "status", "items", "new", "changed", "errors", "codes", "took", "started"];
+    let header = ["run", "tenant", "key", "status", "items", "new", "changed", "codes", "took", "started"];
     context.out.rows(header, &runs, |run| {
         [
             run.run_id.to_string(),
@@ -77,7 +77,6 @@ async fn list(args: List, context: &mut Context<'_>) -> Result<Outcome, CliError
             run.counters.items_observed_count.to_string(),
             run.counters.items_created_count.to_string(),
             run.counters.items_changed_count.to_string(),
-            run.counters.errors_count.to_string(),
             run.error_codes.join(" "),
             seconds(run.duration_s),
             second(&run.started_at),
@@ -150,7 +149,7 @@ fn facts(run: &Run) -> Vec<[String; 2]> {
         ("errors", Some(format!("{} {}", counters.errors_count, run.error_codes.join(" ")))),
         ("items", Some(items)),
         ("graph", Some(throttled)),
-        ("ask again after", run.retry_after_s.map(|s| format!("{s} s"))),
+        ("ask again after", run.retry_after_s.map(|s| format!("{s}s"))),
         ("selection", Some(run.selection.canonical_json())),
         ("selection hash", Some(run.selection_hash.clone())),
         ("key", Some(run.idempotency_key.clone())),

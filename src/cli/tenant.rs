@@ -33,14 +33,20 @@ struct Add {
     #[arg(value_name = "GUID")]
     tenant_id: Uuid,
     /// Name for people [default: the id]
-    #[arg(long)]
+    #[arg(long, value_parser = label::<200>)]
     name: Option<String>,
     /// Credential that reads it, one of graph.credentials [default: default]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = label::<100>)]
     credential: Option<String>,
     /// Running runs that it may have [default: limits.tenant_max_runs]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(i32).range(1..))]
     max_runs: Option<i32>,
+}
+
+/// A text that its column takes.
+fn label<const MOST: usize>(text: &str) -> Result<String, String> {
+    let fits = (1..=MOST).contains(&text.chars().count()) && !text.chars().any(char::is_control);
+    if fits { Ok(text.to_owned()) } else { Err(format!("1 to {MOST} characters without control characters")) }
 }
 
 #[derive(Debug, clap::Args)]

@@ -97,6 +97,11 @@ fn check_graph(config: &Config, require: &mut dyn FnMut(bool, &str)) {
         graph.credentials.contains_key("default"),
         "graph.credentials.default: must be there; tenants use it unless told otherwise",
     );
+    for (name, credential) in &graph.credentials {
+        for problem in credential.problems() {
+            require(false, &format!("graph.credentials.{name}.{problem}"));
+        }
+    }
 }
 
 fn check_store(config: &Config, require: &mut dyn FnMut(bool, &str)) {

@@ -8,7 +8,7 @@ use secrecy::SecretString;
 
 use super::settings::{self, Setting};
 use super::{Config, ConfigError, DEFAULTS, ENVIRONMENT_PREFIX, GraphConfig, check};
-use crate::domain::policy_type::Catalog;
+use crate::domain::catalog::Catalog;
 
 impl Config {
     /// Reads the configuration that this process is to run with.

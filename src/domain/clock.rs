@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Seconds since 1970 by this host's clock: only for what a token says of its own beginning and end, because the
-/// token service speaks of nothing else.
+/// token service speaks of nothing else, and for a person to read on a dead letter.
 #[must_use]
 #[expect(clippy::disallowed_methods, reason = "nothing of ours is dated or decided by it")]
 pub fn wall_clock_unix_s() -> i64 {

@@ -8,7 +8,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::policy_type::{Collection, Discriminator, PlatformRule, PolicyType};
+use super::catalog::Collection;
+
+use super::policy_type::{Discriminator, PlatformRule, PolicyType};
 
 /// The longest display name that is kept, in characters.
 pub const MAX_DISPLAY_NAME_CHARS: usize = 1_024;
@@ -245,7 +247,7 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
-    use super::super::policy_type::Catalog;
+    use super::super::catalog::Catalog;
     use super::*;
 
     static CATALOG: LazyLock<Catalog> = LazyLock::new(Catalog::built_in);

@@ -1,5 +1,6 @@
 //! The words of the field as types: pure, no async, no I/O.
 
+pub mod catalog;
 pub mod clock;
 pub mod event;
 pub mod failure;

@@ -1,5 +1,7 @@
 //! What Graph says when it refuses, and what that means. Its words are judged here and go no further.
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -25,6 +27,8 @@ pub(super) struct Refusal {
     pub(super) failure: Failure,
     /// What the list that was asked for can make of it.
     pub(super) why: Why,
+    /// The application permissions of which Graph names one as missing.
+    pub(super) permissions: Vec<String>,
 }
 
 /// What a list can make of a refusal.
@@ -40,7 +44,7 @@ pub(super) enum Why {
 
 impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Self {
-        Self { failure, why: Why::Final }
+        Self { failure, why: Why::Final, permissions: Vec::new() }
     }
 }
 
@@ -109,7 +113,17 @@ impl Told {
             404 => Why::NotFound,
             _ => Why::Final,
         };
-        Refusal { failure: self.failure(status, request_id), why }
+        let failure = self.failure(status, request_id);
+        let permissions = if failure.code == ErrorCode::GraphForbidden { self.permissions() } else { Vec::new() };
+        Refusal { failure, why, permissions }
+    }
+
+    /// The permissions that the message names. What is taken from it looks like `Word.Read.All` and like nothing else,
+    /// so that nothing else of it gets out.
+    fn permissions(&self) -> Vec<String> {
+        let words = self.text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == '-'));
+        let permissions: BTreeSet<&str> = words.filter(|word| is_read_permission(word)).collect();
+        permissions.into_iter().map(str::to_owned).collect()
     }
 
     fn error_code(&self, status: u16) -> ErrorCode {
@@ -127,6 +141,14 @@ impl Told {
             _ => ErrorCode::GraphBadResponse,
         }
     }
+}
+
+/// This daemon never asks for more than reading, so permissions to write are no advice.
+fn is_read_permission(word: &str) -> bool {
+    let Some(resource) = word.strip_suffix(".Read.All") else { return false };
+    (1..=64).contains(&resource.len())
+        && !resource.starts_with("eyJ")
+        && resource.bytes().all(|b| b.is_ascii_alphabetic() || b == b'-' || b == b'.')
 }
 
 fn owned(value: &Value) -> Option<String> {
@@ -214,6 +236,15 @@ mod tests {
         let failure = told("see https://host/?sig=1", &intune("Bearer abc")).failure(400, None);
         assert_eq!(failure.graph_code, None);
         assert!(!serde_json::to_string(&failure).unwrap().contains("://"));
+    }
+
+    #[test]
+    fn the_permissions_that_graph_names_are_kept_and_nothing_else() {
+        let message = "Application must have one of the following scopes: DeviceManagementApps.Read.All, \
+                       DeviceManagementApps.ReadWrite.All, see https://x/eyJhbGciOi.Read.All?y=A1.Read.All .Read.All";
+        let refusal = told("Forbidden", &intune(message)).refusal(403, None);
+        assert_eq!(refusal.permissions, ["DeviceManagementApps.Read.All"]);
+        assert!(told("BadRequest", message).refusal(400, None).permissions.is_empty());
     }
 
     #[test]

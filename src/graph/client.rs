@@ -5,14 +5,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use reqwest::Url;
+use tokio::sync::broadcast;
 use uuid::Uuid;
 
-use super::credential::{TokenSource, Tokens};
 use super::pages::Pages;
 use super::spending::{RunBudget, Spending};
+use super::throttle::{GateChange, Throttle};
+use super::token::{TokenSource, Tokens};
 use super::transport::Connections;
 use crate::config::GraphConfig;
-use crate::domain::policy_type::Collection;
+use crate::domain::catalog::Collection;
 use crate::domain::run::GraphUsage;
 use crate::telemetry;
 
@@ -39,6 +41,7 @@ pub(super) struct Shared {
     pub(super) base: Url,
     pub(super) connections: Connections,
     pub(super) tokens: Tokens,
+    pub(super) throttle: Throttle,
     pub(super) max_tries: u32,
     pub(super) first_wait: Duration,
     pub(super) most_wait: Duration,
@@ -58,6 +61,7 @@ impl GraphClient {
             base,
             connections: Connections::new(config)?,
             tokens: Tokens::new(config),
+            throttle: Throttle::new(config),
             max_tries: config.max_tries,
             first_wait: Duration::from_secs_f64(config.backoff_first_s),
             most_wait: Duration::from_secs_f64(config.backoff_max_s),
@@ -75,6 +79,23 @@ impl GraphClient {
             spending: Arc::new(Spending::new(budget)),
             tenant_id,
         }
+    }
+
+    /// Divides Graph's limits by the number of replicas that read the same tenants, this one included.
+    pub fn set_replicas(&self, replicas: u32) {
+        self.0.throttle.set_replicas(replicas);
+    }
+
+    /// Every gate that Graph closes from now on, for the other replicas to know.
+    #[must_use]
+    pub fn gate_changes(&self) -> broadcast::Receiver<GateChange> {
+        self.0.throttle.changes()
+    }
+
+    /// Closes a gate that Graph closed for another replica, for so long from now. Unknown families are ignored: they
+    /// are of another version.
+    pub fn close_gate(&self, tenant_id: Uuid, family: &str, closed_for: Duration) {
+        self.0.throttle.close(tenant_id, family, closed_for);
     }
 }
 

@@ -1,242 +1,125 @@
-//! Tokens: one for each tenant and credential, asked for by one at a time and renewed before it ends.
+//! What proves to the token service who asks: one credential of `azure_identity` for each kind of the configuration.
 
-use std::collections::{BTreeMap, HashMap};
-use std::error::Error as _;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use azure_core::cloud::{CloudConfiguration, CustomConfiguration};
 use azure_core::credentials::{Secret, TokenCredential};
-use azure_core::error::ErrorKind;
-use azure_core::http::headers::{HeaderName, Headers, RETRY_AFTER};
 use azure_core::http::{ClientOptions, RetryOptions, Transport};
-use azure_identity::{ClientSecretCredential, ClientSecretCredentialOptions};
+use azure_identity::{
+    ClientAssertionCredential, ClientAssertionCredentialOptions, ClientSecretCredential, ClientSecretCredentialOptions,
+    ManagedIdentityCredential, ManagedIdentityCredentialOptions, UserAssignedId, WorkloadIdentityCredential,
+    WorkloadIdentityCredentialOptions,
+};
 use reqwest::Client;
-use reqwest::header::HeaderValue;
 use secrecy::ExposeSecret;
 use uuid::Uuid;
 
-use super::retry_after;
-use crate::backoff::{Waits, full_jitter};
-use crate::config::{CredentialConfig, GraphConfig, seconds};
-use crate::domain::clock::{Deadline, wall_clock_unix_s};
-use crate::domain::failure::{ErrorCode, Failure};
-use crate::telemetry;
+use super::assertion::{Assertion, Certificate};
+use super::transport::machine_client;
+use crate::config::{CredentialConfig, CredentialKind, GraphConfig};
 
-/// A token is renewed so long before its end, or after four fifths of its life if that is short.
-const RENEW_BEFORE_END: Duration = Duration::from_secs(300);
-/// A refusal is believed for so long, so that the many lists of a run don't all ask again.
-const BELIEVE_REFUSAL: Duration = Duration::from_secs(5);
-
-/// Where all tokens come from.
-pub(super) struct Tokens {
-    credentials: BTreeMap<String, CredentialConfig>,
+/// The credentials of the configuration, by name.
+pub(super) struct Credentials {
+    configs: BTreeMap<String, CredentialConfig>,
+    authority: String,
     cloud: Arc<CloudConfiguration>,
-    scope: String,
-    first_wait: Duration,
-    most_wait: Duration,
-    max_tries: u32,
-    sources: Mutex<HashMap<(Uuid, String), Arc<TokenSource>>>,
-    serial: AtomicU64,
 }
 
-/// The token of one tenant and credential.
-pub(super) struct TokenSource {
-    tenant_id: Uuid,
-    credential: String,
-    token: RwLock<Option<Token>>,
-    /// Whoever holds it asks for a token; in it, the last refusal and how long it is believed.
-    asking: tokio::sync::Mutex<Option<(Deadline, Failure)>>,
-}
-
-/// A token as it is sent. Its header is marked as a secret and shows itself to no log.
-#[derive(Clone)]
-pub(super) struct Token {
-    pub(super) header: HeaderValue,
-    serial: u64,
-    renew_from: Deadline,
-    ends: Deadline,
-}
-
-enum Refused {
-    /// The next try may go better, after this long if the token service said so.
-    ForNow(Option<Duration>, Failure),
-    ForGood(Failure),
-}
-
-impl Tokens {
+impl Credentials {
     pub(super) fn new(config: &GraphConfig) -> Self {
-        let mut custom = CustomConfiguration::default();
-        custom.authority_host = config.authority().to_owned();
-        Self {
-            credentials: config.credentials.clone(),
-            cloud: Arc::new(custom.into()),
-            scope: format!("{}/.default", config.base_url()),
-            first_wait: Duration::from_secs_f64(config.backoff_first_s),
-            most_wait: Duration::from_secs_f64(config.backoff_max_s).min(seconds(config.request_timeout_s)),
-            max_tries: config.max_tries,
-            sources: Mutex::default(),
-            serial: AtomicU64::new(1),
+        let mut cloud = CustomConfiguration::default();
+        config.authority().clone_into(&mut cloud.authority_host);
+        let authority = config.authority().to_owned();
+        Self { configs: config.credentials.clone(), authority, cloud: Arc::new(cloud.into()) }
+    }
+
+    /// Makes the credential of that name for a tenant, from its files as they are now. A problem is told in words of
+    /// our own: the vendor's may hold what the files hold.
+    pub(super) fn make(&self, tenant_id: Uuid, name: &str, http: &Client) -> Result<Arc<dyn TokenCredential>, String> {
+        let config = self.configs.get(name).ok_or("there is no credential of that name")?;
+        let tenant_id = tenant_id.to_string();
+        match config.kind {
+            CredentialKind::ClientSecret => self.client_secret(config, &tenant_id, http),
+            CredentialKind::ClientCertificate => self.client_certificate(config, tenant_id, http),
+            CredentialKind::WorkloadIdentity => self.workload_identity(config, tenant_id, http),
+            CredentialKind::ManagedIdentity => self.managed_identity(config),
         }
     }
 
-    /// The source of a tenant's tokens by the credential of that name.
-    pub(super) fn source(&self, tenant_id: Uuid, credential: &str) -> Arc<TokenSource> {
-        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-        let source = sources.entry((tenant_id, credential.to_owned())).or_insert_with(|| {
-            Arc::new(TokenSource {
-                tenant_id,
-                credential: credential.to_owned(),
-                token: RwLock::default(),
-                asking: tokio::sync::Mutex::default(),
-            })
-        });
-        Arc::clone(source)
-    }
-
-    /// A token that is good now, if there is one before the deadline.
-    pub(super) async fn token(&self, of: &TokenSource, http: &Client, deadline: Deadline) -> Result<Token, Failure> {
-        let token = self.held_or_new(of, http, deadline);
-        let late = |_| Failure::from(ErrorCode::DeadlineExceeded);
-        tokio::time::timeout(deadline.remaining(), token).await.map_err(late)?
-    }
-
-    async fn held_or_new(&self, of: &TokenSource, http: &Client, deadline: Deadline) -> Result<Token, Failure> {
-        let held = of.held();
-        let mut last_refusal = match &held {
-            Some(token) if !token.renew_from.passed() => return Ok(token.clone()),
-            // Somebody is renewing it already: what is left of it will do for now.
-            Some(token) => match of.asking.try_lock() {
-                Ok(asking) => asking,
-                Err(_) => return Ok(token.clone()),
-            },
-            None => of.asking.lock().await,
-        };
-        if let Some(token) = of.held().filter(|token| !token.renew_from.passed()) {
-            return Ok(token);
-        }
-        if let Some((_, failure)) = last_refusal.as_ref().filter(|(until, _)| !until.passed()) {
-            return held.ok_or_else(|| failure.clone());
-        }
-        match self.ask(of, http, deadline).await {
-            Ok(token) => {
-                telemetry::graph_token("ok");
-                *last_refusal = None;
-                *of.token.write().unwrap_or_else(PoisonError::into_inner) = Some(token.clone());
-                Ok(token)
-            }
-            Err(failure) => {
-                telemetry::graph_token("failed");
-                *last_refusal = Some((Deadline::after(BELIEVE_REFUSAL), failure.clone()));
-                held.ok_or(failure)
-            }
-        }
-    }
-
-    /// Asks until there is a token, or the tries are used up.
-    async fn ask(&self, of: &TokenSource, http: &Client, deadline: Deadline) -> Result<Token, Failure> {
-        let mut waits = Waits::new(self.first_wait, self.most_wait);
-        let mut tries = 1;
-        loop {
-            let (asked, failure) = match self.ask_once(of, http).await {
-                Ok(token) => return Ok(token),
-                Err(Refused::ForGood(failure)) => return Err(failure),
-                Err(Refused::ForNow(asked, failure)) => (asked, failure),
-            };
-            let wait = waits.next_wait();
-            let wait = asked.unwrap_or(wait / 2) + full_jitter(wait / 2);
-            if tries >= self.max_tries || wait >= deadline.remaining() {
-                return Err(failure);
-            }
-            tries += 1;
-            tokio::time::sleep(wait).await;
-        }
-    }
-
-    async fn ask_once(&self, of: &TokenSource, http: &Client) -> Result<Token, Refused> {
-        // A credential made anew holds no token of its own and reads its secret again, which may have been replaced.
-        let credential = self.credential(of, http).map_err(|problem| {
-            tracing::warn!(tenant_id = %of.tenant_id, credential = of.credential, "no token: {problem}");
-            Refused::ForGood(ErrorCode::CredentialUnavailable.into())
-        })?;
-        let token = credential.get_token(&[self.scope.as_str()], None).await.map_err(|error| refusal(of, &error))?;
-        let good_for_s = token.expires_on.unix_timestamp() - wall_clock_unix_s();
-        let good_for = Duration::from_secs(u64::try_from(good_for_s).unwrap_or_default());
-        let mut header = HeaderValue::from_str(&format!("Bearer {}", token.token.secret()))
-            .map_err(|_| Refused::ForGood(ErrorCode::CredentialUnavailable.into()))?;
-        header.set_sensitive(true);
-        let renew_after = good_for.saturating_sub(RENEW_BEFORE_END).max(good_for.mul_f64(0.8));
-        Ok(Token {
-            header,
-            serial: self.serial.fetch_add(1, Ordering::Relaxed),
-            renew_from: Deadline::after(renew_after.min(good_for)),
-            ends: Deadline::after(good_for),
-        })
-    }
-
-    fn credential(&self, of: &TokenSource, http: &Client) -> Result<Arc<dyn TokenCredential>, String> {
-        let config = self.credentials.get(&of.credential).ok_or("there is no credential of that name")?;
-        let options = ClientOptions {
+    fn options(&self, http: Client) -> ClientOptions {
+        ClientOptions {
             cloud: Some(Arc::clone(&self.cloud)),
-            transport: Some(Transport::new(Arc::new(http.clone()))),
+            transport: Some(Transport::new(Arc::new(http))),
+            // Tries and waits are ours: bounded by the run, and told.
             retry: RetryOptions::none(),
             ..ClientOptions::default()
-        };
+        }
+    }
+
+    fn client_secret(
+        &self,
+        config: &CredentialConfig,
+        tenant_id: &str,
+        http: &Client,
+    ) -> Result<Arc<dyn TokenCredential>, String> {
         let secret = config.read_client_secret().map_err(|error| error.to_string())?;
         let secret = Secret::new(secret.expose_secret().to_owned());
-        let options = ClientSecretCredentialOptions { client_options: options };
-        let credential =
-            ClientSecretCredential::new(&of.tenant_id.to_string(), config.client_id.clone(), secret, Some(options));
-        credential
-            .map(|credential| credential as Arc<dyn TokenCredential>)
-            .map_err(|_| "its client_id or client_secret is empty".to_owned())
-    }
-}
-
-impl TokenSource {
-    fn held(&self) -> Option<Token> {
-        let token = self.token.read().unwrap_or_else(PoisonError::into_inner).clone();
-        token.filter(|token| !token.ends.passed())
-    }
-
-    /// Forgets a token that Graph refused; one that came after it is kept.
-    pub(super) fn forget(&self, refused: &Token) {
-        let mut token = self.token.write().unwrap_or_else(PoisonError::into_inner);
-        token.take_if(|token| token.serial == refused.serial);
-    }
-}
-
-/// What the token service's refusal comes to: its `AADSTS` number, and none of its words.
-fn refusal(of: &TokenSource, error: &azure_core::Error) -> Refused {
-    let (status, aadsts, asked) = told(error);
-    let code = aadsts.map(|number| format!("AADSTS{number}"));
-    let failure = match status {
-        Some(status) => Failure::from_graph(ErrorCode::CredentialUnavailable, status, code.as_deref(), None),
-        None => ErrorCode::CredentialUnavailable.into(),
-    };
-    tracing::warn!(tenant_id = %of.tenant_id, credential = of.credential, status, code, "no token from the token service");
-    match status {
-        Some(408 | 429 | 500..) | None => Refused::ForNow(asked, failure),
-        Some(_) => Refused::ForGood(failure),
-    }
-}
-
-/// HTTP status, `AADSTS` number and `Retry-After` of the answer behind an error, if there was one.
-fn told(error: &azure_core::Error) -> (Option<u16>, Option<u32>, Option<Duration>) {
-    let mut layer = Some(error);
-    while let Some(error) = layer {
-        if let ErrorKind::HttpResponse { status, error_code, raw_response } = error.kind() {
-            let first = error_code.as_deref().and_then(|codes| codes.split(',').next());
-            let asked = raw_response.as_ref().and_then(|response| wait(response.headers()));
-            return (Some((*status).into()), first.and_then(|number| number.parse().ok()), asked);
+        let options = ClientSecretCredentialOptions { client_options: self.options(http.clone()) };
+        match ClientSecretCredential::new(tenant_id, config.client_id.clone(), secret, Some(options)) {
+            Ok(credential) => Ok(credential),
+            Err(_) => Err("its client_id or client_secret is empty".to_owned()),
         }
-        layer = error.source().and_then(|source| source.downcast_ref());
     }
-    (None, None, None)
-}
 
-fn wait(headers: &Headers) -> Option<Duration> {
-    let date = headers.get_optional_str(&HeaderName::from_static("date"));
-    retry_after::parse(headers.get_optional_str(&RETRY_AFTER)?, date)
+    fn client_certificate(
+        &self,
+        config: &CredentialConfig,
+        tenant_id: String,
+        http: &Client,
+    ) -> Result<Arc<dyn TokenCredential>, String> {
+        let file = config.client_certificate_file.as_deref().ok_or("it has no client_certificate_file")?;
+        let certificate = Certificate::read(file, config.client_key_file.as_deref())?;
+        let audience = format!("{}/{tenant_id}/oauth2/v2.0/token", self.authority);
+        let assertion = Assertion::sign(&certificate, &config.client_id, &audience)?;
+        let options = ClientAssertionCredentialOptions { client_options: self.options(http.clone()) };
+        match ClientAssertionCredential::new(tenant_id, config.client_id.clone(), assertion, Some(options)) {
+            Ok(credential) => Ok(credential),
+            Err(_) => Err("its client_id is empty".to_owned()),
+        }
+    }
+
+    fn workload_identity(
+        &self,
+        config: &CredentialConfig,
+        tenant_id: String,
+        http: &Client,
+    ) -> Result<Arc<dyn TokenCredential>, String> {
+        let credential_options = ClientAssertionCredentialOptions { client_options: self.options(http.clone()) };
+        let client_id = (!config.client_id.is_empty()).then(|| config.client_id.clone());
+        // What is not configured, the vendor takes from the variables that Kubernetes sets.
+        let options = WorkloadIdentityCredentialOptions {
+            credential_options,
+            client_id,
+            tenant_id: Some(tenant_id),
+            token_file_path: config.token_file.clone(),
+        };
+        match WorkloadIdentityCredential::new(Some(options)) {
+            Ok(credential) => Ok(credential),
+            Err(_) => Err("its client_id or its federated token can't be read".to_owned()),
+        }
+    }
+
+    fn managed_identity(&self, config: &CredentialConfig) -> Result<Arc<dyn TokenCredential>, String> {
+        let http = machine_client().map_err(|_| "no HTTP client could be made")?;
+        let client_id = (!config.client_id.is_empty()).then(|| config.client_id.clone());
+        let options = ManagedIdentityCredentialOptions {
+            user_assigned_id: client_id.map(UserAssignedId::ClientId),
+            client_options: self.options(http),
+        };
+        match ManagedIdentityCredential::new(Some(options)) {
+            Ok(credential) => Ok(credential),
+            Err(_) => Err("this machine has no managed identity of a kind that is supported".to_owned()),
+        }
+    }
 }

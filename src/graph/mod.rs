@@ -5,16 +5,24 @@
 //! no further than this room: outwards there is only a [`Failure`](crate::domain::failure::Failure).
 
 mod answer;
+mod assertion;
 mod client;
 mod credential;
+mod crowd;
+mod pace;
 mod page;
 mod pages;
+mod probe;
 mod request;
 mod retry_after;
 mod spending;
+mod throttle;
+mod token;
 mod transport;
 mod walk;
 
 pub use client::{GraphClient, GraphError, GraphReader};
 pub use pages::{Page, PageObject, Pages};
+pub use probe::ProbeFailure;
 pub use spending::RunBudget;
+pub use throttle::GateChange;

@@ -9,8 +9,10 @@ use super::answer::{Refusal, Why};
 use super::client::GraphReader;
 use super::page::{self, Parsed};
 use super::walk::{Met, Walk};
+use crate::domain::catalog::Collection;
 use crate::domain::failure::Failure;
-use crate::domain::policy_type::{Collection, Shape};
+
+use crate::domain::policy_type::Shape;
 
 /// One page of a list.
 #[derive(Debug)]
@@ -51,6 +53,11 @@ impl Pages {
     /// # Errors
     /// The failure that ends the list; nothing comes after it.
     pub async fn next(&mut self) -> Result<Option<Page>, Failure> {
+        self.step().await.map_err(|refusal| refusal.failure)
+    }
+
+    /// The same, with everything that Graph said and that may be known.
+    pub(super) async fn step(&mut self) -> Result<Option<Page>, Refusal> {
         if self.ended {
             return Ok(None);
         }
@@ -60,7 +67,7 @@ impl Pages {
             Shape::ChildCollection => self.page_of_children().await,
         };
         self.ended = self.collection.shape == Shape::Singleton || !matches!(page, Ok(Some(_)));
-        page.map_err(|refusal| refusal.failure)
+        page
     }
 
     async fn singleton(&mut self) -> Result<Page, Refusal> {

@@ -7,8 +7,10 @@ use uuid::Uuid;
 
 use super::answer::{Refusal, Told};
 use super::client::GraphReader;
-use super::credential::Token;
+use super::crowd::Permit;
 use super::page::{Parsed, Unreadable};
+use super::throttle::{Family, Lane};
+use super::token::Token;
 use super::transport::{Answer, Get, NoAnswer};
 use crate::backoff::{Waits, full_jitter};
 use crate::domain::failure::{ErrorCode, Failure};
@@ -38,27 +40,54 @@ struct Tries {
     made: u32,
     scarce: u32,
     token_renewed: bool,
+    throttled: Option<Failure>,
+}
+
+/// One link to follow.
+pub(super) struct Request<'a> {
+    pub(super) url: &'a Url,
+    /// What logs may say about it: next links hold names of the tenant.
+    pub(super) path: &'a str,
+    /// The limits that it counts against.
+    pub(super) family: Family,
+    /// How its answer is read.
+    pub(super) read: Read<'a>,
 }
 
 impl GraphReader {
-    /// Follows one link. `path` is what logs may say about it: next links hold names of the tenant.
-    pub(super) async fn get(&self, url: &Url, path: &str, read: Read<'_>) -> Result<Parsed, Refusal> {
-        let mut tries = Tries {
-            waits: Waits::new(self.shared.first_wait, self.shared.most_wait),
-            made: 0,
-            scarce: 0,
-            token_renewed: false,
-        };
+    /// Follows one link, as often as it takes and makes sense.
+    pub(super) async fn get(&self, request: Request<'_>) -> Result<Parsed, Refusal> {
+        let lane = self.shared.throttle.lane(self.tenant_id, request.family);
+        let waits = Waits::new(self.shared.first_wait, self.shared.most_wait);
+        let mut tries = Tries { waits, made: 0, scarce: 0, token_renewed: false, throttled: None };
         loop {
+            let permit = self.enter(&lane, &tries).await?;
             tries.made += 1;
-            match self.try_once(url, path, read).await {
-                Ok(parsed) => return Ok(parsed),
-                Err(missed) => self.before_next(missed, &mut tries).await?,
+            let missed = match self.try_once(&request).await {
+                Ok(parsed) => {
+                    permit.answered();
+                    return Ok(parsed);
+                }
+                Err(missed) => missed,
+            };
+            if matches!(missed, Missed::Throttled(..)) {
+                permit.throttled();
             }
+            drop(permit);
+            self.before_next(missed, &lane, &mut tries).await?;
         }
     }
 
-    async fn try_once(&self, url: &Url, path: &str, read: Read<'_>) -> Result<Parsed, Missed> {
+    /// Waits until Graph's limits, and what it has asked for, let another request go.
+    async fn enter(&self, lane: &Lane, tries: &Tries) -> Result<Permit, Refusal> {
+        let entered = tokio::time::timeout(self.spending.deadline.remaining(), lane.enter(&self.spending)).await;
+        entered.map_err(|_| Refusal::from(ErrorCode::DeadlineExceeded))?.map_err(|left| {
+            self.spending.gave_up(left);
+            tries.throttled.clone().unwrap_or_else(|| ErrorCode::GraphThrottled.into()).into()
+        })
+    }
+
+    async fn try_once(&self, request: &Request<'_>) -> Result<Parsed, Missed> {
         let (http, generation) = self.shared.connections.client();
         let final_failure = |failure: Failure| Missed::Refused(failure.into());
         let token = self.shared.tokens.token(&self.token_source, &http, self.spending.deadline).await;
@@ -68,19 +97,20 @@ impl GraphReader {
             return Err(final_failure(ErrorCode::DeadlineExceeded.into()));
         }
         let client_request_id = Uuid::new_v4();
-        let get = Get { url, authorization: &token.header, client_request_id, at_most };
+        let get = Get { url: request.url, authorization: &token.header, client_request_id, at_most };
         self.spending.request();
         let started = Instant::now();
         let answer = self.shared.connections.get(&http, get).await;
         telemetry::graph_request_took(started.elapsed());
-        let logged = Logged { reader: self, path, client_request_id, took: started.elapsed() };
+        let logged = Logged { reader: self, path: request.path, client_request_id, took: started.elapsed() };
         match answer {
-            Ok(answer) => self.judge(answer, &token, read, &logged).inspect_err(|missed| {
-                if matches!(missed, Missed::Throttled(..)) {
-                    // Graph's advice for 503: come back over another connection, it may lead to another server.
+            Ok(answer) => {
+                if answer.status == 503 {
+                    // Graph's advice: come back over another connection, it may lead to another server.
                     self.shared.connections.renew(generation);
                 }
-            }),
+                self.judge(answer, &token, request.read, &logged)
+            }
             Err(no_answer) => {
                 logged.no_answer(no_answer);
                 if no_answer == NoAnswer::TimedOut {
@@ -136,7 +166,7 @@ impl GraphReader {
     }
 
     /// Waits for the next try, or says why there is none.
-    async fn before_next(&self, missed: Missed, tries: &mut Tries) -> Result<(), Refusal> {
+    async fn before_next(&self, missed: Missed, lane: &Lane, tries: &mut Tries) -> Result<(), Refusal> {
         let used_up = tries.made >= self.shared.max_tries;
         match missed {
             Missed::Refused(refusal) => Err(refusal),
@@ -159,15 +189,13 @@ impl GraphReader {
             }
             Missed::Throttled(asked, failure) => {
                 let asked = asked.unwrap_or_else(|| tries.waits.next_wait());
-                // Never earlier than asked: calls made while throttled count, and lengthen the penalty.
-                let wait = asked + full_jitter((asked / 10).max(self.shared.first_wait));
-                let paid = if used_up { None } else { self.spending.pay(wait) };
-                let Some(new) = paid else {
+                // Calls made while throttled count, and lengthen the penalty: nobody of the tenant goes before that.
+                lane.close(asked);
+                if used_up {
                     self.spending.gave_up(asked);
                     return Err(failure.into());
-                };
-                telemetry::graph_throttle_wait(u64::try_from(new.as_millis()).unwrap_or(u64::MAX));
-                tokio::time::sleep(wait).await;
+                }
+                tries.throttled = Some(failure);
                 Ok(())
             }
         }

@@ -150,6 +150,11 @@ fn client(ca: &[Certificate], timeout: Duration) -> reqwest::Result<Client> {
     builder.tls_certs_merge(ca.iter().cloned()).build()
 }
 
+/// A client for the metadata service of this very machine, which speaks plain HTTP and must never be sent on.
+pub(super) fn machine_client() -> reqwest::Result<Client> {
+    Client::builder().redirect(redirect::Policy::none()).no_proxy().timeout(CONNECT_TIMEOUT).build()
+}
+
 fn certificates(path: &std::path::Path) -> Result<Vec<Certificate>, GraphError> {
     let unreadable = |problem: String| GraphError::CaFile(path.display().to_string(), problem);
     let pem = std::fs::read(path).map_err(|error| unreadable(error.to_string()))?;

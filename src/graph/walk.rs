@@ -8,9 +8,10 @@ use reqwest::Url;
 use super::answer::{Refusal, Why};
 use super::client::GraphReader;
 use super::page::Parsed;
-use super::request::Read;
+use super::request::{Read, Request};
+use super::throttle::Family;
+use crate::domain::catalog::Collection;
 use crate::domain::failure::{ErrorCode, Failure};
-use crate::domain::policy_type::Collection;
 
 /// Pages without an object are legal anywhere in a list, but not without end.
 const MOST_EMPTY_PAGES: u32 = 100;
@@ -35,6 +36,7 @@ pub(super) struct Walk {
     path: String,
     /// What logs and the memory of refused `$select`s call it; the path of a child has an id of the tenant in it.
     template: String,
+    family: Family,
     select: String,
     top: Option<u32>,
     next: Option<String>,
@@ -51,6 +53,7 @@ impl Walk {
             version: collection.api_version.clone(),
             path: path.to_owned(),
             template: collection.path.clone(),
+            family: Family::of(&collection.throttle),
             select: select.join(","),
             top: collection.top,
             next: None,
@@ -87,9 +90,9 @@ impl Walk {
     async fn follow(&mut self, link: &str, reader: &GraphReader, read: Read<'_>) -> Result<Parsed, Refusal> {
         let url = own_link(&reader.shared.base, link)?;
         self.remember(&url)?;
-        let answer = reader.get(&url, &self.template, read).await;
+        let answer = reader.get(self.request(&url, read)).await;
         // The list was there a page ago: whatever is wrong, it is neither its path nor its end.
-        answer.map_err(|refusal| Refusal { failure: not_unsupported(refusal.failure), why: Why::Final })
+        answer.map_err(|refusal| Refusal { failure: not_unsupported(refusal.failure), why: Why::Final, ..refusal })
     }
 
     /// The first page; without `$select` if this Graph does not take it.
@@ -97,14 +100,18 @@ impl Walk {
         if !self.select.is_empty() && reader.is_selectable(&self.version, &self.template) {
             let url = self.first_link(&reader.shared.base, true)?;
             self.remember(&url)?;
-            match reader.get(&url, &self.template, read).await {
+            match reader.get(self.request(&url, read)).await {
                 Err(Refusal { why: Why::Select, .. }) => reader.select_refused(&self.version, &self.template),
                 answer => return answer,
             }
         }
         let url = self.first_link(&reader.shared.base, false)?;
         self.remember(&url)?;
-        reader.get(&url, &self.template, read).await
+        reader.get(self.request(&url, read)).await
+    }
+
+    fn request<'a>(&'a self, url: &'a Url, read: Read<'a>) -> Request<'a> {
+        Request { url, path: &self.template, family: self.family, read }
     }
 
     fn first_link(&self, base: &Url, with_select: bool) -> Result<Url, Refusal> {

@@ -9,9 +9,11 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::RunSettings;
+use crate::domain::catalog::{Listing, Scope};
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::item::{InventoryItem, RawObject};
-use crate::domain::policy_type::{Listing, PolicyType, Scope};
+
+use crate::domain::policy_type::PolicyType;
 use crate::domain::run::{GraphUsage, Lease, RunReport, TypeCounters, TypeOutcome};
 use crate::graph::{GraphReader, Page, PageObject};
 use crate::store::{Store, StoreError};
@@ -55,7 +57,8 @@ impl<'a> Collector<'a> {
         self.finish(&mut unsupported).await?;
         outcomes.append(&mut unsupported);
 
-        let remaining = scope.listings.iter().filter_map(|listing| unfinished(listing, finished));
+        let remaining: Vec<Listing> =
+            scope.listings.iter().filter_map(|listing| unfinished(listing, finished)).collect();
         let read: Vec<Vec<TypeOutcome>> = stream::iter(remaining)
             .map(|listing| self.read(listing))
             .buffer_unordered(self.settings.concurrent_lists)

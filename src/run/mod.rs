@@ -12,9 +12,9 @@ use tracing::{Instrument, error, info, info_span, warn};
 pub use lease::LeaseKeeper;
 
 use crate::config::{Config, seconds};
+use crate::domain::catalog::{Catalog, Scope};
 use crate::domain::clock::Deadline;
 use crate::domain::failure::{DeadReason, ErrorCode, Rejection};
-use crate::domain::policy_type::{Catalog, Scope};
 use crate::domain::request::SyncRequest;
 use crate::domain::run::{RunReport, RunStatus};
 use crate::graph::{GraphClient, RunBudget};

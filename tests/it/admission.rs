@@ -16,7 +16,8 @@ fn slow(delay_ms: u64) -> Rule {
 }
 
 async fn running(world: &World, key: &str) -> Value {
-    eventually("the run begins", || async { world.runs(key).await.pop().filter(|run| run["status"] == "running") }).await
+    eventually("the run begins", || async { world.runs(key).await.pop().filter(|run| run["status"] == "running") })
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -31,7 +32,8 @@ async fn a_key_that_has_ended_makes_no_second_run_and_no_second_event() {
         world.publish(&world.request("once", &["mobileApp"])).await;
     }
     world.sync("after", &["deviceShellScript"]).await;
-    eventually("the queue is empty", || async { (world.depth("inventory.sync.requests").await == 0).then_some(()) }).await;
+    eventually("the queue is empty", || async { (world.depth("inventory.sync.requests").await == 0).then_some(()) })
+        .await;
     replica.stop().await;
     assert_eq!(world.runs("once").await, [run]);
     assert_eq!(world.count("select count(*) from outbox_events").await, 2);
@@ -52,7 +54,10 @@ async fn the_same_selection_never_runs_twice_at_once() {
     assert_eq!((&second["had_errors"], &second["started_at"]), (&json!(true), &second["finished_at"]));
     assert_eq!(world.ended("first").await["status"], "success");
     let event = events.event_of(&second).await;
-    assert_eq!((&event["data"]["status"], &event["data"]["error_codes"]), (&json!("skipped"), &json!(["lock_contended"])));
+    assert_eq!(
+        (&event["data"]["status"], &event["data"]["error_codes"]),
+        (&json!("skipped"), &json!(["lock_contended"]))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -105,7 +110,10 @@ async fn a_deferred_request_waits_its_turn_and_then_runs() {
     world.publish(&world.request("first", &["mobileApp"])).await;
     running(&world, "first").await;
     world.publish(&world.request("second", &["mobileApp"])).await;
-    eventually("it waits on the retry ladder", || async { (world.depth("inventory.retry.5s").await == 1).then_some(()) }).await;
+    eventually("it waits on the retry ladder", || async {
+        (world.depth("inventory.retry.5s").await == 1).then_some(())
+    })
+    .await;
     assert!(world.runs("second").await.is_empty(), "a deferred request has no run yet");
     assert_eq!(world.ended("second").await["status"], "success");
     assert_eq!(world.ended("first").await["status"], "success");
@@ -114,7 +122,7 @@ async fn a_deferred_request_waits_its_turn_and_then_runs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_deferred_too_long_is_skipped() {
     let world = World::new().await;
-    world.sim.add_rule(slow(4_000));
+    world.sim.add_rule(slow(8_000));
     let mut config = world.config();
     config.limits.when_full = WhenFull::Defer;
     config.limits.defer_max_s = 5;
@@ -134,7 +142,8 @@ async fn a_run_handed_back_is_taken_over_at_once_and_costs_no_attempt() {
     let tenant = world.tenant;
     // As a stopped worker leaves it: no owner, lease over, one of two types finished.
     let request = world.request("handed", &["mobileApp", "deviceShellScript"]);
-    let selection = inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
+    let selection =
+        inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
     let run_id = Uuid::now_v7();
     world.execute(&format!(
         "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status, attempt,
@@ -155,7 +164,8 @@ async fn a_run_handed_back_is_taken_over_at_once_and_costs_no_attempt() {
 async fn a_run_that_has_lost_too_many_workers_is_given_up() {
     let world = World::new().await;
     let request = world.request("lost", &["mobileApp"]);
-    let selection = inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
+    let selection =
+        inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
     world.execute(&format!(
         "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status, attempt,
                 lease_owner, lease_expires_at, daemon_version)
@@ -166,7 +176,10 @@ async fn a_run_that_has_lost_too_many_workers_is_given_up() {
     let events = world.subscribe().await;
     world.publish(&request).await;
     let run = world.ended("lost").await;
-    assert_eq!((&run["status"], &run["error_codes"], &run["attempt"]), (&json!("failed"), &json!(["worker_lost"]), &json!(5)));
+    assert_eq!(
+        (&run["status"], &run["error_codes"], &run["attempt"]),
+        (&json!("failed"), &json!(["worker_lost"]), &json!(5))
+    );
     events.event_of(&run).await;
 }
 
@@ -174,13 +187,16 @@ async fn a_run_that_has_lost_too_many_workers_is_given_up() {
 async fn a_lost_worker_of_the_same_selection_makes_way() {
     let world = World::new().await;
     let request = world.request("mine", &["mobileApp"]);
-    let selection = inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
-    world.execute(&format!(
+    let selection =
+        inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
+    world
+        .execute(&format!(
         "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
                 lease_owner, lease_expires_at, daemon_version)
          values ('{}', '{}', 'theirs', '{}', '{}', 'running', 'gone', clock_timestamp() - interval '1 s', 'x')",
         world.tenant, Uuid::now_v7(), selection.hash(), selection.canonical_json(),
-    )).await;
+    ))
+        .await;
     let _replica = Replica::start(&world).await;
     let events = world.subscribe().await;
     world.publish(&request).await;

@@ -67,7 +67,8 @@ fn floor(room: &str) -> usize {
 
 /// The rooms that a file's code names.
 fn named_rooms(code: &str) -> BTreeSet<&'static str> {
-    let named = |room: &&&str| code.contains(&format!("crate::{room}")) || code.contains(&format!("inventoryd::{room}"));
+    let named =
+        |room: &&&str| code.contains(&format!("crate::{room}")) || code.contains(&format!("inventoryd::{room}"));
     FLOORS.iter().flat_map(|rooms| rooms.iter()).filter(named).copied().collect()
 }
 
@@ -99,7 +100,8 @@ fn vendor_names_stay_in_their_rooms() {
     for (path, room, code) in files() {
         for (vendor, rooms) in VENDORS {
             let named = code.match_indices(&format!("{vendor}::")).any(|(at, _)| {
-                !code[..at].ends_with("::") && !code[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_')
+                !code[..at].ends_with("::")
+                    && !code[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_')
             });
             assert!(!named || rooms.contains(&room.as_str()), "{}: {vendor} belongs to {rooms:?}", path.display());
         }
@@ -117,19 +119,33 @@ fn no_file_is_too_long() {
 #[test]
 fn the_top_of_the_repository_stays_as_it_is() {
     let allowed = [
-        "Cargo.toml", "Cargo.lock", "src", "migrations", "config", "tests", "deploy", "README.md", "CHANGELOG.md",
-        "LICENSE-MIT", "LICENSE-APACHE", "target",
+        "Cargo.toml",
+        "Cargo.lock",
+        "src",
+        "migrations",
+        "config",
+        "tests",
+        "deploy",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE-MIT",
+        "LICENSE-APACHE",
+        "target",
     ];
     for entry in fs::read_dir(env!("CARGO_MANIFEST_DIR")).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         let generated = name == "proptest-regressions";
-        assert!(allowed.contains(&name.as_str()) || name.starts_with('.') || generated, "{name} does not belong at the top");
+        assert!(
+            allowed.contains(&name.as_str()) || name.starts_with('.') || generated,
+            "{name} does not belong at the top"
+        );
     }
 }
 
 #[test]
 fn nothing_can_write_to_graph() {
-    let verbs = [".post(", ".put(", ".patch(", ".delete(", "Method::POST", "Method::PUT", "Method::PATCH", "Method::DELETE"];
+    let verbs =
+        [".post(", ".put(", ".patch(", ".delete(", "Method::POST", "Method::PUT", "Method::PATCH", "Method::DELETE"];
     for (path, _, code) in files().iter().filter(|(_, room, _)| room == "graph") {
         for verb in verbs {
             assert!(!code.contains(verb), "{}: {verb}", path.display());

@@ -45,7 +45,9 @@ async fn every_reason_keeps_the_bytes_and_names_the_cure() {
     for (body, reason, detail) in cases {
         let mut mine = FieldTable::default();
         mine.insert("x-mine".into(), AMQPValue::LongString("kept".into()));
-        world.publish_bytes(&body, BasicProperties::default().with_headers(mine).with_correlation_id("c-1".into())).await;
+        world
+            .publish_bytes(&body, BasicProperties::default().with_headers(mine).with_correlation_id("c-1".into()))
+            .await;
         let letter = dead(&world).await;
         assert_eq!(letter.data, body, "{reason}: byte for byte");
         assert_eq!(header(&letter, "x-dead-reason").as_deref(), Some(reason));

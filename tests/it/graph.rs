@@ -32,9 +32,12 @@ fn fails_with(run: &Value, code: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn throttled_once_then_success_after_what_graph_asked_for() {
-    for (status, retry_after, least_ms) in [(429, json!("1"), 1000), (429, json!("0.5"), 500), (503, json!("date:2"), 1000), (429, Value::Null, 0)] {
+    for (status, retry_after, least_ms) in
+        [(429, json!("1"), 1000), (429, json!("0.5"), 500), (503, json!("date:2"), 1000), (429, Value::Null, 0)]
+    {
         let (_, run) = under(json!({ "path": APPS, "times": 1,
-            "action": { "kind": "status", "status": status, "retry_after": retry_after } })).await;
+            "action": { "kind": "status", "status": status, "retry_after": retry_after } }))
+        .await;
         assert_eq!(run["status"], "success", "{status} {retry_after}");
         assert_eq!((&run["graph_throttled_count"], &run["items_observed_count"]), (&json!(1), &json!(60)));
         let waited = run["graph_throttle_wait_ms"].as_i64().unwrap();
@@ -45,14 +48,16 @@ async fn throttled_once_then_success_after_what_graph_asked_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn throttled_for_ever_ends_within_its_budget_and_says_when_to_come_back() {
     let world = World::new().await;
-    world.sim.add_rule(rule(json!({ "path": APPS, "action": { "kind": "status", "status": 429, "retry_after": "2" } })));
+    world
+        .sim
+        .add_rule(rule(json!({ "path": APPS, "action": { "kind": "status", "status": 429, "retry_after": "2" } })));
     let mut config = world.config();
     config.graph.throttle_budget_s = 5;
     config.graph.max_tries = 20;
     let _replica = Replica::with(config).await;
     let events = world.subscribe().await;
     let begun = Instant::now();
-    let run = world.sync("for ever", &["mobileApp"]).await;
+    let run = world.sync("for-ever", &["mobileApp"]).await;
     fails_with(&run, "graph_throttled");
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     assert!(run["graph_throttle_wait_ms"].as_i64().unwrap() <= 6_000, "{run}");
@@ -62,8 +67,13 @@ async fn throttled_for_ever_ends_within_its_budget_and_says_when_to_come_back() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_breaks_once_is_read_again() {
-    for action in [json!({ "kind": "truncate" }), json!({ "kind": "drop" }), json!({ "kind": "status", "status": 504 }),
-                   json!({ "kind": "status", "status": 500 }), json!({ "kind": "slow_body", "chunk_bytes": 512, "pause_ms": 5 })] {
+    for action in [
+        json!({ "kind": "truncate" }),
+        json!({ "kind": "drop" }),
+        json!({ "kind": "status", "status": 504 }),
+        json!({ "kind": "status", "status": 500 }),
+        json!({ "kind": "slow_body", "chunk_bytes": 512, "pause_ms": 5 }),
+    ] {
         let (_, run) = under(json!({ "path": APPS, "page": 2, "times": 1, "action": action })).await;
         assert_eq!((&run["status"], &run["items_observed_count"]), (&json!("success"), &json!(60)), "{action}: {run}");
     }
@@ -109,8 +119,12 @@ async fn a_token_that_ends_early_is_replaced() {
 async fn nothing_of_graphs_messages_is_kept() {
     let (world, run) = under(json!({ "path": APPS, "action": { "kind": "secret_in_error", "status": 403 } })).await;
     assert_eq!(run["status"], "failed");
-    let everything = format!("{} {:?} {:?}", run,
-        world.rows("select * from inventory_sync_run_types").await, world.rows("select * from outbox_events").await);
+    let everything = format!(
+        "{} {:?} {:?}",
+        run,
+        world.rows("select * from inventory_sync_run_types").await,
+        world.rows("select * from outbox_events").await
+    );
     for secret in ["Bearer", "eyJ", "https://", "http://", "token="] {
         assert!(!everything.contains(secret), "{secret}: {everything}");
     }

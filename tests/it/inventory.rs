@@ -63,10 +63,12 @@ async fn repeated_ids_across_pages_are_one_item() {
 async fn every_type_is_listed_and_only_by_get() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
-    world.publish(&json!({ "schema_version": 1, "tenant_id": world.tenant, "idempotency_key": "all",
-                           "selection": { "policy_types": ["*"] } })).await;
+    world
+        .publish(&json!({ "schema_version": 1, "tenant_id": world.tenant, "idempotency_key": "all",
+                           "selection": { "policy_types": ["*"] } }))
+        .await;
     let run = world.ended("all").await;
-    let catalog = inventoryd::domain::policy_type::Catalog::built_in();
+    let catalog = inventoryd::domain::catalog::Catalog::built_in();
     let ended: BTreeSet<String> = world
         .rows("select policy_type from inventory_sync_run_types where status = 'complete'")
         .await
@@ -78,7 +80,12 @@ async fn every_type_is_listed_and_only_by_get() {
     assert!(world.sim.requests().iter().filter(|request| !request.path.ends_with("/token")).all(|r| r.method == "GET"));
     assert_eq!(world.sim.state().non_get, 0);
     for policy_type in catalog.types() {
-        let metas = world.rows(&format!("select distinct k from inventory_items, jsonb_object_keys(meta_jsonb) k where policy_type = '{}'", policy_type.key)).await;
+        let metas = world
+            .rows(&format!(
+                "select distinct k from inventory_items, jsonb_object_keys(meta_jsonb) k where policy_type = '{}'",
+                policy_type.key
+            ))
+            .await;
         let keys: BTreeSet<String> = metas.iter().map(|row| row["k"].as_str().unwrap().to_owned()).collect();
         assert!(keys.is_subset(&policy_type.meta), "{}: {keys:?}", policy_type.key);
     }
@@ -92,25 +99,34 @@ async fn tenants_never_see_each_others_rows() {
     world.register(other, None).await;
     let _replica = Replica::start(&world).await;
     world.sync("mine", &["mobileApp", "windowsUpdateRing"]).await;
-    let mine = world.rows(&format!("select * from inventory_items where tenant_id = '{}' order by 1, 2, 3", world.tenant)).await;
+    let mine = world
+        .rows(&format!("select * from inventory_items where tenant_id = '{}' order by 1, 2, 3", world.tenant))
+        .await;
     world.publish(&World::request_of(other, "theirs", &["mobileApp", "windowsUpdateRing"])).await;
     let run = world.ended("theirs").await;
     assert_eq!(run["tenant_id"], json!(other));
-    let mine_after = world.rows(&format!("select * from inventory_items where tenant_id = '{}' order by 1, 2, 3", world.tenant)).await;
+    let mine_after = world
+        .rows(&format!("select * from inventory_items where tenant_id = '{}' order by 1, 2, 3", world.tenant))
+        .await;
     assert_eq!(mine, mine_after);
     let crossed = "select count(*) from inventory_items i join inventory_sync_runs r on r.id = i.last_seen_run_id and r.tenant_id <> i.tenant_id";
     assert_eq!(world.count(crossed).await, 0);
-    assert_eq!(world.missing(&json!({ "tenant_id": other, "selection_hash": run["selection_hash"] })).await, Vec::<Value>::new());
+    assert_eq!(
+        world.missing(&json!({ "tenant_id": other, "selection_hash": run["selection_hash"] })).await,
+        Vec::<Value>::new()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn snapshots_and_backups_are_never_touched() {
     let world = World::new().await;
-    world.execute(
-        "create table policy_versions (id int, body text); create table backup_sets (id int, body text);
+    world
+        .execute(
+            "create table policy_versions (id int, body text); create table backup_sets (id int, body text);
          insert into policy_versions select n, repeat('v', n) from generate_series(1, 50) n;
          insert into backup_sets select n, repeat('b', n) from generate_series(1, 50) n;",
-    ).await;
+        )
+        .await;
     let role = format!("role_{}", Uuid::new_v4().simple());
     world.execute(&format!(
         "create role {role} login;

@@ -19,7 +19,9 @@ async fn prefetch_is_the_cap() {
            insert into most_running select count(*) from inventory_sync_runs where status = 'running'; return null; end $$;
          create trigger note_running after insert on inventory_sync_runs for each row execute function note_running();",
     ).await;
-    world.sim.add_rule(serde_json::from_value::<Rule>(json!({ "action": { "kind": "slow", "delay_ms": 150 } })).unwrap());
+    world
+        .sim
+        .add_rule(serde_json::from_value::<Rule>(json!({ "action": { "kind": "slow", "delay_ms": 150 } })).unwrap());
     let mut config = world.config();
     config.consumer.prefetch = 4;
     let _replica = Replica::with(config).await;
@@ -30,14 +32,17 @@ async fn prefetch_is_the_cap() {
     }
     eventually("all fifty end", || async {
         (world.count("select count(*) from inventory_sync_runs where status = 'success'").await == 50).then_some(())
-    }).await;
+    })
+    .await;
     assert_eq!(world.count("select max(n) from most_running").await, 4, "the cap is reached and never passed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_copies_of_a_key_over_four_replicas_make_one_run() {
     let world = World::new().await;
-    world.sim.add_rule(serde_json::from_value::<Rule>(json!({ "action": { "kind": "slow", "delay_ms": 300 } })).unwrap());
+    world
+        .sim
+        .add_rule(serde_json::from_value::<Rule>(json!({ "action": { "kind": "slow", "delay_ms": 300 } })).unwrap());
     let mut replicas = Vec::new();
     for _ in 0..4 {
         replicas.push(Replica::start(&world).await);
@@ -49,9 +54,12 @@ async fn a_hundred_copies_of_a_key_over_four_replicas_make_one_run() {
     let run = world.ended("storm").await;
     events.event_of(&run).await;
     eventually("every copy is answered", || async {
-        let waiting = world.depth("inventory.sync.requests").await + world.depth("inventory.retry.5s").await + world.depth("inventory.retry.30s").await;
+        let waiting = world.depth("inventory.sync.requests").await
+            + world.depth("inventory.retry.5s").await
+            + world.depth("inventory.retry.30s").await;
         (waiting == 0).then_some(())
-    }).await;
+    })
+    .await;
     for replica in replicas {
         replica.stop().await;
     }
@@ -64,7 +72,9 @@ async fn a_hundred_copies_of_a_key_over_four_replicas_make_one_run() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_one_tenant_does_not_starve_another() {
     let world = World::new().await;
-    world.sim.add_rule(serde_json::from_value::<Rule>(json!({ "action": { "kind": "slow", "delay_ms": 200 } })).unwrap());
+    world
+        .sim
+        .add_rule(serde_json::from_value::<Rule>(json!({ "action": { "kind": "slow", "delay_ms": 200 } })).unwrap());
     let _replica = Replica::start(&world).await;
     let small = Uuid::new_v4();
     world.register(small, None).await;
@@ -74,8 +84,10 @@ async fn a_flood_of_one_tenant_does_not_starve_another() {
     world.publish(&World::request_of(small, "small", &["mobileApp"])).await;
     assert_eq!(world.ended("small").await["status"], "success");
     eventually("the flood has ended, each request once", || async {
-        (world.count("select count(*) from inventory_sync_runs where finished_at is not null").await == 201).then_some(())
-    }).await;
+        (world.count("select count(*) from inventory_sync_runs where finished_at is not null").await == 201)
+            .then_some(())
+    })
+    .await;
     let mut statuses: BTreeMap<String, i64> = BTreeMap::new();
     for row in world.rows("select status, count(*) as n from inventory_sync_runs group by status").await {
         statuses.insert(row["status"].as_str().unwrap().to_owned(), row["n"].as_i64().unwrap());

@@ -7,8 +7,10 @@ mod support;
 
 mod admission;
 mod architecture;
+mod crashes;
 mod dead_letters;
 mod graph;
+mod graph_client;
 mod inventory;
 mod limits;
 mod missing;

@@ -29,7 +29,8 @@ async fn a_deleted_object_is_missing_with_high_confidence_and_stays_in_the_table
     let missing = world.missing(&second).await;
     let mut ids: Vec<&str> = missing.iter().map(|item| item["external_id"].as_str().unwrap()).collect();
     let mut expected: Vec<&str> = gone.iter().map(String::as_str).collect();
-    (ids.sort_unstable(), expected.sort_unstable());
+    ids.sort_unstable();
+    expected.sort_unstable();
     assert_eq!(ids, expected);
     assert_eq!(confidences(&missing), ["high", "high"]);
     assert!(missing.iter().all(|item| item["type_complete"] == true && item["last_seen_run_id"] == first["id"]));
@@ -79,7 +80,9 @@ async fn confidence_is_low_after_a_partial_run_and_says_which_type_was_complete(
     assert_eq!((&partial["status"], &partial["error_codes"]), (&json!("partial"), &json!(["graph_forbidden"])));
     let missing = world.missing(&partial).await;
     assert!(missing.iter().all(|item| item["confidence"] == "low"));
-    let complete = |name: &str| missing.iter().filter(|i| i["policy_type"] == name).map(|i| &i["type_complete"]).collect::<Vec<_>>();
+    let complete = |name: &str| {
+        missing.iter().filter(|i| i["policy_type"] == name).map(|i| &i["type_complete"]).collect::<Vec<_>>()
+    };
     assert_eq!(complete("mobileApp"), [true]);
     assert!(complete("deviceShellScript").len() == 12 && complete("deviceShellScript").iter().all(|c| **c == false));
 }

@@ -10,11 +10,17 @@ use crate::support::eventually;
 use crate::support::world::World;
 
 fn slow(delay_ms: u64) -> Rule {
-    serde_json::from_value(json!({ "path": "deviceAppManagement/mobileApps", "action": { "kind": "slow", "delay_ms": delay_ms } })).unwrap()
+    serde_json::from_value(
+        json!({ "path": "deviceAppManagement/mobileApps", "action": { "kind": "slow", "delay_ms": delay_ms } }),
+    )
+    .unwrap()
 }
 
 async fn running(world: &World, key: &str) {
-    eventually("the run begins", || async { world.runs(key).await.iter().any(|run| run["status"] == "running").then_some(()) }).await;
+    eventually("the run begins", || async {
+        world.runs(key).await.iter().any(|run| run["status"] == "running").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -22,7 +28,7 @@ async fn a_stopping_daemon_finishes_what_it_can() {
     let world = World::new().await;
     world.sim.add_rule(slow(2_000));
     let mut process = Process::start(&world, "a", &[]);
-    world.publish_once_declared(&world.request("run", &["mobileApp"])).await;
+    world.publish(&world.request("run", &["mobileApp"])).await;
     running(&world, "run").await;
     let events = world.subscribe().await;
     process.signal("TERM");
@@ -38,11 +44,12 @@ async fn what_does_not_finish_in_time_is_handed_back_and_finished_by_another() {
     let world = World::new().await;
     world.sim.add_rule(slow(6_000));
     let mut process = Process::start(&world, "a", &[("CONSUMER__DRAIN_S", "1"), ("CONSUMER__PREFETCH", "2")]);
-    world.publish_once_declared(&world.request("run", &["mobileApp", "deviceShellScript"])).await;
+    world.publish(&world.request("run", &["mobileApp", "deviceShellScript"])).await;
     running(&world, "run").await;
     eventually("one of the two types ends", || async {
         (world.count("select count(*) from inventory_sync_run_types").await == 1).then_some(())
-    }).await;
+    })
+    .await;
     process.signal("TERM");
     assert!(process.ended(Duration::from_secs(10)).await.success(), "{}", process.log());
     let handed = &world.runs("run").await[0];
@@ -58,10 +65,10 @@ async fn a_second_signal_does_not_wait() {
     let world = World::new().await;
     world.sim.add_rule(slow(30_000));
     let mut process = Process::start(&world, "a", &[]);
-    world.publish_once_declared(&world.request("run", &["mobileApp"])).await;
+    world.publish(&world.request("run", &["mobileApp"])).await;
     running(&world, "run").await;
     process.signal("TERM");
-    eventually("it drains", || async { process.log().contains("draining").then_some(()) }).await;
+    process.logs("draining").await;
     process.signal("TERM");
     assert!(process.ended(Duration::from_secs(8)).await.success(), "{}", process.log());
     assert_eq!(world.depth("inventory.sync.requests").await, 1, "the request is back in the queue");

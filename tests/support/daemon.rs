@@ -8,8 +8,8 @@ use std::time::Duration;
 use inventoryd::config::Config;
 use inventoryd::daemon::Daemon;
 
-use super::within;
 use super::world::World;
+use super::{PATIENCE, within};
 
 /// A replica in this process.
 pub struct Replica(Option<Daemon>);
@@ -22,7 +22,7 @@ impl Replica {
 
     /// A replica with a configuration that the test has changed.
     pub async fn with(config: Config) -> Self {
-        Self(Some(Daemon::start(config).await.expect("the daemon starts")))
+        Self(Some(Daemon::start(config, None).await.expect("the daemon starts")))
     }
 
     /// Stops in order.
@@ -79,6 +79,15 @@ impl Process {
             child.borrow_mut().try_wait().expect("it is our child")
         })
         .await
+    }
+
+    /// Waits until it has logged `text`; fails with everything that it has logged instead.
+    pub async fn logs(&self, text: &str) {
+        let begun = std::time::Instant::now();
+        while !self.log().contains(text) {
+            assert!(begun.elapsed() < PATIENCE, "{text:?} is not in the log:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
     }
 
     /// Everything that it has logged.

@@ -20,17 +20,26 @@ pub struct Subscriber {
 impl Subscriber {
     /// Binds a queue of its own to every event; the exchange is made as the daemon makes it.
     pub async fn new(amqp_url: &str, prefix: &str) -> Self {
-        let connection = Connection::connect(amqp_url, ConnectionProperties::default()).await.expect("the broker answers");
+        let connection =
+            Connection::connect(amqp_url, ConnectionProperties::default()).await.expect("the broker answers");
         let channel = connection.create_channel().await.expect("a channel opens");
         let queue = channel
-            .queue_declare("".into(), QueueDeclareOptions { exclusive: true, ..Default::default() }, FieldTable::default())
+            .queue_declare(
+                "".into(),
+                QueueDeclareOptions { exclusive: true, ..Default::default() },
+                FieldTable::default(),
+            )
             .await
             .expect("a queue is made");
         let exchange = format!("{prefix}inventory.events");
         let (name, options) = (queue.name().clone(), QueueBindOptions::default());
-        channel.queue_bind(name.clone(), exchange.into(), "run.completed.#".into(), options, FieldTable::default()).await.expect("the exchange is there");
+        channel
+            .queue_bind(name.clone(), exchange.into(), "run.completed.#".into(), options, FieldTable::default())
+            .await
+            .expect("the exchange is there");
         let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
-        let mut deliveries = channel.basic_consume(name, "".into(), options, FieldTable::default()).await.expect("consuming begins");
+        let mut deliveries =
+            channel.basic_consume(name, "".into(), options, FieldTable::default()).await.expect("consuming begins");
         let received = Arc::new(Mutex::new(Vec::new()));
         let log = Arc::clone(&received);
         tokio::spawn(async move {

@@ -2,8 +2,10 @@
 
 pub mod daemon;
 pub mod events;
+pub mod holds;
 pub mod proxy;
 pub mod servers;
+pub mod truths;
 pub mod world;
 
 use std::future::Future;

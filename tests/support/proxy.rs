@@ -22,7 +22,8 @@ impl Proxy {
     pub async fn before(target: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("it is bound");
-        let (cut, frozen, refusing) = (watch::Sender::new(0), watch::Sender::new(false), Arc::new(AtomicBool::new(false)));
+        let (cut, frozen, refusing) =
+            (watch::Sender::new(0), watch::Sender::new(false), Arc::new(AtomicBool::new(false)));
         let proxy = Self { address, cut, frozen, refusing };
         let (cuts, freezes, refusals) = (proxy.cut.subscribe(), proxy.frozen.subscribe(), Arc::clone(&proxy.refusing));
         tokio::spawn(async move {
@@ -63,7 +64,11 @@ async fn pass(client: TcpStream, target: SocketAddr, mut cut: watch::Receiver<u6
     }
 }
 
-async fn copy(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + Unpin, mut frozen: watch::Receiver<bool>) {
+async fn copy(
+    mut from: impl AsyncReadExt + Unpin,
+    mut to: impl AsyncWriteExt + Unpin,
+    mut frozen: watch::Receiver<bool>,
+) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return };

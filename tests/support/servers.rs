@@ -59,7 +59,8 @@ pub fn rabbitmq() -> &'static Server {
 /// Runs `deploy/instance` and gives what it prints.
 fn instance(arguments: &[&str]) -> String {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/instance");
-    let output = Command::new(script).args(arguments).env("INVENTORYD_TEST_FAST", "1").output().expect("deploy/instance runs");
+    let output =
+        Command::new(script).args(arguments).env("INVENTORYD_TEST_FAST", "1").output().expect("deploy/instance runs");
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "deploy/instance {arguments:?}: {stdout}{stderr}");
     stdout.trim().to_owned()

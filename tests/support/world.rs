@@ -1,8 +1,10 @@
 //! One test's world: a simulator, a database and a prefix on the broker, with nobody else in them.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use inventoryd::broker::Broker;
 use inventoryd::config::Config;
 use inventoryd::store::Store;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
@@ -13,8 +15,9 @@ use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Connection as _, Row};
 use uuid::Uuid;
 
-use super::eventually;
 use super::events::Subscriber;
+use super::eventually;
+use super::proxy::Proxy;
 use super::servers;
 use crate::sim::{Sim, SimConfig};
 
@@ -38,7 +41,7 @@ pub struct World {
     pub amqp_url: String,
     ca_file: PathBuf,
     channel: Channel,
-    _connection: Connection,
+    connection: Connection,
 }
 
 impl World {
@@ -49,11 +52,10 @@ impl World {
 
     /// A world whose simulator starts with `config`.
     pub async fn with_sim(config: SimConfig) -> Self {
-        let (postgres, rabbitmq) = tokio::task::spawn_blocking(|| {
-            (servers::postgres().url.clone(), servers::rabbitmq().url.clone())
-        })
-        .await
-        .expect("the servers start");
+        let (postgres, rabbitmq) =
+            tokio::task::spawn_blocking(|| (servers::postgres().url.clone(), servers::rabbitmq().url.clone()))
+                .await
+                .expect("the servers start");
         Self::on(config, &postgres, &rabbitmq).await
     }
 
@@ -63,17 +65,31 @@ impl World {
         let name = format!("t{}", Uuid::new_v4().simple());
         let database_url = create_database(postgres, &name).await;
         let db = PgPoolOptions::new().max_connections(4).connect_lazy(&database_url).expect("the address is right");
-        let connection = Connection::connect(rabbitmq, ConnectionProperties::default()).await.expect("the broker answers");
+        let connection =
+            Connection::connect(rabbitmq, ConnectionProperties::default()).await.expect("the broker answers");
         let channel = connection.create_channel().await.expect("a channel opens");
         channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms are turned on");
         let ca_file = std::env::temp_dir().join(format!("{name}.pem"));
         std::fs::write(&ca_file, sim.ca_pem()).expect("the certificate can be written");
         let world = Self {
-            sim, db, ca_file, channel, database_url,
-            tenant: Uuid::new_v4(), prefix: format!("{name}."), amqp_url: rabbitmq.to_owned(), _connection: connection,
+            sim,
+            db,
+            ca_file,
+            channel,
+            database_url,
+            tenant: Uuid::new_v4(),
+            prefix: format!("{name}."),
+            amqp_url: rabbitmq.to_owned(),
+            connection,
         };
         let config = world.config();
-        Store::connect(&config.database, "test").expect("the address is right").migrate().await.expect("the schema is made");
+        Store::connect(&config.database, "test")
+            .expect("the address is right")
+            .migrate()
+            .await
+            .expect("the schema is made");
+        let broker = Broker::new(&config.broker, &config.topology, "test").expect("the address is right");
+        broker.ensure_topology().await.expect("the queues are made");
         world.register(world.tenant, None).await;
         world
     }
@@ -82,16 +98,48 @@ impl World {
     pub fn variables(&self) -> BTreeMap<String, String> {
         let sim = self.sim.base_url();
         let pairs = [
-            ("BROKER__URL", self.amqp_url.as_str()), ("BROKER__HEARTBEAT_S", "5"), ("TOPOLOGY__PREFIX", &self.prefix),
-            ("RUN__LEASE_S", "15"), ("DATABASE__URL", &self.database_url), ("OUTBOX__POLL_MS", "200"),
-            ("DATABASE__MAX_CONNECTIONS", "6"), ("DATABASE__CONTROL_CONNECTIONS", "2"),
-            ("GRAPH__CLOUD", "custom"), ("GRAPH__BASE_URL", &sim), ("GRAPH__AUTHORITY", &sim),
+            ("BROKER__URL", self.amqp_url.as_str()),
+            ("BROKER__HEARTBEAT_S", "5"),
+            ("TOPOLOGY__PREFIX", &self.prefix),
+            ("RUN__LEASE_S", "15"),
+            ("DATABASE__URL", &self.database_url),
+            ("OUTBOX__POLL_MS", "200"),
+            ("BROKER__OPERATION_TIMEOUT_S", "5"),
+            ("OUTBOX__CLAIM_S", "6"),
+            ("DATABASE__MAX_CONNECTIONS", "6"),
+            ("DATABASE__CONTROL_CONNECTIONS", "2"),
+            ("GRAPH__CLOUD", "custom"),
+            ("GRAPH__BASE_URL", &sim),
+            ("GRAPH__AUTHORITY", &sim),
             ("GRAPH__CA_FILE", self.ca_file.to_str().expect("a path in UTF-8")),
-            ("GRAPH__BACKOFF_FIRST_S", "0.05"), ("GRAPH__BACKOFF_MAX_S", "0.5"), ("GRAPH__MAX_TRIES", "4"),
+            ("GRAPH__BACKOFF_FIRST_S", "0.05"),
+            ("GRAPH__BACKOFF_MAX_S", "0.5"),
+            ("GRAPH__MAX_TRIES", "4"),
             ("GRAPH__CREDENTIALS__DEFAULT__CLIENT_ID", CLIENT_ID),
-            ("GRAPH__CREDENTIALS__DEFAULT__CLIENT_SECRET", CLIENT_SECRET), ("HTTP__LISTEN", ""),
+            ("GRAPH__CREDENTIALS__DEFAULT__CLIENT_SECRET", CLIENT_SECRET),
+            ("HTTP__LISTEN", ""),
         ];
         pairs.into_iter().map(|(key, value)| (format!("INVENTORYD__{key}"), value.to_owned())).collect()
+    }
+
+    /// Where the broker listens.
+    pub fn amqp_address(&self) -> SocketAddr {
+        address_in(&self.amqp_url)
+    }
+
+    /// The broker's address by way of a proxy.
+    pub fn amqp_through(&self, proxy: &Proxy) -> String {
+        self.amqp_url.replace(&self.amqp_address().to_string(), &proxy.address.to_string())
+    }
+
+    /// Where the database listens.
+    pub fn database_address(&self) -> SocketAddr {
+        address_in(&self.database_url)
+    }
+
+    /// The database's address by way of a proxy.
+    pub fn database_through(&self, proxy: &Proxy) -> String {
+        self.database_url.replace(&self.database_address().to_string(), &proxy.address.to_string())
     }
 
     /// The configuration of a daemon in this world.
@@ -132,12 +180,6 @@ impl World {
         self.publish_bytes(envelope.to_string().as_bytes(), properties).await;
     }
 
-    /// Publishes a request as soon as a daemon has made the queue.
-    pub async fn publish_once_declared(&self, request: &Value) {
-        eventually("the daemon declares its queues", || self.try_depth("inventory.sync.requests")).await;
-        self.publish(request).await;
-    }
-
     /// Publishes any bytes and waits for the broker's confirmation.
     pub async fn publish_bytes(&self, body: &[u8], properties: BasicProperties) {
         let confirmed = self
@@ -158,14 +200,11 @@ impl World {
 
     /// Messages that wait in a queue.
     pub async fn depth(&self, queue: &str) -> u32 {
-        self.try_depth(queue).await.expect("the queue is there")
-    }
-
-    async fn try_depth(&self, queue: &str) -> Option<u32> {
-        let channel = self._connection.create_channel().await.expect("a channel opens");
+        let channel = self.connection.create_channel().await.expect("a channel opens");
         let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
         let name = format!("{}{queue}", self.prefix);
-        Some(channel.queue_declare(name.into(), options, FieldTable::default()).await.ok()?.message_count())
+        let declared = channel.queue_declare(name.into(), options, FieldTable::default()).await;
+        declared.expect("the queue is there").message_count()
     }
 
     /// Takes one message out of a queue.
@@ -230,9 +269,18 @@ impl Drop for World {
     }
 }
 
+/// The `host:port` of an address with user and path.
+fn address_in(url: &str) -> SocketAddr {
+    let (_, rest) = url.split_once('@').expect("an address names its user");
+    rest.split('/').next().expect("split gives a first part").parse().expect("the servers listen on 127.0.0.1")
+}
+
 async fn create_database(server: &str, name: &str) -> String {
     let mut admin = sqlx::PgConnection::connect(server).await.expect("the database server answers");
-    sqlx::raw_sql(AssertSqlSafe(format!("create database {name}"))).execute(&mut admin).await.expect("a database is made");
+    sqlx::raw_sql(AssertSqlSafe(format!("create database {name}")))
+        .execute(&mut admin)
+        .await
+        .expect("a database is made");
     let (base, _) = server.rsplit_once('/').expect("an address names a database");
     format!("{base}/{name}")
 }

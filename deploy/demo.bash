@@ -1,0 +1,142 @@
+# shellcheck shell=bash
+# The tour of `deploy/dev demo`, read by it: three tenants, seven requests, and what became of them.
+
+readonly CONTOSO=c0170500-0000-4000-8000-000000000001
+readonly FABRIKAM=fab21ca0-0000-4000-8000-000000000002
+readonly NORTHWIND=0027d000-0000-4000-8000-000000000003
+readonly FIRST_TYPES=deviceCompliancePolicy,settingsCatalogPolicy
+readonly OTHER_TYPES=deviceConfiguration
+
+tour() {
+  "$INSTANCE" packages curl
+  mkdir -p "$DEV/log"
+  # A simulator that starts anew has its first objects again, whatever an earlier tour deleted.
+  halt graph-sim "$SIM"
+  local stamp events
+  stamp=$(date +%Y%m%d-%H%M%S)
+  events=$DEV/demo-events.txt
+  up
+
+  head_line 'Three tenants'
+  cli tenant add "$CONTOSO" --name Contoso --max-runs 1
+  cli tenant add "$FABRIKAM" --name Fabrikam
+  cli tenant add "$NORTHWIND" --name Northwind
+
+  head_line 'Requests on the queue, and what Graph does to them'
+  graph_rules
+  subscribe "$events"
+  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-clean" 'Contoso    two types and the foundations, nothing in the way'
+  ask "$FABRIKAM" "$FIRST_TYPES" "$stamp-throttled" 'Fabrikam   Graph answers 429 and asks for 2 s of patience, twice'
+  ask "$NORTHWIND" "$FIRST_TYPES,mobileApp" "$stamp-forbidden" 'Northwind  apps are forbidden, the rest is not'
+  settle
+  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-clean" 'Contoso    the first key once more: a duplicate, no second run'
+  settle
+  ask "$CONTOSO" "$OTHER_TYPES" "$stamp-slow" 'Contoso    another selection; Graph is slow'
+  until_running "$CONTOSO"
+  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-over" 'Contoso    meanwhile one more: over its limit of one run'
+  settle
+  say '  -          a message that is no request: its tenant is a name'
+  malformed "$stamp"
+
+  head_line 'Then Contoso deletes two compliance policies and a settings catalog policy, and asks again'
+  admin POST objects/delete "{\"tenant\":\"$CONTOSO\",\"collection\":\"beta/deviceManagement/deviceCompliancePolicies\",\"count\":2}"
+  admin POST objects/delete "{\"tenant\":\"$CONTOSO\",\"collection\":\"beta/deviceManagement/configurationPolicies\",\"count\":1}"
+  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-again" 'Contoso    the same types'
+  settle
+
+  head_line 'Runs'
+  cli runs list --limit 6
+  head_line 'Events that a subscriber received'
+  show_events "$events" 6
+  head_line 'Missing at Contoso: inventoryd missing'
+  cli missing --tenant "$CONTOSO" --types "$FIRST_TYPES"
+  head_line 'Dead letters: inventoryd dead list'
+  cli dead list
+
+  head_line 'Left running'
+  say "  two replicas, the simulator, PostgreSQL, RabbitMQ. Look around:  deploy/dev status | logs | psql"
+  say "  Any command of inventoryd:  deploy/dev run runs list --tenant $CONTOSO"
+  say '  Stop:  deploy/dev down      Stop and delete the data:  deploy/dev clean'
+}
+
+head_line() {
+  if [[ -t 1 ]]; then printf '\n\e[1m%s\e[0m\n' "$1"; else printf '\n%s\n' "$1"; fi
+}
+
+cli() { "$BIN" "$@"; }
+
+# The simulator's remote control.
+admin() { # METHOD PATH [JSON]
+  curl -sS --fail-with-body --max-time 10 --cacert "$DEV/graph-ca.pem" -X "$1" "https://127.0.0.1:$SIM_PORT/admin/$2" \
+    ${3:+-H 'content-type: application/json' -d "$3"} >"$DEV/log/admin.log" ||
+    die "the simulator refused $1 /admin/$2: $(cat "$DEV/log/admin.log")"
+}
+
+graph_rules() {
+  admin DELETE rules
+  admin POST rules "[
+    {\"tenant\":\"$FABRIKAM\",\"path\":\"deviceManagement/deviceCompliancePolicies\",\"times\":2,
+     \"action\":{\"kind\":\"status\",\"status\":429,\"retry_after\":\"2\"}},
+    {\"tenant\":\"$NORTHWIND\",\"path\":\"deviceAppManagement/mobileApps\",\"action\":{\"kind\":\"forbidden\"}},
+    {\"tenant\":\"$CONTOSO\",\"path\":\"deviceManagement/deviceConfigurations\",\"action\":{\"kind\":\"slow\",\"delay_ms\":3000}}]"
+}
+
+ASKED=()
+# Publishes a request and goes on; `settle` waits for those that are under way.
+ask() { # TENANT TYPES KEY WORDS
+  say "  $4"
+  timeout 120 "$BIN" request --tenant "$1" --types "$2" --key "$3" --wait >>"$DEV/log/demo.log" 2>&1 &
+  ASKED+=($!)
+}
+
+settle() { # a run that ends partial or skipped is no failure of the tour
+  local pid code
+  for pid in "${ASKED[@]}"; do
+    code=0
+    wait "$pid" || code=$?
+    [[ $code -ne 124 ]] || die "a request was not answered in two minutes: $(tail -n 1 "$DEV/log/demo.log")"
+  done
+  ASKED=()
+}
+
+until_running() { # TENANT
+  local deadline=$((SECONDS + 20))
+  until cli runs list --tenant "$1" --status running --json | grep -q "$1"; do
+    ((SECONDS < deadline)) || die "no run of $1 started: deploy/dev logs"
+    sleep 0.1
+  done
+}
+
+malformed() { # STAMP
+  local before deadline=$((SECONDS + 20))
+  before=$(dead_letters)
+  printf '{"schema_version": 1, "tenant_id": "contoso", "idempotency_key": "%s-bad", "selection": {"policy_types": ["*"]}}\n' "$1" >"$DEV/malformed.json"
+  cli request --from-file "$DEV/malformed.json" >>"$DEV/log/demo.log" 2>&1 || die "publishing failed: $(tail -n 1 "$DEV/log/demo.log")"
+  until (($(dead_letters) > before)); do
+    ((SECONDS < deadline)) || die 'the malformed message did not become a dead letter: deploy/dev logs'
+    sleep 0.2
+  done
+}
+
+dead_letters() { cli dead list --json | grep -c '"reason"' || true; }
+
+SUBSCRIBER=
+subscribe() { # FILE
+  local deadline=$((SECONDS + 20))
+  "$BIN" events tail >"$1" 2>"$1.err" &
+  SUBSCRIBER=$!
+  trap 'kill "$SUBSCRIBER" 2>/dev/null || true' EXIT
+  until grep -q listening "$1.err"; do
+    if ((SECONDS >= deadline)) || ! kill -0 "$SUBSCRIBER" 2>/dev/null; then die "cannot listen for events: $(tail -n 1 "$1.err")"; fi
+    sleep 0.1
+  done
+}
+
+# What arrived; the names of the tenants in place of their ids, and without the ids of the runs, which the table shows.
+show_events() { # FILE HOW_MANY
+  local deadline=$((SECONDS + 20))
+  until (($(wc -l <"$1") >= $2 || SECONDS >= deadline)); do sleep 0.2; done
+  kill "$SUBSCRIBER" 2>/dev/null || true
+  wait "$SUBSCRIBER" 2>/dev/null || true
+  sed -E "s/$CONTOSO/Contoso  /; s/$FABRIKAM/Fabrikam /; s/$NORTHWIND/Northwind/; s/  run [0-9a-f-]{36}//; s/^/  /" "$1"
+}

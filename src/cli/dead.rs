@@ -1,0 +1,203 @@
+//! `inventoryd dead`: messages that no daemon could accept, and what to do with them.
+
+use std::str::FromStr;
+
+use clap::Subcommand;
+use serde_json::{Value, json};
+
+use super::output::{or_dash, printable, second, table};
+use super::{CliError, Context, Outcome};
+use crate::broker::{Broker, DeadLetter, DeadLetters};
+use crate::domain::failure::DeadReason;
+
+/// Look at dead letters, replay them or drop them
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// List dead letters, oldest first
+    List(List),
+    /// Show a dead letter with its bytes, and what to do about it
+    Show(Show),
+    /// Publish the request of dead letters anew, and take them away
+    Replay(Which),
+    /// Take dead letters away for good
+    Drop(Which),
+}
+
+#[derive(Debug, clap::Args)]
+struct List {
+    /// So many at most
+    #[arg(long, default_value_t = 100, value_name = "COUNT")]
+    limit: usize,
+}
+
+#[derive(Debug, clap::Args)]
+struct Show {
+    /// Its id, or the beginning of it
+    id: String,
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Which {
+    /// Their ids, or the beginnings of them
+    #[arg(value_name = "ID")]
+    ids: Vec<String>,
+    /// All with this reason
+    #[arg(long)]
+    reason: Option<String>,
+    /// All of them
+    #[arg(long)]
+    all: bool,
+}
+
+pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let config = context.config()?;
+    let broker = Broker::new(&config.broker, &config.topology, "inventoryd dead")?;
+    // Before the first daemon has started there is no queue to look into.
+    broker.ensure_topology().await?;
+    let mut letters = broker.dead_letters().await?;
+    let done = match args.action {
+        Action::List(args) => list(&args, &mut letters, context).await,
+        Action::Show(args) => show(&args, &mut letters, context).await,
+        Action::Replay(which) => replay(&which, &mut letters, context).await,
+        Action::Drop(which) => discard(&which, &mut letters, context).await,
+    };
+    // In any case: what was only looked at goes back.
+    letters.close().await;
+    done.map(|()| Outcome::Done)
+}
+
+async fn list(args: &List, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
+    let all = letters.left();
+    let found = letters.list(args.limit).await?;
+    if context.out.is_json() {
+        return context.out.json(&found.iter().map(facts).collect::<Vec<_>>());
+    }
+    let row = |letter: &DeadLetter| {
+        [
+            letter.id.clone(),
+            letter.reason.clone(),
+            or_dash(letter.detail.as_ref()),
+            letter.at.as_deref().map_or_else(|| "-".to_owned(), second),
+            letter.by.clone(),
+            letter.body.len().to_string(),
+        ]
+    };
+    context.out.line(table(["id", "reason", "detail", "since", "by", "bytes"], found.iter().map(row)))?;
+    if (found.len() as u64) < u64::from(all) {
+        context.out.line(format_args!("{} of {all}; --limit shows more", found.len()))?;
+    }
+    Ok(())
+}
+
+async fn show(args: &Show, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
+    let letter = letters.find(&args.id).await?.ok_or_else(|| unknown(&args.id))?;
+    let body = String::from_utf8_lossy(&letter.body);
+    if context.out.is_json() {
+        let mut document = facts(&letter);
+        document["body"] = json!(body);
+        return context.out.json(&document);
+    }
+    let reason = DeadReason::from_str(&letter.reason).ok();
+    let rows = [
+        ("reason", Some(letter.reason.clone())),
+        ("detail", letter.detail.clone()),
+        ("cause", reason.map(|reason| reason.cause().to_owned())),
+        ("remedy", reason.map(|reason| reason.remedy().to_owned())),
+        ("since", letter.at.as_deref().map(second)),
+        ("by", Some(letter.by.clone())),
+        ("message id", letter.message_id.clone()),
+        ("correlation id", letter.correlation_id.clone()),
+        ("content type", letter.content_type.clone()),
+        ("parked before", Some(format!("{} times", letter.retries))),
+    ];
+    let rows = rows.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?]));
+    context.out.line(table(["dead letter", &letter.id], rows))?;
+    context.out.line(printable(&body))
+}
+
+async fn replay(which: &Which, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
+    let chosen = choose(which, letters).await?;
+    for letter in &chosen {
+        letters.replay(letter).await?;
+        tell("replayed", letter, context)?;
+    }
+    sum_up("replayed", &chosen, context)
+}
+
+async fn discard(which: &Which, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
+    let chosen = choose(which, letters).await?;
+    for letter in &chosen {
+        letters.discard(letter).await?;
+        tell("dropped", letter, context)?;
+    }
+    sum_up("dropped", &chosen, context)
+}
+
+/// The letters that are meant; nothing is done to any of them unless all that are named are there.
+async fn choose(which: &Which, letters: &mut DeadLetters) -> Result<Vec<DeadLetter>, CliError> {
+    let found = letters.list(usize::MAX).await?;
+    let ids: Vec<&str> = found.iter().map(|letter| letter.id.as_str()).collect();
+    for name in &which.ids {
+        let meant: Vec<&str> = ids.iter().copied().filter(|id| id.starts_with(name.as_str())).collect();
+        match meant.as_slice() {
+            [] => return Err(unknown(name)),
+            [_] => {}
+            _ => return Err(CliError::Failed(format!("{name:?} begins several ids: {}", meant.join(", ")))),
+        }
+    }
+    let wanted = |letter: &DeadLetter| {
+        which.all
+            || which.reason.as_ref().is_some_and(|reason| *reason == letter.reason)
+            || which.ids.iter().any(|name| letter.id.starts_with(name.as_str()))
+    };
+    Ok(found.into_iter().filter(wanted).collect())
+}
+
+fn tell(what: &str, letter: &DeadLetter, context: &mut Context<'_>) -> Result<(), CliError> {
+    if context.out.is_json() {
+        return Ok(());
+    }
+    context.out.line(format_args!("{what} {} ({})", letter.id, letter.reason))
+}
+
+fn sum_up(what: &str, chosen: &[DeadLetter], context: &mut Context<'_>) -> Result<(), CliError> {
+    if context.out.is_json() {
+        let ids: Vec<&str> = chosen.iter().map(|letter| letter.id.as_str()).collect();
+        return context.out.json(&json!({ what: ids }));
+    }
+    if chosen.is_empty() { context.out.line("no such dead letters") } else { Ok(()) }
+}
+
+fn facts(letter: &DeadLetter) -> Value {
+    json!({
+        "id": letter.id, "reason": letter.reason, "detail": letter.detail, "at": letter.at, "by": letter.by,
+        "message_id": letter.message_id, "correlation_id": letter.correlation_id, "content_type": letter.content_type,
+        "retries": letter.retries, "bytes": letter.body.len() })
+}
+
+fn unknown(id: &str) -> CliError {
+    CliError::Failed(format!("no dead letter {id:?}; `inventoryd dead list` lists them"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::super::Cli;
+
+    #[test]
+    fn what_is_replayed_or_dropped_must_be_named() {
+        let parse = |line: &[&str]| Cli::try_parse_from([&["inventoryd", "dead"], line].concat()).is_ok();
+        assert!(
+            parse(&["drop", "a1", "b2"]) && parse(&["replay", "--all"]) && parse(&["drop", "--reason", "invalid_json"])
+        );
+        assert!(!parse(&["drop"]) && !parse(&["drop", "--all", "a1"]) && !parse(&["replay", "--all", "--reason", "x"]));
+    }
+}

@@ -1,0 +1,300 @@
+//! `inventoryd request`: publishes a sync request, and waits for its run if asked to.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::progress::{Follow, follow, spinner};
+use super::selection::{SelectionArgs, read_file};
+use super::{CliError, Context, Outcome, note, runs, tenant};
+use crate::broker::{Broker, BrokerError};
+use crate::domain::clock::Deadline;
+use crate::domain::failure::Rejection;
+use crate::domain::request::{CLOUDEVENTS_CONTENT_TYPE, SCHEMA_VERSION, SyncRequest};
+use crate::store::Store;
+
+const LOOK_EVERY: Duration = Duration::from_millis(300);
+
+/// Ask for a tenant to be observed: publish a sync request
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The tenant
+    #[arg(long, value_name = "GUID", required_unless_present = "from_file")]
+    tenant: Option<Uuid>,
+    #[command(flatten)]
+    selection: SelectionArgs,
+    /// Idempotency key: the same key and tenant never make a second run [default: a new one]
+    #[arg(long)]
+    key: Option<String>,
+    /// Handed through to the run and its event
+    #[arg(long, value_name = "ID")]
+    correlation_id: Option<String>,
+    /// Who asks, for the record
+    #[arg(long, value_name = "NAME", default_value = "inventoryd request")]
+    requested_by: String,
+    /// Publish the bytes of this file as they are, good or bad; - for standard input
+    #[arg(long, alias = "raw", value_name = "FILE",
+          conflicts_with_all = ["tenant", "types", "category", "all", "no_foundations", "foundations_only", "key", "correlation_id"])]
+    from_file: Option<PathBuf>,
+    /// Print the message and the hash of its selection, and publish nothing
+    #[arg(long, conflicts_with = "wait")]
+    dry_run: bool,
+    /// Follow the run to its end; exit code 0 if it succeeds
+    #[arg(long)]
+    wait: bool,
+    /// Seconds to wait at most
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, requires = "wait")]
+    timeout_s: u64,
+}
+
+/// What is to be published, and what the daemon will make of it.
+struct Message {
+    body: Vec<u8>,
+    content_type: &'static str,
+    read: Result<SyncRequest, Rejection>,
+}
+
+impl Message {
+    fn of(args: &Args) -> Result<Self, CliError> {
+        match &args.from_file {
+            Some(path) => Ok(Self::from_bytes(read_file(path)?)),
+            None => Self::from_flags(args),
+        }
+    }
+
+    /// An envelope is told by its `specversion`; only with its content type does the daemon open it.
+    fn from_bytes(body: Vec<u8>) -> Self {
+        let is_envelope = serde_json::from_slice::<Value>(&body).is_ok_and(|value| value.get("specversion").is_some());
+        let content_type = if is_envelope { CLOUDEVENTS_CONTENT_TYPE } else { "application/json" };
+        Self { read: SyncRequest::parse(Some(content_type), &body), body, content_type }
+    }
+
+    fn from_flags(args: &Args) -> Result<Self, CliError> {
+        let request = SyncRequest {
+            schema_version: SCHEMA_VERSION,
+            tenant_id: args.tenant.ok_or_else(|| CliError::Usage("--tenant is missing".to_owned()))?,
+            idempotency_key: args.key.clone().unwrap_or_else(|| Uuid::new_v4().to_string()),
+            selection: args.selection.to_selection()?,
+            correlation_id: args.correlation_id.clone(),
+            requested_by: Some(args.requested_by.clone()),
+        };
+        let body = serde_json::to_vec(&request).map_err(|error| CliError::Failed(error.to_string()))?;
+        let message = Self::from_bytes(body);
+        match message.read {
+            Err(rejection) => Err(CliError::Usage(rejection.detail)),
+            Ok(_) => Ok(message),
+        }
+    }
+
+    fn request(&self) -> Result<&SyncRequest, CliError> {
+        let refuse = |rejection: &Rejection| {
+            CliError::Failed(format!("the daemon would reject it: {}: {}", rejection.reason, rejection.detail))
+        };
+        self.read.as_ref().map_err(refuse)
+    }
+}
+
+pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let message = Message::of(args)?;
+    if args.dry_run {
+        return dry_run(&message, context);
+    }
+    if args.wait {
+        return publish_and_wait(&message, Duration::from_secs(args.timeout_s), context).await;
+    }
+    publish(&message, context).await?;
+    print_published(&message, context)?;
+    Ok(Outcome::Done)
+}
+
+fn dry_run(message: &Message, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let request = message.request()?;
+    let hash = request.selection.hash();
+    if context.out.is_json() {
+        context.out.json(&json!({ "message": request, "selection_hash": hash }))?;
+    } else {
+        context.out.json(request)?;
+        context.out.line(hash)?;
+    }
+    Ok(Outcome::Done)
+}
+
+async fn publish(message: &Message, context: &Context<'_>) -> Result<(), CliError> {
+    let config = context.config()?;
+    if let Ok(request) = &message.read {
+        let unknown = config.graph.catalog()?.resolve(&request.selection).unsupported;
+        if !unknown.is_empty() {
+            note(format_args!(
+                "note: not known here, and an error in the run if the daemon agrees: {}",
+                unknown.join(", ")
+            ));
+        }
+    }
+    let broker = Broker::new(&config.broker, &config.topology, "inventoryd request")?;
+    let send = || broker.publish_request(message.body.clone(), message.content_type, None);
+    match send().await {
+        // No queue is there to take it before the first daemon has started. Twice published is once run.
+        Err(BrokerError::NotTaken(_) | BrokerError::Lost { .. }) => {
+            broker.ensure_topology().await?;
+            Ok(send().await?)
+        }
+        sent => Ok(sent?),
+    }
+}
+
+fn print_published(message: &Message, context: &mut Context<'_>) -> Result<(), CliError> {
+    let told = match &message.read {
+        Ok(request) => json!({
+            "tenant_id": request.tenant_id, "idempotency_key": request.idempotency_key,
+            "selection_hash": request.selection.hash(), "correlation_id": request.correlation_id }),
+        Err(rejection) => {
+            json!({ "bytes": message.body.len(), "would_be_rejected": rejection.reason, "detail": rejection.detail })
+        }
+    };
+    if context.out.is_json() {
+        return context.out.json(&told);
+    }
+    match &message.read {
+        Ok(request) => context.out.line(format_args!(
+            "published: tenant {}, key {}, selection {}",
+            request.tenant_id,
+            request.idempotency_key,
+            request.selection.hash()
+        )),
+        Err(rejection) => context.out.line(format_args!(
+            "published {} bytes that the daemon will reject: {}: {}",
+            message.body.len(),
+            rejection.reason,
+            rejection.detail
+        )),
+    }
+}
+
+async fn publish_and_wait(
+    message: &Message,
+    patience: Duration,
+    context: &mut Context<'_>,
+) -> Result<Outcome, CliError> {
+    let deadline = Deadline::after(patience);
+    let request = message.request()?;
+    let (store, catalog) = (context.store().await?, context.config()?.graph.catalog()?);
+    refuse_what_ends_as_a_dead_letter(request, &store).await?;
+    publish(message, context).await?;
+    let run_id = wait_for_run(request, &store, deadline).await?;
+    let at = Follow { store: &store, catalog: &catalog };
+    let followed = tokio::time::timeout(deadline.remaining(), follow(&at, run_id)).await;
+    let details = followed
+        .map_err(|_| {
+            CliError::Failed(format!("run {run_id} has not ended in time; `inventoryd runs watch {run_id}` follows it"))
+        })??
+        .ok_or_else(|| CliError::Failed(format!("run {run_id} is gone")))?;
+    runs::print(&details, context)?;
+    Ok(runs::by_status(details.run.status))
+}
+
+/// Of a dead letter nobody would ever hear who only waits for a run.
+async fn refuse_what_ends_as_a_dead_letter(request: &SyncRequest, store: &Store) -> Result<(), CliError> {
+    if store.tenant_credential(request.tenant_id).await?.is_none() {
+        return Err(tenant::unknown(request.tenant_id));
+    }
+    let Some(run_id) = store.find_run(request.tenant_id, &request.idempotency_key).await? else { return Ok(()) };
+    let Some(earlier) = store.show_run(run_id).await? else { return Ok(()) };
+    if earlier.run.selection_hash != request.selection.hash() {
+        return Err(CliError::Failed(format!(
+            "key {:?} was used before for another selection (run {run_id}); give new work a new key",
+            request.idempotency_key
+        )));
+    }
+    note(format_args!("note: the key was used before; this is the run that it made"));
+    Ok(())
+}
+
+async fn wait_for_run(request: &SyncRequest, store: &Store, deadline: Deadline) -> Result<Uuid, CliError> {
+    let waiting = spinner("published; waiting for a daemon to take it".to_owned());
+    let run_id = loop {
+        if let Some(run_id) = store.find_run(request.tenant_id, &request.idempotency_key).await? {
+            break run_id;
+        }
+        if deadline.passed() {
+            return Err(CliError::Failed(
+                "no daemon has taken the request in time; see that one runs, and `inventoryd dead list`".to_owned(),
+            ));
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    };
+    waiting.finish_and_clear();
+    Ok(run_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::super::tests::call;
+    use super::*;
+
+    const TENANT: &str = "6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d";
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn message(flags: &[&str]) -> Result<Message, CliError> {
+        let line = ["request", "--tenant", TENANT].iter().chain(flags);
+        Message::of(&Line::try_parse_from(line).unwrap().args)
+    }
+
+    #[test]
+    fn flags_become_the_request_that_the_daemon_reads() {
+        let flags =
+            ["--types", "b,a", "--category", "Compliance", "--no-foundations", "--key", "k:1", "--correlation-id", "c"];
+        let message = message(&flags).unwrap();
+        let request = message.request().unwrap();
+        assert_eq!((request.idempotency_key.as_str(), request.correlation_id.as_deref()), ("k:1", Some("c")));
+        assert_eq!(request.requested_by.as_deref(), Some("inventoryd request"));
+        assert_eq!(request.tenant_id.to_string(), TENANT);
+        assert_eq!(
+            request.selection.canonical_json(),
+            r#"{"categories":["Compliance"],"include_foundations":false,"policy_types":["a","b"]}"#
+        );
+        assert_eq!(message.content_type, "application/json");
+    }
+
+    #[test]
+    fn every_request_has_a_key_of_its_own_unless_told() {
+        let keys = [(); 2].map(|()| message(&["--all"]).unwrap().request().unwrap().idempotency_key.clone());
+        assert!(Uuid::try_parse(&keys[0]).is_ok() && keys[0] != keys[1]);
+    }
+
+    #[test]
+    fn what_the_daemon_would_reject_is_a_usage_error() {
+        for flags in [&["--all", "--key", "two words"][..], &["--all", "--correlation-id", ""], &[]] {
+            assert!(matches!(message(flags), Err(CliError::Usage(_))), "{flags:?}");
+        }
+        assert!(Line::try_parse_from(["request", "--all"]).is_err(), "no tenant");
+        assert!(Line::try_parse_from(["request", "--tenant", TENANT, "--from-file", "x"]).is_err());
+    }
+
+    #[test]
+    fn a_file_is_published_as_it_is_and_an_envelope_is_recognised() {
+        let bad = Message::from_bytes(b"{ nope".to_vec());
+        assert_eq!((bad.body.as_slice(), bad.content_type), (&b"{ nope"[..], "application/json"));
+        assert!(matches!(bad.request(), Err(CliError::Failed(text)) if text.contains("invalid_json")));
+        let data = json!({ "schema_version": 1, "tenant_id": TENANT, "idempotency_key": "k", "selection": { "policy_types": ["*"] } });
+        let envelope = json!({ "specversion": "1.0", "id": "1", "source": "/s", "type": "t", "data": data });
+        let good = Message::from_bytes(envelope.to_string().into_bytes());
+        assert!(good.content_type == CLOUDEVENTS_CONTENT_TYPE && good.read.is_ok());
+    }
+
+    #[test]
+    fn a_dry_run_needs_no_broker() {
+        let (code, text) = call(&["request", "--tenant", TENANT, "--all", "--key", "k", "--dry-run", "--json"]);
+        let shown: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!((code, &shown["message"]["tenant_id"]), (0, &json!(TENANT)));
+        assert_eq!(shown["selection_hash"].as_str().unwrap().len(), 64);
+    }
+}

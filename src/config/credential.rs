@@ -1,0 +1,73 @@
+//! How this daemon proves to the token service who it is.
+
+use std::path::PathBuf;
+
+use secrecy::SecretString;
+use serde::Deserialize;
+
+use super::load::read_secret;
+use super::{ConfigError, path_or_none};
+
+/// `[graph.credentials.<name>]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[expect(missing_docs, reason = "config/default.toml documents every key")]
+pub struct CredentialConfig {
+    pub kind: CredentialKind,
+    pub client_id: String,
+    pub client_secret: SecretString,
+    pub client_secret_file: Option<PathBuf>,
+    #[serde(deserialize_with = "path_or_none")]
+    pub client_certificate_file: Option<PathBuf>,
+    #[serde(deserialize_with = "path_or_none")]
+    pub client_key_file: Option<PathBuf>,
+    #[serde(deserialize_with = "path_or_none")]
+    pub token_file: Option<PathBuf>,
+}
+
+/// What a credential rests on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CredentialKind {
+    /// A secret that the application shares with the token service.
+    #[default]
+    ClientSecret,
+    /// A certificate of the application, whose key signs an assertion.
+    ClientCertificate,
+    /// A token of another issuer that the application trusts, such as Kubernetes.
+    WorkloadIdentity,
+    /// The identity of the Azure machine that this runs on.
+    ManagedIdentity,
+}
+
+impl CredentialConfig {
+    /// The client secret as it is now: a file is read again each time, because secrets are replaced while we run.
+    ///
+    /// # Errors
+    /// If the file can't be read.
+    pub fn read_client_secret(&self) -> Result<SecretString, ConfigError> {
+        let mut secret = self.client_secret.clone();
+        read_secret("client_secret_file", self.client_secret_file.as_deref(), &mut secret)?;
+        Ok(secret)
+    }
+
+    /// What is missing or does not fit, after the name of its key.
+    pub(super) fn problems(&self) -> Vec<&'static str> {
+        let is_certificate = self.kind == CredentialKind::ClientCertificate;
+        let has_certificate = self.client_certificate_file.is_some();
+        let mut problems = Vec::new();
+        if is_certificate && !has_certificate {
+            problems.push("client_certificate_file: must name a PEM file, because kind is \"client_certificate\"");
+        }
+        if is_certificate && self.client_id.is_empty() {
+            problems.push("client_id: must be the application's id, because kind is \"client_certificate\"");
+        }
+        if has_certificate && !is_certificate {
+            problems.push("kind: must be \"client_certificate\" for client_certificate_file to be used");
+        }
+        if self.token_file.is_some() && self.kind != CredentialKind::WorkloadIdentity {
+            problems.push("kind: must be \"workload_identity\" for token_file to be used");
+        }
+        problems
+    }
+}

@@ -1,0 +1,101 @@
+//! What the rest of the daemon may know of the consumer.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::telemetry;
+
+/// Why no new requests are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Paused {
+    /// The database does not answer, or has not been asked yet.
+    StoreAway,
+    /// Too many events wait in the outbox.
+    Backlog,
+    /// An operator has asked for quiet.
+    Quiet,
+    /// The daemon stops.
+    Draining,
+}
+
+impl Paused {
+    /// The stable text form.
+    pub(super) const fn as_str(self) -> &'static str {
+        match self {
+            Self::StoreAway => "store_away",
+            Self::Backlog => "backlog",
+            Self::Quiet => "quiet",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+/// How the consumer is, at this moment.
+#[derive(Debug, Default)]
+pub struct ConsumerHealth {
+    subscribed: AtomicBool,
+    in_hand: AtomicUsize,
+    paused: Mutex<Option<Paused>>,
+    problem: Mutex<Option<String>>,
+}
+
+impl ConsumerHealth {
+    /// Whether there is a live subscription that takes requests.
+    #[must_use]
+    pub fn subscribed(&self) -> bool {
+        self.subscribed.load(Ordering::Relaxed)
+    }
+
+    /// Requests in hand.
+    #[must_use]
+    pub fn in_hand(&self) -> usize {
+        self.in_hand.load(Ordering::Relaxed)
+    }
+
+    /// Why no new requests are taken, if that is so: `store_away`, `backlog`, `quiet` or `draining`.
+    #[must_use]
+    pub fn paused(&self) -> Option<&'static str> {
+        lock(&self.paused).map(Paused::as_str)
+    }
+
+    /// Why there is no subscription, in words for an operator, if that is so.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        lock(&self.problem).clone()
+    }
+
+    pub(super) fn set_subscribed(&self, yes: bool) {
+        self.subscribed.store(yes, Ordering::Relaxed);
+        telemetry::subscribed(yes);
+        if yes {
+            *lock(&self.problem) = None;
+        }
+    }
+
+    pub(super) fn set_paused(&self, paused: Option<Paused>) {
+        *lock(&self.paused) = paused;
+    }
+
+    pub(super) fn set_problem(&self, problem: String) {
+        *lock(&self.problem) = Some(problem);
+    }
+
+    /// Counts one more request in hand, for as long as the guard lives.
+    pub(super) fn take_in_hand(self: &Arc<Self>) -> InHand {
+        telemetry::runs_in_hand(self.in_hand.fetch_add(1, Ordering::Relaxed) + 1);
+        InHand(Arc::clone(self))
+    }
+}
+
+/// One request in hand.
+pub(super) struct InHand(Arc<ConsumerHealth>);
+
+impl Drop for InHand {
+    fn drop(&mut self) {
+        telemetry::runs_in_hand(self.0.in_hand.fetch_sub(1, Ordering::Relaxed) - 1);
+    }
+}
+
+fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
+    value.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,288 @@
+//! All contracts together: the lists that their types share, and what a selection comes to.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use super::failure::ErrorCode;
+use super::policy_type::{PolicyType, Shape};
+use super::run::{TypeCounters, TypeOutcome};
+use super::selection::{EVERY_TYPE, Selection};
+
+/// The contracts that are compiled in.
+pub const DEFAULT_CONTRACTS: &str = include_str!("../../config/policy_types.toml");
+
+/// One Graph list: a path and version, with every policy type that shares it.
+#[derive(Debug, PartialEq)]
+pub struct Collection {
+    /// `v1.0` or `beta`.
+    pub api_version: String,
+    /// The path below the version.
+    pub path: String,
+    /// How it answers.
+    pub shape: Shape,
+    /// For a child collection: the collection of its parents.
+    pub parent: Option<String>,
+    /// The limits of Graph that count for it.
+    pub throttle: String,
+    /// The properties to ask for: what any of the types needs, so that the list is the same whoever is selected.
+    pub select: BTreeSet<String>,
+    /// The page size to ask for.
+    pub top: Option<u32>,
+    /// The types that share it, the fallback last.
+    pub types: Vec<Arc<PolicyType>>,
+}
+
+/// Every contract that this process knows.
+#[derive(Debug)]
+pub struct Catalog {
+    types: BTreeMap<String, Arc<PolicyType>>,
+    collections: Vec<Arc<Collection>>,
+}
+
+/// What a selection comes to: the lists to read and the names that nobody knows.
+#[derive(Debug, Clone)]
+pub struct Scope {
+    /// The lists to read.
+    pub listings: Vec<Listing>,
+    /// Selected names that are no policy type, and categories (as `category:NAME`) that have none.
+    pub unsupported: Vec<String>,
+}
+
+/// One list to read in a run, for the types of it that are selected.
+#[derive(Debug, Clone)]
+pub struct Listing {
+    /// The list.
+    pub collection: Arc<Collection>,
+    /// The selected types; each stands in `collection.types` too.
+    pub selected: Vec<Arc<PolicyType>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ContractsFile {
+    policy_type: Vec<PolicyType>,
+}
+
+impl Catalog {
+    /// Reads and checks contracts.
+    ///
+    /// # Errors
+    /// One line that names the block, the field and what is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let file: ContractsFile = toml::from_str(text).map_err(|error| error.to_string())?;
+        let mut types = BTreeMap::new();
+        for policy_type in file.policy_type {
+            policy_type.check().map_err(|problem| format!("policy type `{}`: {problem}", policy_type.key))?;
+            if let Some(twice) = types.insert(policy_type.key.clone(), Arc::new(policy_type)) {
+                return Err(format!("policy type `{}` stands there twice", twice.key));
+            }
+        }
+        let collections = collections(&types)?;
+        Ok(Self { types, collections })
+    }
+
+    /// The contracts that are compiled in.
+    ///
+    /// # Panics
+    /// Never: a test parses the very same text.
+    #[must_use]
+    pub fn built_in() -> Self {
+        Self::parse(DEFAULT_CONTRACTS).expect("the compiled-in contracts are checked by a test")
+    }
+
+    /// All types, by key.
+    pub fn types(&self) -> impl Iterator<Item = &Arc<PolicyType>> {
+        self.types.values()
+    }
+
+    /// One type by its key.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&Arc<PolicyType>> {
+        self.types.get(key)
+    }
+
+    /// The list that `policy_type` stands in.
+    ///
+    /// # Panics
+    /// If it is a type of another catalog.
+    #[must_use]
+    pub fn collection_of(&self, policy_type: &PolicyType) -> &Arc<Collection> {
+        let same = |c: &&Arc<Collection>| (&c.api_version, &c.path) == (&policy_type.api_version, &policy_type.path);
+        self.collections.iter().find(same).expect("every type of a catalog stands in one of its collections")
+    }
+
+    /// What `selection` comes to.
+    #[must_use]
+    pub fn resolve(&self, selection: &Selection) -> Scope {
+        let every = selection.policy_types.contains(EVERY_TYPE);
+        let wanted = |policy_type: &&Arc<PolicyType>| {
+            let named = selection.policy_types.contains(&policy_type.key)
+                || selection.categories.contains(&policy_type.category);
+            if policy_type.foundation { selection.include_foundations } else { named || every }
+        };
+        let selected: BTreeSet<&str> = self.types().filter(wanted).map(|t| t.key.as_str()).collect();
+        let listings = self
+            .collections
+            .iter()
+            .map(|collection| Listing {
+                collection: Arc::clone(collection),
+                selected: collection.types.iter().filter(|t| selected.contains(t.key.as_str())).cloned().collect(),
+            })
+            .filter(|listing| !listing.selected.is_empty())
+            .collect();
+        Scope { listings, unsupported: self.unknown_names(selection) }
+    }
+
+    fn unknown_names(&self, selection: &Selection) -> Vec<String> {
+        let categories: BTreeSet<&str> = self.types().map(|t| t.category.as_str()).collect();
+        let types =
+            selection.policy_types.iter().filter(|name| *name != EVERY_TYPE && self.get(name).is_none()).cloned();
+        let unknown = selection.categories.iter().filter(|name| !categories.contains(name.as_str()));
+        types.chain(unknown.map(|name| format!("category:{name}"))).collect()
+    }
+}
+
+impl Scope {
+    /// Whether it comes to nothing, not even to an unknown name that could be reported.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.listings.is_empty() && self.unsupported.is_empty()
+    }
+
+    /// The outcomes of the names that nobody knows.
+    #[must_use]
+    pub fn unsupported_outcomes(&self) -> Vec<TypeOutcome> {
+        let outcome =
+            |name: &String| TypeOutcome::failed(name, TypeCounters::default(), ErrorCode::UnsupportedPolicyType.into());
+        self.unsupported.iter().map(outcome).collect()
+    }
+}
+
+/// Groups types by the list that they share, and checks that they agree on it.
+fn collections(types: &BTreeMap<String, Arc<PolicyType>>) -> Result<Vec<Arc<Collection>>, String> {
+    let mut groups: BTreeMap<(&str, &str), Vec<Arc<PolicyType>>> = BTreeMap::new();
+    for policy_type in types.values() {
+        groups.entry((&policy_type.api_version, &policy_type.path)).or_default().push(Arc::clone(policy_type));
+    }
+    groups.into_values().map(|sharing| collection(sharing).map(Arc::new)).collect()
+}
+
+fn collection(mut sharing: Vec<Arc<PolicyType>>) -> Result<Collection, String> {
+    sharing.sort_by_key(|policy_type| policy_type.is_fallback());
+    let first = Arc::clone(&sharing[0]);
+    for policy_type in &sharing {
+        if sharing.len() > 1 && policy_type.discriminator.is_none() {
+            return Err(format!("policy type `{}` shares {} but has no `discriminator`", policy_type.key, first.path));
+        }
+        let agrees = (policy_type.shape, &policy_type.parent, &policy_type.throttle)
+            == (first.shape, &first.parent, &first.throttle);
+        if !agrees {
+            return Err(format!(
+                "policy types `{}` and `{}` share {} but differ in shape, parent or throttle",
+                first.key, policy_type.key, first.path
+            ));
+        }
+    }
+    if sharing.iter().filter(|policy_type| policy_type.is_fallback()).count() > 1 {
+        return Err(format!("{} has more than one fallback", first.path));
+    }
+    let selectable = sharing.iter().all(|policy_type| !policy_type.select.is_empty());
+    let select = sharing.iter().flat_map(|policy_type| policy_type.select.iter().cloned());
+    Ok(Collection {
+        api_version: first.api_version.clone(),
+        path: first.path.clone(),
+        shape: first.shape,
+        parent: first.parent.clone(),
+        throttle: first.throttle.clone(),
+        select: if selectable { select.collect() } else { BTreeSet::new() },
+        top: sharing.iter().filter_map(|policy_type| policy_type.top).min(),
+        types: sharing,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn selection(types: &[&str], categories: &[&str], include_foundations: bool) -> Selection {
+        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        Selection { policy_types: set(types), categories: set(categories), include_foundations }
+    }
+
+    fn keys(scope: &Scope) -> BTreeSet<String> {
+        scope.listings.iter().flat_map(|listing| &listing.selected).map(|t| t.key.clone()).collect()
+    }
+
+    #[test]
+    fn the_built_in_contracts_hold() {
+        let catalog = Catalog::parse(DEFAULT_CONTRACTS).unwrap();
+        assert!(catalog.types().count() >= 108);
+        assert!(catalog.types().filter(|t| t.foundation).count() >= 3);
+        assert!(!DEFAULT_CONTRACTS.contains("Write"), "no contract may need a permission to write");
+    }
+
+    #[test]
+    fn foundations_follow_their_own_switch_alone() {
+        let catalog = Catalog::built_in();
+        let named_but_off = catalog.resolve(&selection(&["roleScopeTag", "mobileApp"], &[], false));
+        assert_eq!(keys(&named_but_off), ["mobileApp".to_owned()].into());
+        let on = keys(&catalog.resolve(&selection(&["mobileApp"], &[], true)));
+        assert!(on.contains("roleScopeTag") && on.contains("assignmentFilter") && on.contains("mobileApp"));
+        let every = keys(&catalog.resolve(&selection(&["*"], &[], false)));
+        assert_eq!(every.len(), catalog.types().filter(|t| !t.foundation).count());
+        assert!(catalog.resolve(&selection(&["roleScopeTag"], &[], false)).is_empty());
+    }
+
+    #[test]
+    fn a_shared_collection_is_listed_once() {
+        let catalog = Catalog::built_in();
+        let scope = catalog.resolve(&selection(&["deviceConfiguration", "windowsUpdateRing"], &[], false));
+        assert_eq!(scope.listings.len(), 1);
+        assert_eq!(scope.listings[0].selected.len(), 2);
+        assert!(scope.listings[0].collection.types.last().unwrap().is_fallback());
+    }
+
+    #[test]
+    fn unknown_names_are_kept_for_the_record() {
+        let scope = Catalog::built_in().resolve(&selection(&["noSuchType", "*"], &["NoSuchCategory"], false));
+        assert_eq!(scope.unsupported, ["noSuchType", "category:NoSuchCategory"]);
+        let outcome = &scope.unsupported_outcomes()[0];
+        assert_eq!(outcome.failure.as_ref().unwrap().code, ErrorCode::UnsupportedPolicyType);
+    }
+
+    #[test]
+    fn a_wrong_contract_is_refused_with_its_name() {
+        let good = r#"
+            [[policy_type]]
+            key = "a"
+            label = "A"
+            category = "C"
+            foundation = false
+            api_version = "beta"
+            path = "p"
+            shape = "collection"
+            select = ["id", "displayName"]
+            name = "displayName"
+            meta = []
+            throttle = "t"
+            permission = "P.Read.All"
+        "#;
+        assert!(Catalog::parse(good).is_ok());
+        let cases = [
+            (good.replace("\"beta\"", "\"v2\""), "`api_version`"),
+            (good.replace("meta = []", "meta = [\"secret\"]"), "`meta` reads `secret`"),
+            (good.replace("\"displayName\"]", "\"x\"]"), "`name` reads `displayName`"),
+            (good.replace("shape = \"collection\"", "shape = \"child_collection\""), "`parent`"),
+            (format!("{good}colour = 1"), "colour"),
+            (good.to_owned() + good, "twice"),
+            (good.to_owned() + &good.replace("\"a\"", "\"b\""), "no `discriminator`"),
+            (format!("{good}discriminator = {{ fallback = true, odata_type = [\"#x\"] }}"), "`discriminator` needs"),
+        ];
+        for (text, expected) in cases {
+            let error = Catalog::parse(&text).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

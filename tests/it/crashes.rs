@@ -1,0 +1,198 @@
+//! Workers that die, freeze or are cut off, at every step of the recipe.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::sim::Rule;
+use crate::support::daemon::{Process, Replica};
+use crate::support::holds::{STEPS, Step, held, hold_at};
+use crate::support::proxy::Proxy;
+use crate::support::world::World;
+use crate::support::{eventually, truths, within};
+
+fn rule(value: Value) -> Rule {
+    serde_json::from_value(value).unwrap()
+}
+
+async fn running(world: &World, key: &str) {
+    eventually("the run begins", || async {
+        world.runs(key).await.iter().any(|run| run["status"] == "running").then_some(())
+    })
+    .await;
+}
+
+/// Kills a worker at `step` and lets another replica finish; twice, because a step may be met again on the way back.
+async fn killed_at(step: &Step) {
+    let world = World::new().await;
+    truths::keep_history(&world).await;
+    hold_at(&world, step, 2.0).await;
+    let victim = Process::start(&world, "victim", &[]);
+    world.publish(&world.request("run", &["mobileApp", "deviceShellScript"])).await;
+    let events = world.subscribe().await;
+    held(&world).await;
+    victim.signal("KILL");
+    let _heir = Replica::start(&world).await;
+    truths::hold(&world, &["run".to_owned()], &events).await;
+    let run = &world.runs("run").await[0];
+    assert_eq!(run["status"], "success", "{}: {run}", step.name);
+    assert_eq!(run["items_observed_count"], 24, "{}: counted once, whoever counted: {run}", step.name);
+    assert_eq!(world.count("select count(*) from inventory_items").await, 24);
+    assert!(run["attempt"].as_i64().unwrap() <= 2, "{}: {run}", step.name);
+}
+
+macro_rules! kill_at_every_step {
+    ($($name:ident = $index:literal;)+) => {
+        $(#[tokio::test(flavor = "multi_thread")]
+        async fn $name() {
+            killed_at(&STEPS[$index]).await;
+        })+
+
+        #[test]
+        fn every_step_has_its_test() {
+            assert_eq!(STEPS.len(), [$($index),+].len());
+        }
+    };
+}
+
+kill_at_every_step! {
+    killed_while_admitting = 0;
+    killed_while_writing_items = 1;
+    killed_while_finishing_a_type = 2;
+    killed_while_ending_the_run = 3;
+    killed_while_writing_the_event = 4;
+    killed_while_claiming_the_event = 5;
+    killed_while_marking_the_event = 6;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_mid_page_and_between_pages() {
+    let world = World::new().await;
+    truths::keep_history(&world).await;
+    world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 60).unwrap();
+    world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1,
+        "action": { "kind": "slow_body", "chunk_bytes": 64, "pause_ms": 100 } })));
+    let victim = Process::start(&world, "victim", &[("RUN__BATCH_ROWS", "10")]);
+    world.publish(&world.request("run", &["mobileApp"])).await;
+    let events = world.subscribe().await;
+    eventually("the first page is written", || async {
+        (world.count("select count(*) from inventory_items").await > 0).then_some(())
+    })
+    .await;
+    victim.signal("KILL");
+    let _heir = Replica::start(&world).await;
+    truths::hold(&world, &["run".to_owned()], &events).await;
+    let run = &world.runs("run").await[0];
+    assert_eq!(
+        (&run["status"], &run["attempt"], &run["items_observed_count"]),
+        (&json!("success"), &json!(2), &json!(60))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_between_the_commit_and_the_ack() {
+    let world = World::new().await;
+    truths::keep_history(&world).await;
+    let broker = Proxy::before(world.amqp_address()).await;
+    world.sim.add_rule(rule(json!({ "action": { "kind": "slow", "delay_ms": 800 } })));
+    let victim = Process::start(&world, "victim", &[("BROKER__URL", &world.amqp_through(&broker))]);
+    world.publish(&world.request("run", &["mobileApp"])).await;
+    let events = world.subscribe().await;
+    running(&world, "run").await;
+    broker.freeze(true);
+    world.ended("run").await;
+    victim.signal("KILL");
+    broker.cut();
+    let _heir = Replica::start(&world).await;
+    truths::hold(&world, &["run".to_owned()], &events).await;
+    eventually("the redelivery is acked as a duplicate", || async {
+        (world.depth("inventory.sync.requests").await == 0).then_some(())
+    })
+    .await;
+    assert_eq!(world.runs("run").await[0]["attempt"], 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
+    let world = World::new().await;
+    truths::keep_history(&world).await;
+    world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 60).unwrap();
+    world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1, "action": { "kind": "slow", "delay_ms": 3_000 } })));
+    let zombie = Process::start(&world, "zombie", &[]);
+    world.publish(&world.request("run", &["mobileApp"])).await;
+    let events = world.subscribe().await;
+    running(&world, "run").await;
+    zombie.signal("STOP");
+    let _heir = Replica::start(&world).await;
+    let run = within(Duration::from_secs(120), "the heir ends the run", || async {
+        world.runs("run").await.into_iter().find(|run| run["status"] != "running")
+    })
+    .await;
+    assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(2)));
+    zombie.signal("CONT");
+    zombie.logs("lease lost").await;
+    truths::hold(&world, &["run".to_owned()], &events).await;
+    assert_eq!(world.runs("run").await[0], run, "it has changed nothing");
+    world.sync("next", &["deviceShellScript"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wire_to_the_broker_that_is_cut_again_and_again() {
+    let world = World::new().await;
+    truths::keep_history(&world).await;
+    world.execute("update tenants set max_concurrent_runs = 100").await;
+    let broker = Proxy::before(world.amqp_address()).await;
+    let mut config = world.config();
+    config.broker.url = world.amqp_through(&broker).into();
+    let _replica = Replica::with(config).await;
+    let events = world.subscribe().await;
+    let types = [
+        "mobileApp",
+        "deviceShellScript",
+        "deviceConfiguration",
+        "windowsUpdateRing",
+        "roleScopeTag",
+        "deviceHealthScript",
+    ];
+    let mut keys = Vec::new();
+    for round in 0..30 {
+        let key = format!("k{round}");
+        world.publish(&world.request(&key, &[types[round % 4], types[4 + round % 2]])).await;
+        keys.push(key);
+        if round % 5 == 4 {
+            let so_far = world.count("select count(*) from inventory_sync_runs").await;
+            broker.cut();
+            eventually("the session is rebuilt", || async {
+                let now = world.count("select count(*) from inventory_sync_runs").await;
+                (now > so_far || now == i64::try_from(keys.len()).unwrap()).then_some(())
+            })
+            .await;
+        }
+    }
+    truths::hold(&world, &keys, &events).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_goes_away_burns_nothing() {
+    let world = World::new().await;
+    truths::keep_history(&world).await;
+    world.execute("update tenants set max_concurrent_runs = 100").await;
+    let database = Proxy::before(world.database_address()).await;
+    let mut config = world.config();
+    config.database.url = world.database_through(&database).into();
+    let replica = Replica::with(config).await;
+    let events = world.subscribe().await;
+    world.sync("before", &["mobileApp"]).await;
+    database.refuse(true);
+    database.cut();
+    let mut keys = vec!["before".to_owned()];
+    for number in 0..10 {
+        let key = format!("k{number}");
+        world.publish(&world.request(&key, &["mobileApp"])).await;
+        keys.push(key);
+    }
+    eventually("consumption stops", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
+    database.refuse(false);
+    truths::hold(&world, &keys, &events).await;
+    assert_eq!(world.take("inventory.dead").await.map(|letter| letter.data.clone()), None, "nothing is dead-lettered");
+}

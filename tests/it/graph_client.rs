@@ -1,0 +1,430 @@
+//! The Graph client against the simulator, over real HTTPS.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use inventoryd::config::{Config, GraphConfig};
+use inventoryd::domain::catalog::{Catalog, Collection, DEFAULT_CONTRACTS};
+use inventoryd::domain::clock::Deadline;
+use inventoryd::domain::failure::{ErrorCode, Failure};
+
+use inventoryd::domain::policy_type::Shape;
+use inventoryd::graph::{GraphClient, GraphReader, PageObject, RunBudget};
+use uuid::Uuid;
+
+use crate::sim::{Action, ErrorBody, Rule, Sim, SimConfig};
+
+const TENANT: Uuid = Uuid::from_u128(0x6a5b_1a3e_3e24_4d1c_9d7b_0c3f_1a2b_3c4d);
+/// Shared by several types, with more than one page of 25 below.
+const SHARED: &str = "deviceManagement/configurationPolicies";
+const PLAIN: &str = "deviceManagement/roleScopeTags";
+
+/// A simulator and a client that trusts it.
+struct World {
+    sim: Sim,
+    config: GraphConfig,
+    catalog: Catalog,
+}
+
+impl World {
+    async fn start() -> Self {
+        Self::with(SimConfig::default(), &[]).await
+    }
+
+    async fn with(sim: SimConfig, settings: &[(&str, &str)]) -> Self {
+        let (client_id, secret) = (sim.client_id.clone(), sim.client_secret.clone());
+        let sim = Sim::start(sim).await.unwrap();
+        let ca_file = temporary_file("ca.pem", sim.ca_pem());
+        let ca_file = ca_file.to_str().unwrap();
+        let base_url = sim.base_url();
+        let mut all = BTreeMap::from([
+            ("cloud", "custom"),
+            ("base_url", &base_url),
+            ("authority", &base_url),
+            ("ca_file", ca_file),
+            ("backoff_first_s", "0.01"),
+            ("backoff_max_s", "0.05"),
+            ("request_timeout_s", "5"),
+            ("credentials__default__client_id", &client_id),
+            ("credentials__default__client_secret", &secret),
+        ]);
+        all.extend(settings.iter().copied());
+        let named =
+            |(key, value): (&str, &str)| (format!("INVENTORYD__GRAPH__{}", key.to_uppercase()), value.to_owned());
+        let config = Config::load_with(None, all.into_iter().map(named).collect()).unwrap().graph;
+        Self { sim, config, catalog: Catalog::built_in() }
+    }
+
+    fn client(&self) -> GraphClient {
+        GraphClient::new(&self.config).unwrap()
+    }
+
+    fn reader(&self) -> GraphReader {
+        self.client().reader(TENANT, "default", budget(30, 20))
+    }
+
+    fn collection(&self, path: &str) -> Arc<Collection> {
+        let policy_type = self.catalog.types().find(|policy_type| policy_type.path == path).unwrap();
+        Arc::clone(self.catalog.collection_of(policy_type))
+    }
+
+    fn rule(&self, rule: Rule) {
+        self.sim.add_rule(rule);
+    }
+
+    fn tokens(&self) -> u64 {
+        self.sim.state().tokens_issued
+    }
+
+    async fn read(&self, path: &str) -> Result<Vec<PageObject>, Failure> {
+        read(&self.reader(), &self.collection(path)).await
+    }
+
+    async fn refused(&self, path: &str) -> Failure {
+        self.read(path).await.unwrap_err()
+    }
+}
+
+fn temporary_file(name: &str, text: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("inventoryd-{}-{name}", Uuid::new_v4()));
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+fn budget(deadline_s: u64, throttle_s: u64) -> RunBudget {
+    let seconds = Duration::from_secs;
+    RunBudget { deadline: Deadline::after(seconds(deadline_s)), throttle_budget: seconds(throttle_s) }
+}
+
+async fn read(reader: &GraphReader, collection: &Arc<Collection>) -> Result<Vec<PageObject>, Failure> {
+    let mut pages = reader.pages(collection);
+    let mut objects = Vec::new();
+    while let Some(page) = pages.next().await? {
+        objects.extend(page.objects);
+    }
+    Ok(objects)
+}
+
+fn ids(objects: &[PageObject]) -> BTreeSet<String> {
+    let id =
+        |object: &PageObject| serde_json::from_str::<serde_json::Value>(object.raw.get()).unwrap()["id"].to_string();
+    objects.iter().map(id).collect()
+}
+
+fn ids_of(sim: &Sim, path: &str) -> BTreeSet<String> {
+    sim.object_ids(TENANT, path).unwrap().into_iter().map(|id| serde_json::Value::from(id).to_string()).collect()
+}
+
+#[tokio::test]
+async fn every_list_of_the_contracts_is_read_to_its_end() {
+    let world = World::start().await;
+    let (client, mut seen) = (world.client(), BTreeSet::new());
+    for policy_type in world.catalog.types() {
+        let collection = world.catalog.collection_of(policy_type);
+        if !seen.insert((&collection.api_version, &collection.path)) {
+            continue;
+        }
+        let objects = read(&client.reader(TENANT, "default", budget(30, 20)), collection).await;
+        let objects = objects.unwrap_or_else(|failure| panic!("{}: {failure:?}", collection.path));
+        assert!(objects.iter().all(|object| object.first_sight), "{}", collection.path);
+        let path = format!("{}/{}", collection.api_version, collection.path);
+        match collection.shape {
+            Shape::Collection => assert_eq!(ids(&objects), ids_of(&world.sim, &path), "{path}"),
+            Shape::Singleton => assert_eq!(objects.len(), 1, "{path}"),
+            Shape::ChildCollection => assert!(!objects.is_empty(), "{path}"),
+        }
+    }
+    let state = world.sim.state();
+    assert_eq!((state.tokens_issued, state.non_get, state.unauthorized), (1, 0, 0));
+}
+
+#[tokio::test]
+async fn opaque_links_are_followed_untouched_over_http2_and_each_try_has_an_id_of_its_own() {
+    let world = World::start().await;
+    world.sim.set_size(Some(TENANT), Some(PLAIN), 130).unwrap();
+    let objects = world.read(PLAIN).await.unwrap();
+    assert_eq!(objects.len(), 130);
+    assert_eq!(ids(&objects), ids_of(&world.sim, PLAIN));
+    let requests: Vec<_> = world.sim.requests().into_iter().filter(|request| request.method == "GET").collect();
+    let client_ids: BTreeSet<&str> = requests.iter().map(|request| request.client_request_id.as_str()).collect();
+    assert_eq!(client_ids.len(), requests.len());
+    assert!(client_ids.iter().all(|id| Uuid::try_parse(id).is_ok()));
+    assert!(requests.iter().all(|request| request.http_version == "HTTP/2.0" && request.status == 200));
+}
+
+#[tokio::test]
+async fn ids_repeated_across_pages_are_seen_once_and_empty_pages_lose_nothing() {
+    let world = World::start().await;
+    world.sim.set_size(Some(TENANT), Some(PLAIN), 130).unwrap();
+    world.rule(Rule::new(Action::DuplicateIds { count: 3 }).path(PLAIN).page(3));
+    world.rule(Rule::new(Action::EmptyPage).path(PLAIN).page(2));
+    let objects = world.read(PLAIN).await.unwrap();
+    assert_eq!(objects.iter().filter(|object| object.first_sight).count(), 130);
+    assert_eq!(ids(&objects), ids_of(&world.sim, PLAIN));
+}
+
+#[tokio::test]
+async fn children_are_read_below_each_parent() {
+    let world = World::start().await;
+    let collection = world.collection("deviceManagement/depOnboardingSettings/{parent_id}/enrollmentProfiles");
+    world.sim.set_size(Some(TENANT), collection.parent.as_deref(), 30).unwrap();
+    let reader = world.reader();
+    let objects = read(&reader, &collection).await.unwrap();
+    let parents = world.sim.object_ids(TENANT, "deviceManagement/depOnboardingSettings").unwrap();
+    let children: usize = parents
+        .iter()
+        .map(|id| world.sim.object_ids(TENANT, &collection.path.replace("{parent_id}", id)).unwrap().len())
+        .sum();
+    assert_eq!((parents.len(), objects.len()), (30, children));
+    assert!(objects.iter().all(|object| object.first_sight));
+}
+
+#[tokio::test]
+async fn throttling_is_waited_out_and_never_too_early() {
+    for (form, at_least_ms) in [("1", 1_000), ("0.3", 1_000), ("1 seconds", 1_000), ("date:1", 1_000), ("none", 10)] {
+        let world = World::start().await;
+        world.rule(Rule::status(429, Some(form)).path(PLAIN).times(1));
+        let reader = world.reader();
+        let started = Instant::now();
+        read(&reader, &world.collection(PLAIN)).await.unwrap();
+        let (took, usage) = (started.elapsed(), reader.usage());
+        assert!(took >= Duration::from_millis(at_least_ms) && took < Duration::from_secs(4), "{form}: {took:?}");
+        assert_eq!((usage.graph_requests_count, usage.graph_throttled_count), (2, 1), "{form}");
+        assert!(usage.graph_throttle_wait_ms >= i64::try_from(at_least_ms).unwrap(), "{form}");
+        assert_eq!(reader.retry_after_s(), None);
+    }
+}
+
+#[tokio::test]
+async fn throttling_without_end_ends_within_the_budget() {
+    let world = World::start().await;
+    world.rule(Rule::status(429, Some("7")).path(PLAIN));
+    let reader = world.client().reader(TENANT, "default", budget(600, 5));
+    let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
+    assert_eq!((failure.code, failure.http_status), (ErrorCode::GraphThrottled, Some(429)));
+    assert_eq!((reader.retry_after_s(), reader.usage().graph_throttle_wait_ms), (Some(7), 0));
+
+    world.sim.remove_rules(None);
+    world.rule(Rule::status(503, None).path(PLAIN));
+    let failure = world.refused(PLAIN).await;
+    assert_eq!((failure.code, failure.http_status), (ErrorCode::GraphThrottled, Some(503)));
+}
+
+#[tokio::test]
+async fn what_breaks_on_its_way_is_asked_for_again_by_the_same_link() {
+    let breaks = [
+        Action::Truncate { clean: false },
+        Action::Truncate { clean: true },
+        Action::Drop,
+        Action::Status { status: 504, retry_after: None, body: ErrorBody::NestedTwice },
+        Action::Status { status: 502, retry_after: None, body: ErrorBody::Default },
+        Action::Status { status: 503, retry_after: None, body: ErrorBody::Default },
+        Action::Status { status: 500, retry_after: None, body: ErrorBody::Nested },
+    ];
+    for action in breaks {
+        let world = World::start().await;
+        world.sim.set_size(Some(TENANT), Some(PLAIN), 60).unwrap();
+        let shown = format!("{action:?}");
+        world.rule(Rule::new(action).path(PLAIN).page(2).times(2));
+        let objects = world.read(PLAIN).await.unwrap_or_else(|failure| panic!("{shown}: {failure:?}"));
+        assert_eq!(ids(&objects), ids_of(&world.sim, PLAIN), "{shown}");
+        let second_pages = world.sim.requests().iter().filter(|request| request.page == 2).count();
+        assert_eq!(second_pages, 3, "{shown}");
+    }
+}
+
+#[tokio::test]
+async fn tries_end() {
+    for (status, tries) in [(504, 6), (500, 3), (408, 3), (400, 1), (409, 1)] {
+        let world = World::start().await;
+        world.rule(Rule::status(status, None).path(PLAIN));
+        let failure = world.refused(PLAIN).await;
+        assert_eq!(failure.http_status, Some(status));
+        assert!(failure.request_id.is_some());
+        let requests = world.sim.requests().iter().filter(|request| request.status == status).count();
+        assert_eq!(requests, tries, "{status}");
+    }
+}
+
+#[tokio::test]
+async fn lists_that_lead_astray_are_given_up() {
+    for (action, code) in [
+        (Action::ForeignLink { host: "evil.example.invalid".to_owned() }, ErrorCode::GraphForeignLink),
+        (Action::RepeatLink, ErrorCode::GraphPagingLoop),
+        (Action::NoNewIds, ErrorCode::GraphPagingLoop),
+        (Action::WrongContent, ErrorCode::GraphBadResponse),
+    ] {
+        let world = World::start().await;
+        world.sim.set_size(Some(TENANT), Some(PLAIN), 60).unwrap();
+        let shown = format!("{action:?}");
+        world.rule(Rule::new(action).path(PLAIN));
+        assert_eq!(world.refused(PLAIN).await.code, code, "{shown}");
+    }
+    let world = World::with(SimConfig::default(), &[("max_pages", "2")]).await;
+    world.sim.set_size(Some(TENANT), Some(PLAIN), 60).unwrap();
+    assert_eq!(world.refused(PLAIN).await.code, ErrorCode::GraphPagingLoop);
+}
+
+#[tokio::test]
+async fn refusals_are_told_apart() {
+    for (action, code, tokens) in [
+        (Action::Forbidden { permission: None }, ErrorCode::GraphForbidden, 1),
+        (Action::NotLicensed, ErrorCode::GraphNotApplicable, 1),
+        (Action::UnauthorizedNested, ErrorCode::GraphForbidden, 1),
+        (Action::ClaimsChallenge, ErrorCode::GraphUnauthorized, 2),
+        (Action::SecretInError { status: None }, ErrorCode::GraphBadRequest, 1),
+    ] {
+        let world = World::start().await;
+        let shown = format!("{action:?}");
+        world.rule(Rule::new(action).path(PLAIN));
+        let failure = world.refused(PLAIN).await;
+        assert_eq!((failure.code, world.tokens()), (code, tokens), "{shown}");
+        let kept = serde_json::to_string(&failure).unwrap();
+        assert!(!["://", "Bearer", "eyJ", "secret"].into_iter().any(|word| kept.contains(word)), "{kept}");
+    }
+}
+
+#[tokio::test]
+async fn a_singleton_that_does_not_exist_is_an_empty_page_and_a_list_is_not() {
+    let world = World::start().await;
+    let singleton = "deviceManagement/remoteAssistanceSettings";
+    world.rule(Rule::status(404, None));
+    assert!(world.read(singleton).await.unwrap().is_empty());
+    assert_eq!(world.refused(PLAIN).await.code, ErrorCode::GraphUnsupported);
+}
+
+#[tokio::test]
+async fn a_path_that_this_graph_does_not_know_is_unsupported() {
+    let world = World::start().await;
+    let contracts = DEFAULT_CONTRACTS.replace(&format!("\"{PLAIN}\""), "\"deviceManagement/thingsFromTheFuture\"");
+    let catalog = Catalog::parse(&contracts).unwrap();
+    let unknown = catalog.types().find(|policy_type| policy_type.path.ends_with("FromTheFuture")).unwrap();
+    let failure = read(&world.reader(), catalog.collection_of(unknown)).await.unwrap_err();
+    assert_eq!((failure.code, failure.http_status), (ErrorCode::GraphUnsupported, Some(400)));
+}
+
+#[tokio::test]
+async fn a_refused_select_is_left_out_once_and_remembered() {
+    let world = World::start().await;
+    world.rule(Rule::new(Action::RefuseSelect { property: None }).path(SHARED));
+    let client = world.client();
+    let collection = world.collection(SHARED);
+    let readers: Vec<GraphReader> = (0..2).map(|_| client.reader(TENANT, "default", budget(30, 20))).collect();
+    for reader in &readers {
+        assert_eq!(ids(&read(reader, &collection).await.unwrap()), ids_of(&world.sim, SHARED));
+    }
+    let refused: Vec<i64> = readers.iter().map(|reader| reader.usage().graph_select_refused_count).collect();
+    assert_eq!(refused, [1, 0]);
+    assert_eq!(world.sim.requests().iter().filter(|request| request.status == 400).count(), 1);
+}
+
+#[tokio::test]
+async fn a_token_that_ends_in_the_middle_is_renewed_once() {
+    let world = World::start().await;
+    world.sim.set_size(Some(TENANT), Some(PLAIN), 60).unwrap();
+    let mut pages = world.reader().pages(&world.collection(PLAIN));
+    assert!(pages.next().await.unwrap().is_some());
+    world.sim.expire_tokens(None);
+    while pages.next().await.unwrap().is_some() {}
+    assert_eq!(world.tokens(), 2);
+}
+
+#[tokio::test]
+async fn a_token_is_asked_for_once_however_many_want_it() {
+    let world = World::start().await;
+    world.rule(Rule::new(Action::Slow { delay_ms: 100 }).on_token());
+    let client = world.client();
+    let collection = world.collection(PLAIN);
+    let readers: Vec<GraphReader> = (0..20).map(|_| client.reader(TENANT, "default", budget(30, 20))).collect();
+    let reads = readers.iter().map(|reader| read(reader, &collection));
+    for objects in futures_util::future::join_all(reads).await {
+        objects.unwrap();
+    }
+    assert_eq!(world.tokens(), 1);
+}
+
+#[tokio::test]
+async fn no_token_says_so_with_the_number_of_the_token_service_and_is_not_asked_for_by_everyone() {
+    let world = World::with(SimConfig::default(), &[("credentials__default__client_secret", "wrong")]).await;
+    let reader = world.reader();
+    for _ in 0..5 {
+        let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
+        assert_eq!(failure.code, ErrorCode::CredentialUnavailable);
+        assert_eq!((failure.http_status, failure.graph_code.as_deref()), (Some(401), Some("AADSTS7000215")));
+    }
+    assert_eq!(world.sim.state().token_requests, 1);
+    let stranger = world.client().reader(TENANT, "no-such", budget(30, 20));
+    let failure = read(&stranger, &world.collection(PLAIN)).await.unwrap_err();
+    assert_eq!(failure, ErrorCode::CredentialUnavailable.into());
+}
+
+#[tokio::test]
+async fn the_token_service_gets_its_retries_too() {
+    let world = World::start().await;
+    world.rule(Rule::status(503, None).on_token().times(2));
+    world.read(PLAIN).await.unwrap();
+    assert_eq!(world.sim.state().token_requests, 3);
+}
+
+#[tokio::test]
+async fn nothing_goes_on_after_the_deadline() {
+    let world = World::start().await;
+    world.rule(Rule::new(Action::Slow { delay_ms: 3_000 }).path(PLAIN));
+    let reader = world.client().reader(TENANT, "default", budget(1, 1));
+    let started = Instant::now();
+    let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
+    assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
+    assert!(started.elapsed() < Duration::from_secs(2));
+}
+
+#[tokio::test]
+async fn a_page_over_the_limit_is_refused() {
+    let world = World::with(SimConfig::default(), &[("max_page_bytes", "65536")]).await;
+    world.sim.set_size(Some(TENANT), Some(SHARED), 1_000).unwrap();
+    assert_eq!(world.refused(SHARED).await.code, ErrorCode::GraphBadResponse);
+}
+
+/// Collects everything that is logged while it lives, by this thread and so by everything in a test on one thread.
+#[derive(Clone, Default)]
+struct Logs(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Logs {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn logs_hold_ids_but_no_secret_no_link_and_no_word_of_graph() {
+    let logs = Logs::default();
+    let writer = logs.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter("debug,inventoryd=trace,azure_core=trace,azure_identity=trace,typespec_client_core=trace")
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+
+    let world = World::start().await;
+    world.sim.set_size(Some(TENANT), Some(PLAIN), 60).unwrap();
+    world.rule(Rule::new(Action::SecretInError { status: Some(401) }).on_token().times(1));
+    world.rule(Rule::new(Action::SecretInError { status: Some(400) }).path(SHARED));
+    world.rule(Rule::new(Action::SecretInError { status: Some(429) }).path(PLAIN).page(2).times(1));
+    world.rule(Rule::new(Action::ForeignLink { host: "evil.example.invalid".to_owned() }).path(PLAIN).page(3));
+    assert_eq!(world.refused(PLAIN).await.code, ErrorCode::CredentialUnavailable);
+    assert_eq!(world.refused(SHARED).await.code, ErrorCode::GraphBadRequest);
+    assert_eq!(world.refused(PLAIN).await.code, ErrorCode::GraphForeignLink);
+
+    let logs = String::from_utf8(logs.0.lock().unwrap().clone()).unwrap();
+    assert!(logs.contains("client_request_id=") && logs.contains("AADSTS7000215") && logs.contains("status=429"));
+    for word in ["eyJ", "Bearer", "simulated-secret", "SimSecret", "SimMadeUp", "secret-backend", "skiptoken", "evil"] {
+        assert!(!logs.contains(word), "{word} is in the log");
+    }
+}

@@ -1,0 +1,58 @@
+//! What must be true of the tables and a subscriber at the end of every fault, whatever it was.
+
+use std::collections::BTreeSet;
+
+use super::events::Subscriber;
+use super::eventually;
+use super::world::World;
+
+/// Records every change of a run's state, so that overlaps show even when they are over.
+pub async fn keep_history(world: &World) {
+    world.execute(
+        "create table run_history (tenant_id uuid, id uuid, selection_hash text, status text, attempt int, at timestamptz default clock_timestamp());
+         create function note_history() returns trigger language plpgsql as $$ begin
+           insert into run_history values (new.tenant_id, new.id, new.selection_hash, new.status, new.attempt);
+           if tg_op = 'UPDATE' and old.status <> 'running' and (old.status, old.finished_at, old.attempt, old.error_codes, old.items_observed_count)
+                is distinct from (new.status, new.finished_at, new.attempt, new.error_codes, new.items_observed_count) then
+             raise exception 'terminal run % changed', old.id; end if;
+           return null; end $$;
+         create trigger note_history after insert or update on inventory_sync_runs for each row execute function note_history();",
+    ).await;
+}
+
+/// Every accepted request ends in exactly one terminal run, no two runs of a selection overlapped, every terminal run has
+/// its event, and no item belongs to another tenant's run.
+pub async fn hold(world: &World, keys: &[String], events: &Subscriber) {
+    for key in keys {
+        world.ended(key).await;
+        assert_eq!(world.runs(key).await.len(), 1, "{key} made one run");
+    }
+    eventually("every event is sent", || async {
+        (world.count("select count(*) from outbox_events where sent_at is null").await == 0).then_some(())
+    })
+    .await;
+    assert_eq!(world.count("select count(*) from inventory_sync_runs where status = 'running'").await, 0);
+    let without_event = "select count(*) from inventory_sync_runs r where not exists
+        (select from outbox_events e where e.tenant_id = r.tenant_id and e.id = r.id)";
+    assert_eq!(world.count(without_event).await, 0, "a terminal run has its event");
+    let ids: BTreeSet<String> = world
+        .rows("select id from inventory_sync_runs")
+        .await
+        .iter()
+        .map(|r| r["id"].as_str().unwrap().to_owned())
+        .collect();
+    eventually("every event arrives", || async {
+        (events.distinct().into_keys().collect::<BTreeSet<_>>() == ids).then_some(())
+    })
+    .await;
+    let overlaps = "select count(*) from
+        (select selection_hash, tenant_id, id, min(at) filter (where status = 'running') as began, max(at) filter (where status <> 'running') as ended
+           from run_history group by 1, 2, 3) a
+        join (select selection_hash, tenant_id, id, min(at) filter (where status = 'running') as began, max(at) filter (where status <> 'running') as ended
+           from run_history group by 1, 2, 3) b using (tenant_id, selection_hash)
+        where a.id < b.id and a.began < b.ended and b.began < a.ended";
+    assert_eq!(world.count(overlaps).await, 0, "two runs of one selection overlapped");
+    let strangers = "select count(*) from inventory_items i where not exists
+        (select from inventory_sync_runs r where r.tenant_id = i.tenant_id and r.id = i.last_seen_run_id)";
+    assert_eq!(world.count(strangers).await, 0, "an item was last seen by a run of its own tenant");
+}
