@@ -45,6 +45,9 @@ pub enum StoreError {
     /// The schema is not the one that this version works with.
     #[error("{0}; run `inventoryd migrate` with the same version")]
     Schema(String),
+    /// It answers, but is a standby, or was told to take no writes.
+    #[error("the database takes no writes: it is a standby, or default_transaction_read_only is on")]
+    ReadOnly,
     /// What PostgreSQL or the way to it said.
     #[error("database: {0}")]
     Database(#[from] sqlx::Error),
@@ -160,13 +163,13 @@ impl Store {
         Err(StoreError::Schema(format!("the database's schema is at version {applied}, this daemon needs {newest}")))
     }
 
-    /// Whether the database answers.
+    /// Whether the database answers and takes writes. One that has failed over to a standby is as good as away.
     ///
     /// # Errors
     /// If it does not.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        sqlx::query("select 1").execute(&self.control).await?;
-        Ok(())
+        let read_only = sqlx::query_scalar::<_, bool>("select current_setting('transaction_read_only')::boolean");
+        if read_only.fetch_one(&self.control).await? { Err(StoreError::ReadOnly) } else { Ok(()) }
     }
 
     /// Woken whenever a run of this process has ended and its event waits in the outbox.
