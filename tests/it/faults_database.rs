@@ -40,6 +40,11 @@ async fn nothing_is_dead(world: &World) {
     assert_eq!(world.depth("inventory.dead").await, 0, "an outage is nobody's fault: nothing is dead-lettered");
 }
 
+async fn no_worker_was_lost(world: &World) {
+    let lost = "select count(*) from inventory_sync_runs where attempt - interruptions <> 1";
+    assert_eq!(world.count(lost).await, 0, "an outage costs no attempt");
+}
+
 /// Two replicas at work on forty requests while the database goes away and comes back.
 async fn away_and_back(name: &'static str, verb: &'static str) {
     let database = Private::start("postgres", name).await;
@@ -57,6 +62,7 @@ async fn away_and_back(name: &'static str, verb: &'static str) {
     ended_at_least(&world, 40).await;
     truths::hold_and_succeed(&world, &keys, &events).await;
     nothing_is_dead(&world).await;
+    no_worker_was_lost(&world).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -114,6 +120,7 @@ async fn a_database_that_turns_read_only_counts_as_away() {
     ended_at_least(&world, 30).await;
     truths::hold_and_succeed(&world, &keys, &events).await;
     nothing_is_dead(&world).await;
+    no_worker_was_lost(&world).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -242,4 +249,5 @@ async fn a_database_that_flaps_is_followed() {
     ended_at_least(&world, 40).await;
     truths::hold_and_succeed(&world, &keys, &events).await;
     nothing_is_dead(&world).await;
+    no_worker_was_lost(&world).await;
 }
