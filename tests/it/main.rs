@@ -7,6 +7,8 @@ mod support;
 
 mod admission;
 mod architecture;
+mod broker;
+mod broker_faults;
 mod crashes;
 mod dead_letters;
 mod fleet;
