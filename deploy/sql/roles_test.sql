@@ -1,7 +1,7 @@
 -- Holds what roles.sql promises. For a superuser, in an empty database of a server that is only for tests and lets
 -- everybody in without a password:
 --
---     psql -v ON_ERROR_STOP=1 "$URL" -f deploy/sql/roles_test.sql
+--     cat migrations/*.sql >all.sql && psql -v ON_ERROR_STOP=1 -v migrations="$PWD/all.sql" "$URL" -f deploy/sql/roles_test.sql
 --
 -- Each check raises an exception if it does not hold.
 \set QUIET on
@@ -14,7 +14,7 @@ grant all on schema public to roles_test_owner;
 alter schema public owner to roles_test_owner;
 do $$ begin execute format('alter database %I owner to roles_test_owner', current_database()); end $$;
 set role roles_test_owner;
-\ir ../../migrations/0001_inventory.sql
+\i :migrations
 create table policy_versions (tenant_id uuid, version int);
 create table _sqlx_migrations (version bigint, success boolean);
 reset role;
@@ -140,6 +140,9 @@ select equal(0::bigint, count(*), 'tables of tenants without forced row level se
   from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attname = 'tenant_id'
  where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and c.relname <> 'policy_versions'
    and not (c.relrowsecurity and c.relforcerowsecurity) \g /dev/null
+select equal(0::bigint, count(*), 'tables that roles.sql does not know')
+  from pg_class c where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and c.relname <> 'policy_versions'
+   and not has_table_privilege('inventoryd_daemon', c.oid, 'select') \g /dev/null
 create table run_of_b as select id from inventory_sync_runs where tenant_id = 'bbbbbbbb-0000-4000-8000-000000000002';
 grant select on run_of_b to public;
 
