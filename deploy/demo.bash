@@ -3,7 +3,7 @@
 
 readonly CONTOSO=c0170500-0000-4000-8000-000000000001
 readonly FABRIKAM=fab21ca0-0000-4000-8000-000000000002
-readonly NORTHWIND=0027d000-0000-4000-8000-000000000003
+readonly TAILSPIN=7a115219-0000-4000-8000-000000000003
 readonly FIRST_TYPES=deviceCompliancePolicy,settingsCatalogPolicy
 readonly OTHER_TYPES=deviceConfiguration
 
@@ -18,16 +18,18 @@ tour() {
   up
 
   head_line 'Three tenants'
-  cli tenant add "$CONTOSO" --name Contoso --max-runs 1
-  cli tenant add "$FABRIKAM" --name Fabrikam
-  cli tenant add "$NORTHWIND" --name Northwind
+  {
+    cli tenant add "$CONTOSO" --name Contoso --max-runs 1
+    cli tenant add "$FABRIKAM" --name Fabrikam
+    cli tenant add "$TAILSPIN" --name Tailspin
+  } | sed 's/^/  /'
 
   head_line 'Requests on the queue, and what Graph does to them'
   graph_rules
   subscribe "$events"
   ask "$CONTOSO" "$FIRST_TYPES" "$stamp-clean" 'Contoso    two types and the foundations, nothing in the way'
   ask "$FABRIKAM" "$FIRST_TYPES" "$stamp-throttled" 'Fabrikam   Graph answers 429 and asks for 2 s of patience, twice'
-  ask "$NORTHWIND" "$FIRST_TYPES,mobileApp" "$stamp-forbidden" 'Northwind  apps are forbidden, the rest is not'
+  ask "$TAILSPIN" "$FIRST_TYPES,mobileApp" "$stamp-forbidden" 'Tailspin   apps are forbidden, the rest is not'
   settle
   ask "$CONTOSO" "$FIRST_TYPES" "$stamp-clean" 'Contoso    the first key once more: a duplicate, no second run'
   settle
@@ -38,15 +40,16 @@ tour() {
   say '  -          a message that is no request: its tenant is a name'
   malformed "$stamp"
 
-  head_line 'Then Contoso deletes two compliance policies and a settings catalog policy, and asks again'
-  admin POST objects/delete "{\"tenant\":\"$CONTOSO\",\"collection\":\"beta/deviceManagement/deviceCompliancePolicies\",\"count\":2}"
-  admin POST objects/delete "{\"tenant\":\"$CONTOSO\",\"collection\":\"beta/deviceManagement/configurationPolicies\",\"count\":1}"
+  head_line 'Then Contoso deletes two compliance policies and an assignment filter, and asks again'
+  gone deviceCompliancePolicies 2
+  gone deviceCompliancePolicies 3
+  gone assignmentFilters 2
   ask "$CONTOSO" "$FIRST_TYPES" "$stamp-again" 'Contoso    the same types'
   settle
 
-  head_line 'Runs'
+  head_line 'Runs: inventoryd runs list'
   cli runs list --limit 6
-  head_line 'Events that a subscriber received'
+  head_line 'Events that a subscriber received: inventoryd events tail'
   show_events "$events" 6
   head_line 'Missing at Contoso: inventoryd missing'
   cli missing --tenant "$CONTOSO" --types "$FIRST_TYPES"
@@ -72,12 +75,16 @@ admin() { # METHOD PATH [JSON]
     die "the simulator refused $1 /admin/$2: $(cat "$DEV/log/admin.log")"
 }
 
+gone() { # COLLECTION INDEX
+  admin POST objects/delete "{\"tenant\":\"$CONTOSO\",\"collection\":\"beta/deviceManagement/$1\",\"index\":$2}"
+}
+
 graph_rules() {
   admin DELETE rules
   admin POST rules "[
     {\"tenant\":\"$FABRIKAM\",\"path\":\"deviceManagement/deviceCompliancePolicies\",\"times\":2,
      \"action\":{\"kind\":\"status\",\"status\":429,\"retry_after\":\"2\"}},
-    {\"tenant\":\"$NORTHWIND\",\"path\":\"deviceAppManagement/mobileApps\",\"action\":{\"kind\":\"forbidden\"}},
+    {\"tenant\":\"$TAILSPIN\",\"path\":\"deviceAppManagement/mobileApps\",\"action\":{\"kind\":\"forbidden\"}},
     {\"tenant\":\"$CONTOSO\",\"path\":\"deviceManagement/deviceConfigurations\",\"action\":{\"kind\":\"slow\",\"delay_ms\":3000}}]"
 }
 
@@ -138,5 +145,5 @@ show_events() { # FILE HOW_MANY
   until (($(wc -l <"$1") >= $2 || SECONDS >= deadline)); do sleep 0.2; done
   kill "$SUBSCRIBER" 2>/dev/null || true
   wait "$SUBSCRIBER" 2>/dev/null || true
-  sed -E "s/$CONTOSO/Contoso  /; s/$FABRIKAM/Fabrikam /; s/$NORTHWIND/Northwind/; s/  run [0-9a-f-]{36}//; s/^/  /" "$1"
+  sed -E "s/$CONTOSO/Contoso  /; s/$FABRIKAM/Fabrikam /; s/$TAILSPIN/Tailspin /; s/  run [0-9a-f-]{36}//; s/^/  /" "$1"
 }

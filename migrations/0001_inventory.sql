@@ -184,6 +184,25 @@ comment on column outbox_events.claimed_until is 'Until when a replica has it in
 comment on column outbox_events.claims is 'How often a replica took it in hand.';
 comment on column outbox_events.sent_at is 'When the broker confirmed it.';
 
+create table daemon_replicas (
+    replica text        primary key,
+    seen_at timestamptz not null
+);
+comment on table daemon_replicas is 'The replicas that live: Graph''s limits are divided by their number.';
+comment on column daemon_replicas.replica is 'Name that the replica signs leases with.';
+comment on column daemon_replicas.seen_at is 'When it last said that it lives.';
+
+create table tenant_gates (
+    tenant_id    uuid        not null,
+    family       text        not null,
+    closed_until timestamptz not null,
+    primary key (tenant_id, family)
+);
+comment on table tenant_gates is 'Where Graph asked to be left alone: no replica asks the tenant before then.';
+comment on column tenant_gates.tenant_id is 'The tenant.';
+comment on column tenant_gates.family is 'Which limits of Graph: intune, devices, conditional_access or graph.';
+comment on column tenant_gates.closed_until is 'When it may be asked again.';
+
 create function inventory_missing_of_run(in_tenant_id uuid, in_run_id uuid)
     returns table (policy_type text, external_id text, display_name text, last_seen_at timestamptz,
                    last_seen_run_id uuid, confidence text, type_complete boolean)

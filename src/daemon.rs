@@ -13,6 +13,7 @@ use crate::broker::{Broker, BrokerError};
 use crate::config::{Config, GraphConfig, seconds};
 use crate::consumer::{Consumer, ConsumerHealth};
 use crate::domain::catalog::Catalog;
+use crate::fleet::Fleet;
 use crate::graph::{GraphClient, GraphError};
 use crate::http::{self, Consuming, Figures, Heartbeat, HttpState};
 use crate::janitor::Janitor;
@@ -67,13 +68,15 @@ impl Daemon {
         let store = Store::connect(&config.database, &config.telemetry.deployment)?;
         wait_for_schema(&store).await?;
         let broker = Broker::new(&config.broker, &config.topology, &format!("inventoryd {owner}"))?;
-        let runner = Runner::new(&config, &owner, store.clone(), GraphClient::new(&config.graph)?, catalog);
+        let graph = GraphClient::new(&config.graph)?;
+        let fleet = Fleet::new(store.clone(), graph.clone(), &owner);
+        let runner = Runner::new(&config, &owner, store.clone(), graph, catalog);
         let publisher = broker.publisher();
         let consumer = Consumer::new(broker, publisher.clone(), runner.clone(), store.clone(), &config);
         let relay = Relay::new(publisher, store.clone(), &config.outbox);
         let janitor = Janitor::new(store.clone(), &config);
         let (stop, health) = (Stop::default(), consumer.health());
-        let parts = Parts { consumer, relay, janitor, runner, store };
+        let parts = Parts { consumer, relay, janitor, fleet, runner, store };
         let answers = http_server(&config, metrics, &owner, &parts, &stop).await?;
         info!(replica = owner, version = env!("CARGO_PKG_VERSION"), "started");
         let ended = tokio::spawn(parts.run(stop.clone(), answers));
@@ -116,6 +119,7 @@ struct Parts {
     consumer: Consumer,
     relay: Relay,
     janitor: Janitor,
+    fleet: Fleet,
     runner: Runner,
     store: Store,
 }
@@ -129,6 +133,7 @@ impl Parts {
         let leases = self.runner.leases();
         let keep_leases = tokio::spawn(background(late.clone(), async move |stop| leases.keep(&stop).await));
         let clean = tokio::spawn(background(late.clone(), async move |stop| self.janitor.run(&stop).await));
+        let keep_in_step = tokio::spawn(background(late.clone(), async move |stop| self.fleet.run(&stop).await));
         let publish = tokio::spawn(background(late.clone(), async move |stop| self.relay.run(&stop).await));
         let answer = tokio::spawn(background(very_late.clone(), async move |stop| {
             stop.run_until_cancelled(answers).await;
@@ -136,7 +141,7 @@ impl Parts {
         self.consumer.run(stop).await;
         info!("nothing is in hand any more");
         late.cancel();
-        for part in [keep_leases, clean, publish] {
+        for part in [keep_leases, clean, keep_in_step, publish] {
             let _ = part.await;
         }
         very_late.cancel();
@@ -204,6 +209,7 @@ async fn http_server(
                 subscribed: health.subscribed(),
                 in_hand: health.in_hand(),
                 paused: health.paused().map(str::to_owned),
+                problem: health.problem(),
             }),
             ping: Arc::new(move || {
                 let store = pinged.clone();

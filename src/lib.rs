@@ -34,7 +34,7 @@
 //!
 //! # Who knows whom
 //!
-//! `main > cli > daemon > {consumer, relay, janitor, http} > run > {graph, store, broker} > {backoff, telemetry, config} >
+//! `main > cli > daemon > {consumer, relay, janitor, fleet, http} > run > {graph, store, broker} > {backoff, telemetry, config} >
 //! domain`. Imports run downward only; lapin is named in `broker` alone, sqlx in `store`, reqwest and `azure_identity` in
 //! `graph`, axum in `http`. `tests/it/architecture.rs` holds this.
 
@@ -51,6 +51,7 @@ pub mod store;
 pub mod run;
 
 pub mod consumer;
+pub mod fleet;
 pub mod http;
 pub mod janitor;
 pub mod relay;

@@ -7,9 +7,9 @@ use uuid::Uuid;
 
 use super::client::GraphClient;
 use super::spending::RunBudget;
+use crate::domain::catalog::Collection;
 use crate::domain::clock::Deadline;
 use crate::domain::failure::Failure;
-use crate::domain::catalog::Collection;
 
 /// Somebody is waiting for the answer at a terminal.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -16,24 +16,24 @@ use uuid::Uuid;
 
 use crate::sim::{Action, ErrorBody, Rule, Sim, SimConfig};
 
-const TENANT: Uuid = Uuid::from_u128(0x6a5b_1a3e_3e24_4d1c_9d7b_0c3f_1a2b_3c4d);
+pub const TENANT: Uuid = Uuid::from_u128(0x6a5b_1a3e_3e24_4d1c_9d7b_0c3f_1a2b_3c4d);
 /// Shared by several types, with more than one page of 25 below.
 const SHARED: &str = "deviceManagement/configurationPolicies";
-const PLAIN: &str = "deviceManagement/roleScopeTags";
+pub const PLAIN: &str = "deviceManagement/roleScopeTags";
 
 /// A simulator and a client that trusts it.
-struct World {
-    sim: Sim,
-    config: GraphConfig,
-    catalog: Catalog,
+pub struct World {
+    pub sim: Sim,
+    pub config: GraphConfig,
+    pub catalog: Catalog,
 }
 
 impl World {
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         Self::with(SimConfig::default(), &[]).await
     }
 
-    async fn with(sim: SimConfig, settings: &[(&str, &str)]) -> Self {
+    pub async fn with(sim: SimConfig, settings: &[(&str, &str)]) -> Self {
         let (client_id, secret) = (sim.client_id.clone(), sim.client_secret.clone());
         let sim = Sim::start(sim).await.unwrap();
         let ca_file = temporary_file("ca.pem", sim.ca_pem());
@@ -57,48 +57,48 @@ impl World {
         Self { sim, config, catalog: Catalog::built_in() }
     }
 
-    fn client(&self) -> GraphClient {
+    pub fn client(&self) -> GraphClient {
         GraphClient::new(&self.config).unwrap()
     }
 
-    fn reader(&self) -> GraphReader {
+    pub fn reader(&self) -> GraphReader {
         self.client().reader(TENANT, "default", budget(30, 20))
     }
 
-    fn collection(&self, path: &str) -> Arc<Collection> {
+    pub fn collection(&self, path: &str) -> Arc<Collection> {
         let policy_type = self.catalog.types().find(|policy_type| policy_type.path == path).unwrap();
         Arc::clone(self.catalog.collection_of(policy_type))
     }
 
-    fn rule(&self, rule: Rule) {
+    pub fn rule(&self, rule: Rule) {
         self.sim.add_rule(rule);
     }
 
-    fn tokens(&self) -> u64 {
+    pub fn tokens(&self) -> u64 {
         self.sim.state().tokens_issued
     }
 
-    async fn read(&self, path: &str) -> Result<Vec<PageObject>, Failure> {
+    pub async fn read(&self, path: &str) -> Result<Vec<PageObject>, Failure> {
         read(&self.reader(), &self.collection(path)).await
     }
 
-    async fn refused(&self, path: &str) -> Failure {
+    pub async fn refused(&self, path: &str) -> Failure {
         self.read(path).await.unwrap_err()
     }
 }
 
-fn temporary_file(name: &str, text: &str) -> PathBuf {
+pub fn temporary_file(name: &str, text: &str) -> PathBuf {
     let path = std::env::temp_dir().join(format!("inventoryd-{}-{name}", Uuid::new_v4()));
     std::fs::write(&path, text).unwrap();
     path
 }
 
-fn budget(deadline_s: u64, throttle_s: u64) -> RunBudget {
+pub fn budget(deadline_s: u64, throttle_s: u64) -> RunBudget {
     let seconds = Duration::from_secs;
     RunBudget { deadline: Deadline::after(seconds(deadline_s)), throttle_budget: seconds(throttle_s) }
 }
 
-async fn read(reader: &GraphReader, collection: &Arc<Collection>) -> Result<Vec<PageObject>, Failure> {
+pub async fn read(reader: &GraphReader, collection: &Arc<Collection>) -> Result<Vec<PageObject>, Failure> {
     let mut pages = reader.pages(collection);
     let mut objects = Vec::new();
     while let Some(page) = pages.next().await? {
@@ -107,13 +107,13 @@ async fn read(reader: &GraphReader, collection: &Arc<Collection>) -> Result<Vec<
     Ok(objects)
 }
 
-fn ids(objects: &[PageObject]) -> BTreeSet<String> {
+pub fn ids(objects: &[PageObject]) -> BTreeSet<String> {
     let id =
         |object: &PageObject| serde_json::from_str::<serde_json::Value>(object.raw.get()).unwrap()["id"].to_string();
     objects.iter().map(id).collect()
 }
 
-fn ids_of(sim: &Sim, path: &str) -> BTreeSet<String> {
+pub fn ids_of(sim: &Sim, path: &str) -> BTreeSet<String> {
     sim.object_ids(TENANT, path).unwrap().into_iter().map(|id| serde_json::Value::from(id).to_string()).collect()
 }
 

@@ -77,6 +77,7 @@ async fn every_type_is_listed_and_only_by_get() {
         .collect();
     let known: BTreeSet<String> = catalog.types().map(|policy_type| policy_type.key.clone()).collect();
     assert_eq!(ended, known, "{run}");
+    assert_eq!(run["status"], "success", "{run}");
     assert!(world.sim.requests().iter().filter(|request| !request.path.ends_with("/token")).all(|r| r.method == "GET"));
     assert_eq!(world.sim.state().non_get, 0);
     for policy_type in catalog.types() {
@@ -131,7 +132,7 @@ async fn snapshots_and_backups_are_never_touched() {
     world.execute(&format!(
         "create role {role} login;
          grant select, insert, update, delete on tenants, inventory_fleet, inventory_sync_runs, inventory_sync_run_types,
-               inventory_items, outbox_events, inventory_latest_runs to {role};
+               inventory_items, outbox_events, inventory_latest_runs, daemon_replicas, tenant_gates to {role};
          grant select on _sqlx_migrations to {role}",
     )).await;
     let fingerprint = "select md5(string_agg(t::text || xmin::text, ',' order by id)) from";

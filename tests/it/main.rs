@@ -7,11 +7,18 @@ mod support;
 
 mod admission;
 mod architecture;
+mod broker;
+mod broker_faults;
+mod contracts;
 mod crashes;
 mod dead_letters;
+mod fleet;
 mod graph;
 mod graph_client;
+mod graph_credentials;
+mod graph_limits;
 mod inventory;
 mod limits;
 mod missing;
+mod readme;
 mod stopping;

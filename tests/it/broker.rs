@@ -1,0 +1,286 @@
+//! The broker room by itself: topology and its drift, fates of published messages, dead letters.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use inventoryd::broker::{Broker, BrokerError, DeadLetter, Delivery, Fate, Names, Outgoing, Rung, Subscription};
+use inventoryd::config::{Config, TopologyMode};
+use inventoryd::domain::failure::{DeadReason, Rejection};
+use lapin::options::{
+    BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use uuid::Uuid;
+
+use crate::support::{eventually, servers};
+
+/// A prefix of its own on a broker, and a hand on that broker which is not ours.
+pub struct Rig {
+    pub config: Config,
+    pub broker: Broker,
+    pub channel: Channel,
+    connection: Connection,
+}
+
+impl Rig {
+    pub async fn new() -> Self {
+        let url = tokio::task::spawn_blocking(|| servers::rabbitmq().url.clone()).await.unwrap();
+        Self::on(&url).await
+    }
+
+    pub async fn on(url: &str) -> Self {
+        let prefix = format!("t{}.", Uuid::new_v4().simple());
+        let variables = [
+            ("BROKER__URL", url),
+            ("TOPOLOGY__PREFIX", &prefix),
+            ("BROKER__HEARTBEAT_S", "5"),
+            ("BROKER__OPERATION_TIMEOUT_S", "3"),
+            ("BROKER__CONNECT_TIMEOUT_S", "3"),
+        ];
+        let variables = variables.iter().map(|(key, value)| (format!("INVENTORYD__{key}"), (*value).to_owned()));
+        let config = Config::load_with(None, variables.collect()).unwrap();
+        let broker = Broker::new(&config.broker, &config.topology, "test").unwrap();
+        let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        Self { config, broker, channel, connection }
+    }
+
+    fn broker_with(&self, change: impl FnOnce(&mut Config)) -> Broker {
+        let mut config = self.config.clone();
+        change(&mut config);
+        Broker::new(&config.broker, &config.topology, "test").unwrap()
+    }
+
+    pub fn names(&self) -> &Names {
+        self.broker.names()
+    }
+
+    pub async fn publish(&self, body: &[u8], properties: BasicProperties) {
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let (exchange, properties) = (self.names().sync.as_str().into(), properties.with_delivery_mode(2));
+        let publish = self.channel.basic_publish(exchange, "sync.requested".into(), options, body, properties);
+        let confirm = publish.await.unwrap().await.unwrap();
+        assert!(confirm.is_ack() && confirm.take_message().is_none());
+    }
+
+    async fn depth(&self, queue: &str) -> u32 {
+        let channel = self.connection.create_channel().await.unwrap();
+        let options = QueueDeclareOptions::durable().passive();
+        channel.queue_declare(queue.into(), options, FieldTable::default()).await.unwrap().message_count()
+    }
+
+    pub async fn delete_queue(&self, queue: &str) {
+        self.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
+    }
+}
+
+pub fn event(key: &str) -> Outgoing {
+    Outgoing::event(Uuid::new_v4(), key, "{}".to_owned(), Some("c"), Some("00-a-b-01"))
+}
+
+pub async fn next(subscription: &mut Subscription) -> Delivery {
+    let next = tokio::time::timeout(Duration::from_secs(10), subscription.next()).await;
+    next.expect("something arrives").expect("the stream has not ended").expect("it is a delivery")
+}
+
+fn strings(table: &[(&str, &str)]) -> FieldTable {
+    let mut arguments = FieldTable::default();
+    for (key, value) in table {
+        arguments.insert((*key).into(), AMQPValue::LongString((*value).into()));
+    }
+    arguments
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_topology_is_made_once_and_found_again() {
+    let rig = Rig::new().await;
+    let verify = rig.broker_with(|config| config.topology.mode = TopologyMode::Verify);
+    let missing = verify.ensure_topology().await.unwrap_err();
+    assert!(matches!(missing, BrokerError::Drift(_)));
+    assert_eq!(missing.to_string().matches("is missing").count(), 11, "{missing}");
+    rig.broker.ensure_topology().await.unwrap();
+    rig.broker.ensure_topology().await.unwrap();
+    verify.ensure_topology().await.unwrap();
+    assert!(rig.broker.version().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn drift_is_told_in_full_and_nothing_is_changed() {
+    let rig = Rig::new().await;
+    rig.broker.ensure_topology().await.unwrap();
+    let other = rig.broker_with(|config| config.topology.delivery_limit = 7).ensure_topology().await.unwrap_err();
+    let line =
+        format!("queue {}: x-delivery-limit is 20 on the broker, the configuration wants 7", rig.names().requests);
+    assert_eq!(other.to_string().lines().nth(1), Some(line.as_str()));
+
+    let rung = rig.names().retry(Rung::TwoMinutes);
+    rig.delete_queue(&rig.names().requests).await;
+    rig.delete_queue(&rung).await;
+    let durable = QueueDeclareOptions::durable();
+    rig.channel.queue_declare(rig.names().requests.as_str().into(), durable, FieldTable::default()).await.unwrap();
+    let mut arguments = strings(&[("x-queue-type", "quorum"), ("x-dead-letter-exchange", &rig.names().sync)]);
+    arguments.insert("x-message-ttl".into(), AMQPValue::LongInt(7));
+    rig.channel.queue_declare(rung.as_str().into(), durable, arguments).await.unwrap();
+    let verify = rig.broker_with(|config| config.topology.mode = TopologyMode::Verify);
+    for broker in [&rig.broker, &verify] {
+        let Err(drift @ BrokerError::Drift(_)) = broker.subscribe(4).await else {
+            panic!("a classic queue is refused")
+        };
+        let drift = drift.to_string();
+        assert!(drift.contains("x-queue-type is none on the broker, the configuration wants quorum"), "{drift}");
+        assert!(drift.contains("x-message-ttl is 7 on the broker, the configuration wants 120000"), "{drift}");
+        assert!(drift.contains("x-dead-letter-routing-key is none on the broker"), "{drift}");
+    }
+    let url = servers::rabbitmq().url.clone();
+    let second = rig.broker_with(|config| config.broker.url = format!("amqp://127.0.0.1:1,{url}").into());
+    assert!(matches!(second.ensure_topology().await, Err(BrokerError::Drift(_))), "the second host is asked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_login_never_shows_the_password() {
+    let rig = Rig::new().await;
+    let url = servers::rabbitmq().url.replace("guest:guest", "guest:hunter2");
+    let refused = rig.broker_with(|config| config.broker.url = url.into()).ensure_topology().await.unwrap_err();
+    assert!(refused.to_string().contains("ACCESS_REFUSED"), "{refused}");
+    assert!(!format!("{refused} {refused:?}").contains("hunter2"), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_hand_can_be_settled_after_the_consumer_was_cancelled() {
+    let rig = Rig::new().await;
+    let mut subscription = rig.broker.subscribe(4).await.unwrap();
+    let mut seen = BTreeSet::new();
+    for number in 0..6 {
+        rig.publish(format!("{number}").as_bytes(), BasicProperties::default()).await;
+    }
+    let hand = [next(&mut subscription).await, next(&mut subscription).await];
+    subscription.cancel().await.unwrap();
+    let ready = || async { (subscription.ready().await.unwrap() == 4).then_some(()) };
+    eventually("what arrived unseen is back, what is in hand is not", ready).await;
+    for delivery in hand {
+        assert!(delivery.ack().await.unwrap());
+        seen.insert(delivery.body.clone());
+    }
+    subscription.resume().await.unwrap();
+    for _ in 0..4 {
+        let delivery = next(&mut subscription).await;
+        assert!(delivery.ack().await.unwrap());
+        seen.insert(delivery.body.clone());
+    }
+    assert_eq!(seen.len(), 6);
+    subscription.close(Duration::from_secs(2)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_queue_ends_the_stream_without_an_error_and_is_made_again() {
+    let rig = Rig::new().await;
+    let mut subscription = rig.broker.subscribe(4).await.unwrap();
+    rig.delete_queue(&rig.names().requests).await;
+    let end = tokio::time::timeout(Duration::from_secs(5), subscription.next()).await.expect("it is noticed");
+    assert!(end.is_none());
+    let mut again = rig.broker.subscribe(4).await.unwrap();
+    rig.publish(b"x", BasicProperties::default()).await;
+    assert!(next(&mut again).await.ack().await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unroutable_events_of_a_large_batch_are_known_one_by_one() {
+    let rig = Rig::new().await;
+    let mut tail = rig.broker.tail_events("run.completed.success.#").await.unwrap();
+    let publisher = rig.broker.publisher();
+    assert_eq!(publisher.publish(vec![event("run.completed.failed.t")]).await, [Fate::Confirmed]);
+    assert_eq!(rig.depth(&rig.names().unrouted).await, 1, "the net holds what nobody subscribes to");
+    let net = rig.names().unrouted.as_str().into();
+    rig.channel.exchange_delete(net, ExchangeDeleteOptions::default()).await.unwrap();
+    for round in 0..10 {
+        let fits = |number: usize| !(number * 7 + round).is_multiple_of(5);
+        let key = |number| if fits(number) { "run.completed.success.t" } else { "run.completed.failed.t" };
+        let expected: Vec<Fate> =
+            (0..200).map(|number| if fits(number) { Fate::Confirmed } else { Fate::Unroutable }).collect();
+        assert_eq!(publisher.publish((0..200).map(|number| event(key(number))).collect()).await, expected);
+    }
+    assert_eq!(tail.next().await.unwrap().unwrap().routing_key, "run.completed.success.t");
+    publisher.close().await;
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Confirmed], "it opens again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rung_that_was_deleted_is_made_again() {
+    let rig = Rig::new().await;
+    let mut subscription = rig.broker.subscribe(2).await.unwrap();
+    let publisher = rig.broker.publisher();
+    rig.publish(b"x", BasicProperties::default()).await;
+    let delivery = next(&mut subscription).await;
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Confirmed]);
+    rig.delete_queue(&rig.names().retry(Rung::FiveSeconds)).await;
+    assert_eq!(publisher.park(&delivery, Rung::FiveSeconds).await, Fate::Unroutable);
+    assert_eq!(publisher.park(&delivery, Rung::FiveSeconds).await, Fate::Confirmed);
+    rig.broker.publish_request(b"{}".to_vec(), "application/json", None).await.unwrap();
+    assert_eq!(next(&mut subscription).await.body, b"{}");
+}
+
+/// A dead letter that we buried after a turn on the ladder, and one that the broker gave up.
+async fn two_dead_letters(rig: &Rig, subscription: &mut Subscription) {
+    let publisher = rig.broker.publisher();
+    // A user id that is not ours and a CC would each make the broker refuse or misroute an honest copy.
+    let mut headers = strings(&[("team", "blue")]);
+    headers.insert("CC".into(), AMQPValue::FieldArray(vec![AMQPValue::LongString("nowhere".into())].into()));
+    let properties = BasicProperties::default().with_headers(headers).with_message_id("m-1".into());
+    rig.publish(b"\xff bad", properties.with_user_id("guest".into())).await;
+    let delivery = next(subscription).await;
+    assert_eq!(publisher.park(&delivery, Rung::FiveSeconds).await, Fate::Confirmed);
+    assert!(delivery.ack().await.unwrap());
+    let parked = next(subscription).await;
+    assert_eq!((parked.retries, parked.deferred_s), (1, 5));
+    let rejection = Rejection::new(DeadReason::InvalidJson, "not JSON: line 1");
+    assert_eq!(publisher.bury(&parked, &rejection, "test").await, Fate::Confirmed);
+    assert!(parked.ack().await.unwrap());
+    rig.publish(b"poison", BasicProperties::default()).await;
+    while rig.depth(&rig.names().dead).await < 2 {
+        if let Ok(Some(Ok(delivery))) = tokio::time::timeout(Duration::from_millis(500), subscription.next()).await {
+            delivery.fail().await.unwrap();
+        }
+    }
+}
+
+async fn look(rig: &Rig) -> Vec<DeadLetter> {
+    let mut letters = rig.broker.dead_letters().await.unwrap();
+    let list = letters.list(10).await.unwrap();
+    letters.close().await;
+    list
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_are_looked_at_replayed_and_dropped() {
+    let rig = Rig::new().await;
+    let mut subscription = rig.broker.subscribe(2).await.unwrap();
+    two_dead_letters(&rig, &mut subscription).await;
+    for _ in 0..25 {
+        let reasons: Vec<String> = look(&rig).await.into_iter().map(|letter| letter.reason).collect();
+        assert_eq!(reasons, ["invalid_json", "delivery_limit"], "looking takes nothing away");
+    }
+    let seen = look(&rig).await;
+    assert_eq!(
+        (seen[0].detail.as_deref(), seen[0].by.as_str(), seen[0].retries),
+        (Some("not JSON: line 1"), "test", 1)
+    );
+    assert!(seen.iter().all(|letter| letter.at.is_some()) && seen[1].by == "broker");
+
+    let mut letters = rig.broker.dead_letters().await.unwrap();
+    let bad = letters.find(&seen[0].id[..8]).await.unwrap().unwrap();
+    letters.replay(&bad).await.unwrap();
+    letters.close().await;
+    let replayed = next(&mut subscription).await;
+    assert_eq!((replayed.body.as_slice(), replayed.retries, replayed.redelivered), (&b"\xff bad"[..], 0, false));
+    assert!(replayed.ack().await.unwrap());
+
+    let mut letters = rig.broker.dead_letters().await.unwrap();
+    let poison = letters.next().await.unwrap().unwrap();
+    assert_eq!(poison.body, b"poison");
+    letters.discard(&poison).await.unwrap();
+    assert!(letters.discard(&poison).await.is_err(), "once is enough");
+    letters.close().await;
+    assert_eq!(rig.depth(&rig.names().dead).await, 0);
+}

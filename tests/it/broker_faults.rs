@@ -1,0 +1,306 @@
+//! A broker that dies, freezes, blocks, deletes and loses: each test with a RabbitMQ of its own to break.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use inventoryd::broker::{Broker, Fate};
+use inventoryd::config::TopologyMode;
+use lapin::BasicProperties;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::spawn_blocking;
+
+use super::broker::{Rig, event, next};
+use crate::sim::{Rule, SimConfig};
+use crate::support::daemon::Replica;
+use crate::support::servers::{self, Server};
+use crate::support::world::World;
+use crate::support::{eventually, truths};
+
+/// A broker to break, gone when the test is over.
+struct Fragile(Server);
+
+impl Fragile {
+    async fn start(name: &'static str) -> Self {
+        Self(spawn_blocking(move || Server::start("rabbitmq", name)).await.unwrap())
+    }
+
+    async fn command(&self, verb: &'static str) {
+        let server = self.0.clone();
+        spawn_blocking(move || server.command(verb)).await.unwrap();
+    }
+
+    async fn start_again(&self) {
+        let server = self.0.clone();
+        spawn_blocking(move || server.start_again()).await.unwrap();
+    }
+
+    async fn eval(&self, erlang: &'static str) {
+        let server = self.0.clone();
+        spawn_blocking(move || server.eval(erlang)).await.unwrap();
+    }
+
+    async fn memory_alarm(&self, on: bool) {
+        let (server, mark) = (self.0.clone(), if on { "0" } else { "0.6" });
+        spawn_blocking(move || server.ctl(&["set_vm_memory_high_watermark", mark])).await.unwrap();
+    }
+}
+
+impl Drop for Fragile {
+    fn drop(&mut self) {
+        self.0.command("remove");
+    }
+}
+
+async fn world_on(fragile: &Fragile) -> World {
+    let postgres = spawn_blocking(|| servers::postgres().url.clone()).await.unwrap();
+    let world = World::on(SimConfig::default(), &postgres, &fragile.0.url).await;
+    truths::keep_history(&world).await;
+    world
+}
+
+fn slow(delay_ms: u64) -> Rule {
+    serde_json::from_value(json!({ "action": { "kind": "slow", "delay_ms": delay_ms } })).unwrap()
+}
+
+async fn publish_many(world: &World, count: usize) -> Vec<String> {
+    let mut keys = Vec::new();
+    for number in 0..count {
+        let tenant = uuid::Uuid::new_v4();
+        world.register(tenant, None).await;
+        keys.push(format!("k{number}"));
+        world.publish(&World::request_of(tenant, &keys[number], &["mobileApp"])).await;
+    }
+    keys
+}
+
+async fn all_ended(world: &World, keys: &[String]) {
+    for key in keys {
+        assert_eq!(world.ended(key).await["status"], "success", "{key}");
+    }
+    eventually("every event is sent", || async {
+        (world.count("select count(*) from outbox_events where sent_at is null").await == 0).then_some(())
+    })
+    .await;
+    assert_eq!(world.count("select count(*) from inventory_sync_runs").await, i64::try_from(keys.len()).unwrap());
+    assert_eq!(world.count("select count(*) from run_history where status <> 'running'").await, keys.len() as i64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_broker_loses_nothing_that_it_had_confirmed() {
+    let fragile = Fragile::start("rabbitmq-killed").await;
+    let world = world_on(&fragile).await;
+    world.sim.add_rule(slow(700));
+    let keys = publish_many(&world, 12).await;
+    let replica = Replica::start(&world).await;
+    eventually("runs are at work", || async { (replica.daemon().health().in_hand() > 0).then_some(()) }).await;
+    fragile.command("kill").await;
+    eventually("the loss is noticed", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
+    assert!(replica.daemon().health().problem().is_some(), "an operator is told why");
+    fragile.start_again().await;
+    all_ended(&world, &keys).await;
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_broker_is_noticed_by_its_heartbeats_and_left() {
+    let fragile = Fragile::start("rabbitmq-frozen").await;
+    let rig = Rig::on(&fragile.0.url).await;
+    let mut subscription = rig.broker.subscribe(4).await.unwrap();
+    let publisher = rig.broker.publisher();
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Confirmed]);
+    fragile.command("pause").await;
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Unknown]);
+    let lost = tokio::time::timeout(Duration::from_secs(15), subscription.next()).await.expect("it is noticed");
+    assert!(matches!(lost, Some(Err(_)) | None));
+    drop(subscription);
+    let begun = Instant::now();
+    assert!(rig.broker.subscribe(4).await.is_err());
+    assert!(begun.elapsed() < Duration::from_secs(5), "no try is without a limit");
+    fragile.command("resume").await;
+    eventually("events flow again", || async {
+        (publisher.publish(vec![event("run.completed.success.t")]).await == [Fate::Confirmed]).then_some(())
+    })
+    .await;
+    rig.broker.subscribe(4).await.unwrap().close(Duration::from_secs(1)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_memory_alarm_blocks_publishing_and_not_consuming() {
+    let fragile = Fragile::start("rabbitmq-alarm").await;
+    let rig = Rig::on(&fragile.0.url).await;
+    let mut subscription = rig.broker.subscribe(4).await.unwrap();
+    let publisher = rig.broker.publisher();
+    rig.publish(b"one", BasicProperties::default()).await;
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Confirmed]);
+    fragile.memory_alarm(true).await;
+    let mut fates = Vec::new();
+    for _ in 0..3 {
+        fates.extend(publisher.publish(vec![event("run.completed.success.t")]).await);
+    }
+    assert_eq!(fates, [Fate::Unknown, Fate::Refused, Fate::Refused]);
+    assert!(publisher.blocked());
+    assert!(next(&mut subscription).await.ack().await.unwrap(), "deliveries and acknowledgements go on");
+    assert_eq!(subscription.ready().await.unwrap(), 0);
+    fragile.memory_alarm(false).await;
+    eventually("the end of the alarm is noticed", || async { (!publisher.blocked()).then_some(()) }).await;
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Confirmed]);
+    fragile.memory_alarm(true).await;
+    publisher.publish(vec![event("run.completed.success.t")]).await;
+    let begun = Instant::now();
+    publisher.close().await;
+    assert!(begun.elapsed() < Duration::from_secs(4), "a blocked connection is cut, not waited for");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_end_during_an_alarm_and_their_events_follow() {
+    let fragile = Fragile::start("rabbitmq-alarm-runs").await;
+    let world = world_on(&fragile).await;
+    let keys = publish_many(&world, 10).await;
+    world.sim.add_rule(slow(1_500));
+    let replica = Replica::start(&world).await;
+    eventually("runs are at work", || async { (replica.daemon().health().in_hand() > 0).then_some(()) }).await;
+    fragile.memory_alarm(true).await;
+    for key in &keys {
+        assert_eq!(world.ended(key).await["status"], "success", "consuming goes on");
+    }
+    fragile.memory_alarm(false).await;
+    all_ended(&world, &keys).await;
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_outlives_the_brokers_patience_is_not_run_twice() {
+    let fragile = Fragile::start("rabbitmq-impatient").await;
+    fragile.eval("application:set_env(rabbit, channel_tick_interval, 500).").await;
+    fragile.eval("application:set_env(rabbit, consumer_timeout, 2000).").await;
+    let world = world_on(&fragile).await;
+    world.sim.add_rule(slow(8_000));
+    let keys = publish_many(&world, 1).await;
+    let replica = Replica::start(&world).await;
+    eventually("the run begins", || async { (replica.daemon().health().in_hand() > 0).then_some(()) }).await;
+    eventually("the broker takes its channel away", || async {
+        (!replica.daemon().health().subscribed()).then_some(())
+    })
+    .await;
+    all_ended(&world, &keys).await;
+    assert_eq!(world.runs(&keys[0]).await[0]["attempt"], 1, "the redelivery found it at work");
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_queue_is_made_again_under_a_running_daemon() {
+    let world = World::new().await;
+    let replica = Replica::start(&world).await;
+    world.sync("before", &["mobileApp"]).await;
+    eventually("subscribed", || async { replica.daemon().health().subscribed().then_some(()) }).await;
+    world.delete_queue("inventory.sync.requests").await;
+    let mut only_look = world.config();
+    only_look.topology.mode = TopologyMode::Verify;
+    let looking = Broker::new(&only_look.broker, &only_look.topology, "test").unwrap();
+    eventually("the queue is there again", || async { looking.ensure_topology().await.ok() }).await;
+    eventually("subscribed again", || async { replica.daemon().health().subscribed().then_some(()) }).await;
+    world.sync("after", &["mobileApp"]).await;
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscription_that_brings_nothing_is_rebuilt() {
+    let world = World::new().await;
+    let (swallow, address) = swallowing_proxy(world.amqp_address()).await;
+    let mut config = world.config();
+    config.broker.url = format!("amqp://guest:guest@{address}/%2f").into();
+    config.consumer.watchdog_s = 2;
+    config.consumer.prefetch = 2;
+    let replica = Replica::with(config).await;
+    eventually("subscribed", || async { replica.daemon().health().subscribed().then_some(()) }).await;
+    swallow.store(true, Ordering::Relaxed);
+    let mut keys = Vec::new();
+    for number in 0..5 {
+        let tenant = uuid::Uuid::new_v4();
+        world.register(tenant, None).await;
+        keys.push(format!("k{number}"));
+        world.publish(&World::request_of(tenant, &keys[number], &["mobileApp"])).await;
+    }
+    eventually("the watchdog gives the subscription up", || async {
+        (!replica.daemon().health().subscribed()).then_some(())
+    })
+    .await;
+    swallow.store(false, Ordering::Relaxed);
+    for key in &keys {
+        assert_eq!(world.ended(key).await["status"], "success");
+    }
+    replica.stop().await;
+}
+
+/// A proxy that, on command, loses every delivery on its way to the client and passes everything else.
+async fn swallowing_proxy(target: SocketAddr) -> (Arc<AtomicBool>, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, swallow) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
+    let flag = Arc::clone(&swallow);
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let Ok(server) = TcpStream::connect(target).await else { continue };
+            let ((mut client_in, client_out), (server_in, mut server_out)) = (client.into_split(), server.into_split());
+            let flag = Arc::clone(&flag);
+            tokio::spawn(async move {
+                let _ = tokio::io::copy(&mut client_in, &mut server_out).await;
+            });
+            tokio::spawn(async move {
+                let _ = pass_frames(server_in, client_out, &flag).await;
+            });
+        }
+    });
+    (swallow, address)
+}
+
+async fn pass_frames(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, swallow: &AtomicBool) -> std::io::Result<()> {
+    let mut losing = false;
+    loop {
+        let mut frame = vec![0; 7];
+        from.read_exact(&mut frame).await?;
+        let length = u32::from_be_bytes([frame[3], frame[4], frame[5], frame[6]]) as usize;
+        frame.resize(7 + length + 1, 0);
+        from.read_exact(&mut frame[7..]).await?;
+        match frame[0] {
+            // basic.deliver; the header and body frames after it belong to it.
+            1 => losing = frame[7..11] == [0, 60, 0, 60] && swallow.load(Ordering::Relaxed),
+            2 | 3 => {}
+            _ => {
+                to.write_all(&frame).await?;
+                continue;
+            }
+        }
+        if !losing {
+            to.write_all(&frame).await?;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn quiet_takes_nothing_new_and_goes_on_with_what_is_in_hand() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(1_500));
+    let replica = Replica::start(&world).await;
+    world.publish(&world.request("before", &["mobileApp"])).await;
+    eventually("it is in hand", || async { (replica.daemon().health().in_hand() == 1).then_some(()) }).await;
+    replica.daemon().stop().quiet.send_replace(true);
+    eventually("quiet", || async { (replica.daemon().health().paused() == Some("quiet")).then_some(()) }).await;
+    eventually("nothing is taken", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
+    world.publish(&world.request("during", &["deviceShellScript"])).await;
+    assert_eq!(world.ended("before").await["status"], "success");
+    eventually("its message is settled on the same channel", || async {
+        (replica.daemon().health().in_hand() == 0).then_some(())
+    })
+    .await;
+    assert_eq!(world.depth("inventory.sync.requests").await, 1);
+    assert!(world.runs("during").await.is_empty());
+    replica.daemon().stop().quiet.send_replace(false);
+    assert_eq!(world.ended("during").await["status"], "success");
+    assert_eq!(world.runs("before").await.len(), 1);
+    replica.stop().await;
+}

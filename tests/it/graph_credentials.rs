@@ -1,0 +1,92 @@
+//! Every kind of credential, against the simulator's token endpoint; and what an administrator can try.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use inventoryd::domain::failure::ErrorCode;
+
+use crate::graph_client::{PLAIN, TENANT, World, temporary_file};
+use crate::sim::{Action, Rule, SimConfig};
+
+const CERTIFICATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/credentials/application.pem");
+/// `{"alg":"RS256"}` and `{"aud":"a","iss":"b","sub":"b","exp":9999999999}`: a token as another issuer would give it.
+const FEDERATED: &str = "eyJhbGciOiJSUzI1NiJ9.eyJhdWQiOiJhIiwiaXNzIjoiYiIsInN1YiI6ImIiLCJleHAiOjk5OTk5OTk5OTl9.c2ln";
+
+async fn with(settings: &[(&str, &str)]) -> World {
+    World::with(SimConfig::default(), settings).await
+}
+
+#[tokio::test]
+async fn a_certificate_gets_a_token() {
+    let world = with(&[
+        ("credentials__default__kind", "client_certificate"),
+        ("credentials__default__client_certificate_file", CERTIFICATE),
+    ])
+    .await;
+    assert!(!world.read(PLAIN).await.unwrap().is_empty());
+    assert_eq!(world.tokens(), 1);
+}
+
+#[tokio::test]
+async fn a_federated_token_gets_a_token_and_is_read_again_for_the_next() {
+    let file = temporary_file("federated.jwt", FEDERATED);
+    let settings = [
+        ("credentials__default__kind", "workload_identity"),
+        ("credentials__default__token_file", file.to_str().unwrap()),
+    ];
+    let world = with(&settings).await;
+    let (reader, collection) = (world.reader(), world.collection(PLAIN));
+    assert!(reader.pages(&collection).next().await.unwrap().is_some());
+    std::fs::write(&file, "no token any more").unwrap();
+    world.sim.expire_tokens(None);
+    let failure = reader.pages(&collection).next().await.unwrap_err();
+    assert_eq!(failure.code, ErrorCode::CredentialUnavailable);
+    assert_eq!(failure.graph_code.as_deref(), Some("AADSTS50027"));
+    std::fs::remove_file(&file).unwrap();
+}
+
+#[tokio::test]
+async fn a_secret_that_is_replaced_on_disk_is_used_without_a_restart() {
+    let file = temporary_file("secret", "expired");
+    let world = with(&[("credentials__default__client_secret_file", file.to_str().unwrap())]).await;
+    let (reader, collection) = (world.reader(), world.collection(PLAIN));
+    assert_eq!(reader.pages(&collection).next().await.unwrap_err().code, ErrorCode::CredentialUnavailable);
+    std::fs::write(&file, SimConfig::default().client_secret + "\n").unwrap();
+    let begun = Instant::now();
+    while reader.pages(&collection).next().await.is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the new secret was not taken up");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    std::fs::remove_file(&file).unwrap();
+}
+
+#[tokio::test]
+async fn files_that_can_not_be_read_are_a_credential_that_is_not_available() {
+    let missing = Path::new("/nowhere/app.pem").to_str().unwrap();
+    for settings in [
+        [
+            ("credentials__default__kind", "client_certificate"),
+            ("credentials__default__client_certificate_file", missing),
+        ],
+        [("credentials__default__kind", "workload_identity"), ("credentials__default__token_file", missing)],
+    ] {
+        let world = with(&settings).await;
+        assert_eq!(world.refused(PLAIN).await, ErrorCode::CredentialUnavailable.into());
+        assert_eq!(world.sim.state().token_requests, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_probe_says_what_a_run_would_meet_and_which_permission_is_missing() {
+    let world = with(&[]).await;
+    let (client, collection) = (world.client(), world.collection(PLAIN));
+    assert_eq!(client.probe(TENANT, "default", &collection).await, Ok(12));
+    assert_eq!(client.token_roles(TENANT, "default").await, Ok(None), "the simulator's tokens are opaque");
+    world.sim.add_rule(Rule::new(Action::Forbidden { permission: None }));
+    let refused = client.probe(TENANT, "default", &collection).await.unwrap_err();
+    assert_eq!(refused.failure.code, ErrorCode::GraphForbidden);
+    assert_eq!(refused.missing_permissions, ["DeviceManagementRBAC.Read.All"]);
+    let stranger = client.probe(TENANT, "no-such", &collection).await.unwrap_err();
+    assert_eq!(stranger.failure.code, ErrorCode::CredentialUnavailable);
+    assert_eq!(client.token_roles(TENANT, "no-such").await.unwrap_err().code, ErrorCode::CredentialUnavailable);
+}

@@ -1,0 +1,83 @@
+//! The Graph client under real limits: it stays below them, and away while Graph asks for it.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+
+use crate::graph_client::{PLAIN, TENANT, World, budget, read};
+use crate::sim::{Limits, RetryAfterForm, Rule, SimConfig};
+
+const POLICIES: &str = "identity/conditionalAccess/policies";
+
+fn limited(limits: Limits) -> SimConfig {
+    SimConfig { limits: Some(limits), ..SimConfig::default() }
+}
+
+#[tokio::test]
+async fn under_its_own_pace_it_is_never_throttled_and_hardly_slower_than_allowed() {
+    let world = World::with(limited(Limits { intune: 400, ..Limits::default() }), &[("intune_per_20s", "400")]).await;
+    world.sim.set_size(Some(TENANT), Some(PLAIN), 25 * 20).unwrap();
+    let client = world.client();
+    let collection = world.collection(PLAIN);
+    let begun = Instant::now();
+    let readers: Vec<_> = (0..4).map(|_| client.reader(TENANT, "default", budget(60, 20))).collect();
+    for objects in join_all(readers.iter().map(|reader| read(reader, &collection))).await {
+        assert_eq!(objects.unwrap().len(), 500);
+    }
+    let state = &world.sim.state().tenants[&TENANT];
+    assert_eq!((state.answered, state.throttled), (80, 0));
+    // 16 at once, and 64 more at 16 a second.
+    let shortest = Duration::from_secs(4);
+    let took = begun.elapsed();
+    assert!(took >= shortest.mul_f64(0.95) && took < shortest.mul_f64(1.25), "{took:?}");
+}
+
+#[tokio::test]
+async fn conditional_access_is_asked_once_a_second_at_most() {
+    let world = World::with(limited(Limits::default()), &[]).await;
+    world.sim.set_size(Some(TENANT), Some(POLICIES), 60).unwrap();
+    let objects = world.read(POLICIES).await.unwrap();
+    assert_eq!((objects.len(), world.sim.state().tenants[&TENANT].throttled), (60, 0));
+}
+
+#[tokio::test]
+async fn without_a_pace_it_is_throttled_but_never_comes_back_too_early() {
+    for form in [RetryAfterForm::Seconds, RetryAfterForm::Fraction, RetryAfterForm::Date] {
+        let limits = Limits { intune: 20, window_ms: 2_000, retry_after: form, ..Limits::default() };
+        let world = World::with(limited(limits), &[("intune_per_20s", "0")]).await;
+        world.sim.set_size(Some(TENANT), Some(PLAIN), 25 * 12).unwrap();
+        let client = world.client();
+        let collection = world.collection(PLAIN);
+        let readers: Vec<_> = (0..4).map(|_| client.reader(TENANT, "default", budget(60, 40))).collect();
+        for objects in join_all(readers.iter().map(|reader| read(reader, &collection))).await {
+            assert_eq!(objects.unwrap().len(), 300, "{form:?}");
+        }
+        let state = &world.sim.state().tenants[&TENANT];
+        assert!(state.throttled > 0, "{form:?}: {state:?}");
+        // Those on their way when the first was refused could not know.
+        assert!(state.early <= state.throttled && state.throttled <= 4 * 4, "{form:?}: {state:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_gate_closed_by_one_run_holds_the_others_and_can_be_told_to_other_replicas() {
+    let world = World::start().await;
+    let (client, other_replica) = (world.client(), world.client());
+    let collection = world.collection(PLAIN);
+    let mut changes = client.gate_changes();
+    world.sim.add_rule(Rule::status(429, Some("2")).path(PLAIN).times(1));
+    let readers: Vec<_> = (0..3).map(|_| client.reader(TENANT, "default", budget(30, 20))).collect();
+    read(&readers[0], &collection).await.unwrap();
+    let change = changes.try_recv().unwrap();
+    assert_eq!((change.tenant_id, change.family, change.closed_for), (TENANT, "intune", Duration::from_secs(2)));
+
+    other_replica.close_gate(change.tenant_id, change.family, Duration::from_millis(1_500));
+    let begun = Instant::now();
+    let reader = other_replica.reader(TENANT, "default", budget(30, 20));
+    read(&reader, &collection).await.unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(1_400), "{:?}", begun.elapsed());
+    assert_eq!(reader.usage().graph_throttled_count, 0);
+    let other_family = other_replica.reader(TENANT, "default", budget(30, 20));
+    other_replica.close_gate(TENANT, "devices", Duration::from_secs(60));
+    assert!(read(&other_family, &collection).await.is_ok());
+}
