@@ -9,6 +9,7 @@ mod admission;
 mod architecture;
 mod broker;
 mod broker_faults;
+mod commands;
 mod crashes;
 mod dead_letters;
 mod fleet;
