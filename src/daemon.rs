@@ -209,6 +209,7 @@ async fn http_server(
                 subscribed: health.subscribed(),
                 in_hand: health.in_hand(),
                 paused: health.paused().map(str::to_owned),
+                problem: health.problem(),
             }),
             ping: Arc::new(move || {
                 let store = pinged.clone();

@@ -16,7 +16,9 @@ use crate::domain::run::RunStatus;
 /// # Errors
 /// If the directives in `telemetry.log` can't be read, or lines were set up before.
 pub fn init_logs(config: &TelemetryConfig) -> Result<(), String> {
-    let filter = EnvFilter::try_new(&config.log).map_err(|error| format!("telemetry.log: {error}"))?;
+    // The AMQP client logs whole messages that the broker returns; events are nobody's business there.
+    let directives = format!("lapin=off,{}", config.log);
+    let filter = EnvFilter::try_new(directives).map_err(|error| format!("telemetry.log: {error}"))?;
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -48,6 +48,9 @@ pub enum StoreError {
     /// What PostgreSQL or the way to it said.
     #[error("database: {0}")]
     Database(#[from] sqlx::Error),
+    /// The database answers, but takes no writes for now.
+    #[error("database: it is read only for now")]
+    ReadOnly,
     /// A row holds what no version of this daemon writes.
     #[error("database: a row can't be read: {0}")]
     Row(String),
@@ -160,13 +163,14 @@ impl Store {
         Err(StoreError::Schema(format!("the database's schema is at version {applied}, this daemon needs {newest}")))
     }
 
-    /// Whether the database answers.
+    /// Whether the database answers and takes writes: one that was failed over to a standby does the first alone.
     ///
     /// # Errors
     /// If it does not.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        sqlx::query("select 1").execute(&self.control).await?;
-        Ok(())
+        let read_only =
+            sqlx::query_scalar!(r#"select current_setting('transaction_read_only') = 'on' as "read_only!""#);
+        if read_only.fetch_one(&self.control).await? { Err(StoreError::ReadOnly) } else { Ok(()) }
     }
 
     /// Woken whenever a run of this process has ended and its event waits in the outbox.

@@ -10,6 +10,7 @@ mod architecture;
 mod broker;
 mod broker_faults;
 mod commands;
+mod contracts;
 mod crashes;
 mod dead_letters;
 mod fleet;
