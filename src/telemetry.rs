@@ -1,5 +1,6 @@
 //! Logs and metrics: how lines are written, and every metric and label as a function.
 
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
@@ -22,6 +23,7 @@ pub fn init_logs(config: &TelemetryConfig) -> Result<(), String> {
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_span_events(FmtSpan::NONE)
         .with_target(true);
     match config.format {
