@@ -10,9 +10,8 @@ use tracing::{info, warn};
 
 use crate::backoff::{Waits, full_jitter};
 use crate::broker::{Broker, BrokerError};
-use crate::config::{Config, GraphConfig, seconds};
+use crate::config::{Config, ConfigError, seconds};
 use crate::consumer::{Consumer, ConsumerHealth};
-use crate::domain::catalog::Catalog;
 use crate::fleet::Fleet;
 use crate::graph::{GraphClient, GraphError};
 use crate::http::{self, Consuming, Figures, Heartbeat, HttpState};
@@ -31,8 +30,8 @@ const BEAT_EVERY: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The contracts can't be used.
-    #[error("graph.policy_types_file: {0}")]
-    Contracts(String),
+    #[error(transparent)]
+    Contracts(#[from] ConfigError),
     /// Graph's client can't be made.
     #[error(transparent)]
     Graph(#[from] GraphError),
@@ -64,7 +63,7 @@ impl Daemon {
         // Two TLS providers in one process would panic at the first handshake; an installed one is kept by all.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let owner = replica_name();
-        let catalog = contracts(&config.graph)?;
+        let catalog = config.graph.catalog()?;
         let store = Store::connect(&config.database, &config.telemetry.deployment)?;
         wait_for_schema(&store).await?;
         let broker = Broker::new(&config.broker, &config.topology, &format!("inventoryd {owner}"))?;
@@ -164,13 +163,6 @@ fn replica_name() -> String {
     format!("{}-{}-{}", if host.is_empty() { "replica" } else { host }, std::process::id(), &unique[..8])
 }
 
-fn contracts(config: &GraphConfig) -> Result<Catalog, StartError> {
-    let Some(file) = &config.policy_types_file else { return Ok(Catalog::built_in()) };
-    let text = std::fs::read_to_string(file)
-        .map_err(|error| StartError::Contracts(format!("can't read {}: {error}", file.display())))?;
-    Catalog::parse(&text).map_err(StartError::Contracts)
-}
-
 /// Waits for a database that is away; one that refuses, or has another schema, does not get better by waiting.
 async fn wait_for_schema(store: &Store) -> Result<(), StoreError> {
     let mut waits = Waits::new(seconds(1), MOST_PATIENT);
@@ -209,6 +201,7 @@ async fn http_server(
                 subscribed: health.subscribed(),
                 in_hand: health.in_hand(),
                 paused: health.paused().map(str::to_owned),
+                problem: health.problem(),
             }),
             ping: Arc::new(move || {
                 let store = pinged.clone();

@@ -61,6 +61,8 @@ pub struct Consuming {
     pub in_hand: usize,
     /// Why nothing new is taken, if so.
     pub paused: Option<String>,
+    /// Why there is no subscription, in words, if so.
+    pub problem: Option<String>,
 }
 
 /// What the database says of all replicas.
@@ -191,6 +193,7 @@ async fn status(State(state): State<Arc<HttpState>>, headers: HeaderMap) -> Resp
         "subscribed": consuming.subscribed,
         "in_hand": consuming.in_hand,
         "paused": consuming.paused,
+        "problem": consuming.problem,
         "database": if figures.is_some() { "ok" } else { "away" },
         "outbox_unsent": figures.map(|all| all.outbox_unsent),
         "outbox_oldest_s": figures.map(|all| all.outbox_oldest_s),
@@ -252,7 +255,7 @@ mod tests {
             token: String::new().into(),
             heartbeat: Arc::new(Heartbeat::new(Duration::from_secs(60))),
             draining: CancellationToken::new(),
-            consuming: Arc::new(|| Consuming { subscribed: true, in_hand: 4, paused: None }),
+            consuming: Arc::new(|| Consuming { subscribed: true, in_hand: 4, paused: None, problem: None }),
             ping: Arc::new(|| async { Ok(()) }.boxed()),
             figures: Arc::new(move || async move { Ok(figures) }.boxed()),
         }

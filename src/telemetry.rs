@@ -1,5 +1,6 @@
 //! Logs and metrics: how lines are written, and every metric and label as a function.
 
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
@@ -16,10 +17,13 @@ use crate::domain::run::RunStatus;
 /// # Errors
 /// If the directives in `telemetry.log` can't be read, or lines were set up before.
 pub fn init_logs(config: &TelemetryConfig) -> Result<(), String> {
-    let filter = EnvFilter::try_new(&config.log).map_err(|error| format!("telemetry.log: {error}"))?;
+    // The AMQP client logs whole messages that the broker returns; events are nobody's business there.
+    let directives = format!("lapin=off,{}", config.log);
+    let filter = EnvFilter::try_new(directives).map_err(|error| format!("telemetry.log: {error}"))?;
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_span_events(FmtSpan::NONE)
         .with_target(true);
     match config.format {

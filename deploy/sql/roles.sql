@@ -46,13 +46,13 @@ alter view inventory_latest_runs set (security_invoker = true);
 alter view inventory_items_current set (security_invoker = true);
 
 revoke all on tenants, inventory_fleet, inventory_sync_runs, inventory_sync_run_types, inventory_items, outbox_events,
-              inventory_latest_runs, inventory_items_current
+              daemon_replicas, tenant_gates, inventory_latest_runs, inventory_items_current
     from public, inventoryd_daemon, inventoryd_reader;
 revoke all on function inventory_missing, inventory_missing_of_run from public;
 
 -- What the daemon does and nothing else: it deletes no tenant and no item. The types of a run go with their run.
-grant select, insert, update         on tenants, inventory_items to inventoryd_daemon;
-grant select, insert, update, delete on inventory_sync_runs, outbox_events to inventoryd_daemon;
+grant select, insert, update         on tenants, inventory_items, tenant_gates to inventoryd_daemon;
+grant select, insert, update, delete on inventory_sync_runs, outbox_events, daemon_replicas to inventoryd_daemon;
 grant select, insert                 on inventory_sync_run_types to inventoryd_daemon;
 grant select, update                 on inventory_fleet to inventoryd_daemon;
 grant select on inventory_latest_runs, inventory_items_current to inventoryd_daemon;
@@ -74,7 +74,7 @@ begin
         execute 'grant select on _sqlx_migrations to inventoryd_daemon, inventoryd_reader';
     end if;
     foreach its_table in array array['tenants', 'inventory_sync_runs', 'inventory_sync_run_types', 'inventory_items',
-                                     'outbox_events'] loop
+                                     'outbox_events', 'tenant_gates'] loop
         execute format('alter table %I enable row level security, force row level security', its_table);
         execute format('drop policy if exists inventoryd_daemon on %I', its_table);
         execute format('create policy inventoryd_daemon on %I to inventoryd_daemon using (true) with check (true)', its_table);

@@ -1,7 +1,7 @@
 -- Holds what roles.sql promises. For a superuser, in an empty database of a server that is only for tests and lets
 -- everybody in without a password:
 --
---     psql -v ON_ERROR_STOP=1 "$URL" -f deploy/sql/roles_test.sql
+--     cat migrations/*.sql >all.sql && psql -v ON_ERROR_STOP=1 -v migrations="$PWD/all.sql" "$URL" -f deploy/sql/roles_test.sql
 --
 -- Each check raises an exception if it does not hold.
 \set QUIET on
@@ -14,7 +14,7 @@ grant all on schema public to roles_test_owner;
 alter schema public owner to roles_test_owner;
 do $$ begin execute format('alter database %I owner to roles_test_owner', current_database()); end $$;
 set role roles_test_owner;
-\ir ../../migrations/0001_inventory.sql
+\i :migrations
 create table policy_versions (tenant_id uuid, version int);
 create table _sqlx_migrations (version bigint, success boolean);
 reset role;
@@ -92,8 +92,12 @@ update inventory_sync_runs set status = 'success', finished_at = clock_timestamp
 insert into outbox_events (tenant_id, id, routing_key, payload) select tenant_id, id, 'key', '{}' from inventory_sync_runs;
 with due as (select tenant_id, id from outbox_events where sent_at is null for update skip locked)
 update outbox_events e set sent_at = now() from due where e.tenant_id = due.tenant_id and e.id = due.id;
+insert into daemon_replicas values ('here', now()) on conflict (replica) do update set seen_at = excluded.seen_at;
+delete from daemon_replicas where replica = 'elsewhere';
+insert into tenant_gates as g select tenant_id, 'intune', now() from tenants
+    on conflict (tenant_id, family) do update set closed_until = excluded.closed_until where g.closed_until < excluded.closed_until;
 select equal('inventory_items=2 inventory_items_current=1 inventory_latest_runs=1 inventory_sync_run_types=1 '
-             'inventory_sync_runs=1 outbox_events=1 tenants=1', visible('bbbbbbbb-0000-4000-8000-000000000002'),
+             'inventory_sync_runs=1 outbox_events=1 tenant_gates=1 tenants=1', visible('bbbbbbbb-0000-4000-8000-000000000002'),
              'what the daemon sees of a tenant') \g /dev/null
 select equal(1::bigint, count(*), 'missing, for the daemon')
   from inventory_missing('bbbbbbbb-0000-4000-8000-000000000002', 'hash') \g /dev/null
@@ -140,6 +144,9 @@ select equal(0::bigint, count(*), 'tables of tenants without forced row level se
   from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attname = 'tenant_id'
  where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and c.relname <> 'policy_versions'
    and not (c.relrowsecurity and c.relforcerowsecurity) \g /dev/null
+select equal(0::bigint, count(*), 'tables that roles.sql does not know')
+  from pg_class c where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and c.relname <> 'policy_versions'
+   and not has_table_privilege('inventoryd_daemon', c.oid, 'select') \g /dev/null
 create table run_of_b as select id from inventory_sync_runs where tenant_id = 'bbbbbbbb-0000-4000-8000-000000000002';
 grant select on run_of_b to public;
 
@@ -161,7 +168,7 @@ set row_security = on;
 select refused(statement) from unnest(array[
     'create table mine ()', 'create temporary table mine ()', 'insert into tenants (tenant_id, display_name) values (gen_random_uuid(), ''C'')',
     'update inventory_items set category = ''x''', 'delete from inventory_items', 'select from inventory_items for update',
-    'select from outbox_events', 'select from inventory_fleet', 'select from policy_versions', 'truncate inventory_items',
+    'select from outbox_events', 'select from inventory_fleet', 'select from tenant_gates', 'select from daemon_replicas', 'select from policy_versions', 'truncate inventory_items',
     'set role inventoryd_daemon', 'set session authorization roles_test_daemon']) statement \g /dev/null
 \connect - :superuser
 

@@ -1,7 +1,9 @@
 //! `inventoryd check`: the configuration that the daemon would run with.
 
 use super::{CliError, Context, Outcome};
-use crate::config::Config;
+use crate::broker::Broker;
+use crate::config::{Config, Origin};
+use crate::graph::GraphClient;
 
 /// Check the configuration and print every key, its value and where that comes from; secrets are not shown
 #[derive(Debug, clap::Args)]
@@ -14,15 +16,23 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let (mut settings, loaded) = Config::explain(context.config_file.as_deref())?;
     if args.changed {
-        settings.retain(|setting| setting.origin != crate::config::Origin::Default);
+        settings.retain(|setting| setting.origin != Origin::Default);
     }
     context.out.rows(["key", "value", "from"], &settings, |setting| {
         let value = if setting.value.is_empty() { "\"\"".to_owned() } else { setting.value.clone() };
         [setting.key.clone(), value, setting.origin.to_string()]
     })?;
     // Shown first, judged then: where a value comes from is what one wants to know about a bad one.
-    loaded?.graph.catalog()?;
-    Ok(Outcome::Done)
+    let problems = problems(&loaded?);
+    if problems.is_empty() { Ok(Outcome::Done) } else { Err(CliError::Failed(problems.join("\n"))) }
+}
+
+/// What `serve` would refuse before it connects anywhere.
+fn problems(config: &Config) -> Vec<String> {
+    let catalog = config.graph.catalog().err().map(|error| error.to_string());
+    let graph = GraphClient::new(&config.graph).err().map(|error| error.to_string());
+    let broker = Broker::new(&config.broker, &config.topology, "inventoryd check").err().map(|error| error.to_string());
+    [catalog, graph, broker].into_iter().flatten().collect()
 }
 
 #[cfg(test)]
@@ -46,5 +56,18 @@ mod tests {
         assert_eq!(code, 1);
         let rows: Vec<serde_json::Value> = serde_json::from_str(&shown).unwrap();
         assert_eq!(rows.len(), 2, "a bad value is shown too: {shown}");
+    }
+
+    #[test]
+    fn files_that_are_not_there_are_problems_one_line_each() {
+        let mut config = crate::config::Config::load_with(None, std::collections::BTreeMap::new()).unwrap();
+        assert_eq!(super::problems(&config), [""; 0]);
+        config.graph.ca_file = Some("/no/such/file".into());
+        config.graph.policy_types_file = Some("/no/such/file".into());
+        config.broker.ca_file = Some("/no/such/file".into());
+        let problems = super::problems(&config);
+        let named = ["graph.policy_types_file", "graph.ca_file", "broker.ca_file"];
+        assert!(problems.iter().zip(named).all(|(problem, key)| problem.starts_with(key)), "{problems:?}");
+        assert_eq!(problems.len(), 3);
     }
 }

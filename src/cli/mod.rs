@@ -16,6 +16,7 @@ use crate::store::{Store, StoreError};
 mod check;
 mod completions;
 mod dead;
+mod doctor;
 mod events;
 mod explain;
 mod hash;
@@ -53,6 +54,7 @@ enum Command {
     Serve(serve::Args),
     Migrate(migrate::Args),
     Check(check::Args),
+    Doctor(doctor::Args),
     Tenant(tenant::Args),
     Request(request::Args),
     Runs(runs::Args),
@@ -200,6 +202,7 @@ fn dispatch(command: Command, context: &mut Context<'_>) -> Result<Outcome, CliE
         Command::Serve(args) => wait_with_all_cores_for(serve::run(&args, context)),
         Command::Migrate(args) => wait_for(migrate::run(&args, context)),
         Command::Check(args) => check::run(&args, context),
+        Command::Doctor(args) => wait_for(doctor::run(&args, context)),
         Command::Tenant(args) => wait_for(tenant::run(args, context)),
         Command::Request(args) => wait_for(request::run(&args, context)),
         Command::Runs(args) => wait_for(runs::run(args, context)),

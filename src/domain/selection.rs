@@ -34,6 +34,12 @@ fn yes() -> bool {
 }
 
 impl Selection {
+    /// Every supported type, foundations included.
+    #[must_use]
+    pub fn everything() -> Self {
+        Self { categories: BTreeSet::new(), include_foundations: true, policy_types: [EVERY_TYPE.to_owned()].into() }
+    }
+
     /// RFC 8785 canonical JSON.
     #[must_use]
     pub fn canonical_json(&self) -> String {

@@ -45,12 +45,12 @@ pub enum StoreError {
     /// The schema is not the one that this version works with.
     #[error("{0}; run `inventoryd migrate` with the same version")]
     Schema(String),
-    /// It answers, but is a standby, or was told to take no writes.
-    #[error("the database takes no writes: it is a standby, or default_transaction_read_only is on")]
-    ReadOnly,
     /// What PostgreSQL or the way to it said.
     #[error("database: {0}")]
     Database(#[from] sqlx::Error),
+    /// The database answers, but takes no writes for now.
+    #[error("database: it is read only for now")]
+    ReadOnly,
     /// A row holds what no version of this daemon writes.
     #[error("database: a row can't be read: {0}")]
     Row(String),
@@ -163,12 +163,13 @@ impl Store {
         Err(StoreError::Schema(format!("the database's schema is at version {applied}, this daemon needs {newest}")))
     }
 
-    /// Whether the database answers and takes writes. One that has failed over to a standby is as good as away.
+    /// Whether the database answers and takes writes: one that was failed over to a standby does the first alone.
     ///
     /// # Errors
     /// If it does not.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        let read_only = sqlx::query_scalar::<_, bool>("select current_setting('transaction_read_only')::boolean");
+        let read_only =
+            sqlx::query_scalar!(r#"select current_setting('transaction_read_only') = 'on' as "read_only!""#);
         if read_only.fetch_one(&self.control).await? { Err(StoreError::ReadOnly) } else { Ok(()) }
     }
 

@@ -39,6 +39,11 @@ impl Fragile {
         spawn_blocking(move || server.start_again()).await.unwrap();
     }
 
+    async fn eval(&self, erlang: &'static str) {
+        let server = self.0.clone();
+        spawn_blocking(move || server.eval(erlang)).await.unwrap();
+    }
+
     async fn memory_alarm(&self, on: bool) {
         let (server, mark) = (self.0.clone(), if on { "0" } else { "0.6" });
         spawn_blocking(move || server.ctl(&["set_vm_memory_high_watermark", mark])).await.unwrap();
@@ -165,6 +170,25 @@ async fn runs_end_during_an_alarm_and_their_events_follow() {
     }
     fragile.memory_alarm(false).await;
     all_ended(&world, &keys).await;
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_outlives_the_brokers_patience_is_not_run_twice() {
+    let fragile = Fragile::start("rabbitmq-impatient").await;
+    fragile.eval("application:set_env(rabbit, channel_tick_interval, 500).").await;
+    fragile.eval("application:set_env(rabbit, consumer_timeout, 2000).").await;
+    let world = world_on(&fragile).await;
+    world.sim.add_rule(slow(8_000));
+    let keys = publish_many(&world, 1).await;
+    let replica = Replica::start(&world).await;
+    eventually("the run begins", || async { (replica.daemon().health().in_hand() > 0).then_some(()) }).await;
+    eventually("the broker takes its channel away", || async {
+        (!replica.daemon().health().subscribed()).then_some(())
+    })
+    .await;
+    all_ended(&world, &keys).await;
+    assert_eq!(world.runs(&keys[0]).await[0]["attempt"], 1, "the redelivery found it at work");
     replica.stop().await;
 }
 

@@ -77,6 +77,7 @@ async fn every_type_is_listed_and_only_by_get() {
         .collect();
     let known: BTreeSet<String> = catalog.types().map(|policy_type| policy_type.key.clone()).collect();
     assert_eq!(ended, known, "{run}");
+    assert_eq!(run["status"], "success", "{run}");
     assert!(world.sim.requests().iter().filter(|request| !request.path.ends_with("/token")).all(|r| r.method == "GET"));
     assert_eq!(world.sim.state().non_get, 0);
     for policy_type in catalog.types() {

@@ -9,6 +9,8 @@ mod admission;
 mod architecture;
 mod broker;
 mod broker_faults;
+mod commands;
+mod contracts;
 mod crashes;
 mod dead_letters;
 mod faults_broker;

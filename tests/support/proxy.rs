@@ -77,6 +77,8 @@ async fn pass(client: TcpStream, target: SocketAddr, mut cut: watch::Receiver<u6
     cut.mark_unchanged();
     let ((client_in, client_out), (server_in, server_out)) = (client.into_split(), server.into_split());
     tokio::select! {
+        // First the cut: nothing slips through that thaws at the same moment.
+        biased;
         _ = cut.changed() => {}
         () = copy(client_in, server_out, requests) => {}
         () = copy(server_in, client_out, replies) => {}

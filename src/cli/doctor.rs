@@ -1,0 +1,207 @@
+//! `inventoryd doctor`: which policy types of a tenant could be read, and what is missing for the others.
+
+use std::collections::BTreeSet;
+
+use futures_util::{StreamExt, stream};
+use serde::Serialize;
+use serde_json::json;
+use uuid::Uuid;
+
+use super::output::{or_dash, table};
+use super::progress::spinner;
+use super::selection::SelectionArgs;
+use super::{CliError, Context, Outcome, note, tenant};
+use crate::domain::catalog::{Catalog, Listing, Scope};
+use crate::domain::failure::{ErrorCode, Failure};
+use crate::domain::policy_type::PolicyType;
+use crate::domain::selection::Selection;
+use crate::graph::{GraphClient, ProbeFailure};
+
+/// Lists that are tried at the same time; a tenant's limits are shared with everyone else.
+const AT_ONCE: usize = 4;
+
+/// Try which policy types of a tenant can be read, and name the permissions that are missing
+///
+/// Reads one page of every selected list. Exit code 0 if all of them can be read.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The tenant
+    #[arg(long, value_name = "GUID")]
+    tenant: Uuid,
+    /// Credential to try in place of the one that the tenant is registered with; it need not be registered then
+    #[arg(long, value_name = "NAME")]
+    credential: Option<String>,
+    #[command(flatten)]
+    selection: SelectionArgs,
+}
+
+/// How one policy type fared.
+#[derive(Debug, Clone, Serialize)]
+struct Finding {
+    policy_type: String,
+    works: bool,
+    #[serde(flatten)]
+    failure: Option<Failure>,
+    permission: String,
+    missing_permissions: Vec<String>,
+}
+
+struct Patient<'a> {
+    graph: &'a GraphClient,
+    tenant_id: Uuid,
+    credential: &'a str,
+}
+
+pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let config = context.config()?;
+    let credential = match &args.credential {
+        Some(name) => name.clone(),
+        None => {
+            context.store().await?.tenant_credential(args.tenant).await?.ok_or_else(|| tenant::unknown(args.tenant))?
+        }
+    };
+    if !config.graph.credentials.contains_key(&credential) {
+        return Err(CliError::Failed(format!("graph.credentials.{credential}: is not in the configuration")));
+    }
+    let scope = scope(&args.selection, &config.graph.catalog()?)?;
+    let graph = GraphClient::new(&config.graph).map_err(|error| CliError::Failed(error.to_string()))?;
+    let patient = Patient { graph: &graph, tenant_id: args.tenant, credential: &credential };
+    let roles = graph.token_roles(args.tenant, &credential).await.map_err(|failure| no_token(&credential, &failure))?;
+    let findings = examine(&patient, scope, roles.as_deref()).await;
+    report(&patient, &findings, roles.as_deref(), context)?;
+    Ok(if findings.iter().all(|finding| finding.works) { Outcome::Done } else { Outcome::Bad })
+}
+
+/// Every type unless told otherwise.
+fn scope(flags: &SelectionArgs, catalog: &Catalog) -> Result<Scope, CliError> {
+    let selection = if flags.is_absent() { Selection::everything() } else { flags.to_selection()? };
+    let scope = catalog.resolve(&selection);
+    match scope.unsupported.as_slice() {
+        [] => Ok(scope),
+        unknown => Err(CliError::Usage(format!("not known: {}; `inventoryd types` lists all", unknown.join(", ")))),
+    }
+}
+
+fn no_token(credential: &str, failure: &Failure) -> CliError {
+    let said = failure.graph_code.as_deref().map(|code| format!(" (Entra says {code})")).unwrap_or_default();
+    CliError::Failed(format!(
+        "{}{said}: no token for the tenant; look at graph.credentials.{credential}: wrong client id, secret expired, \
+         application without admin consent, or an authority that can't be reached",
+        failure.code
+    ))
+}
+
+async fn examine(patient: &Patient<'_>, scope: Scope, roles: Option<&[String]>) -> Vec<Finding> {
+    let count = scope.listings.len();
+    let waiting = spinner(format!("trying {count} lists"));
+    let tries = stream::iter(scope.listings).map(async |listing: Listing| {
+        let tried = patient.graph.probe(patient.tenant_id, patient.credential, &listing.collection).await;
+        findings_of(&listing, tried.err().as_ref(), roles)
+    });
+    let mut findings: Vec<Finding> = tries.buffer_unordered(AT_ONCE).flat_map(stream::iter).collect().await;
+    waiting.finish_and_clear();
+    findings.sort_by(|a, b| (a.works, &a.policy_type).cmp(&(b.works, &b.policy_type)));
+    findings
+}
+
+fn findings_of(listing: &Listing, refused: Option<&ProbeFailure>, roles: Option<&[String]>) -> Vec<Finding> {
+    let finding = |policy_type: &PolicyType| Finding {
+        policy_type: policy_type.key.clone(),
+        works: refused.is_none(),
+        failure: refused.map(|refused| refused.failure.clone()),
+        permission: policy_type.permission.clone(),
+        missing_permissions: refused.map(|refused| missing(policy_type, refused, roles)).unwrap_or_default(),
+    };
+    listing.selected.iter().map(|policy_type| finding(policy_type)).collect()
+}
+
+/// What to grant. Graph's own word counts most; it often says nothing, and then a permission that the token has is
+/// not what is missing.
+fn missing(policy_type: &PolicyType, refused: &ProbeFailure, roles: Option<&[String]>) -> Vec<String> {
+    if !refused.missing_permissions.is_empty() {
+        return refused.missing_permissions.clone();
+    }
+    let is_granted = roles.is_some_and(|roles| roles.iter().any(|role| grants(role, &policy_type.permission)));
+    let is_refused = matches!(refused.failure.code, ErrorCode::GraphForbidden | ErrorCode::GraphUnauthorized);
+    if is_refused && !is_granted { vec![policy_type.permission.clone()] } else { Vec::new() }
+}
+
+/// Whoever may write may read as well.
+fn grants(role: &str, wanted: &str) -> bool {
+    role == wanted || role.replace(".ReadWrite.", ".Read.") == wanted
+}
+
+fn report(
+    patient: &Patient<'_>,
+    findings: &[Finding],
+    roles: Option<&[String]>,
+    context: &mut Context<'_>,
+) -> Result<(), CliError> {
+    let to_grant: BTreeSet<&str> =
+        findings.iter().flat_map(|finding| &finding.missing_permissions).map(String::as_str).collect();
+    let working = findings.iter().filter(|finding| finding.works).count();
+    let writing: Vec<&str> =
+        roles.unwrap_or_default().iter().map(String::as_str).filter(|role| role.contains("Write")).collect();
+    if !writing.is_empty() {
+        note(format_args!("note: the application may also write, which is not needed: {}", writing.join(", ")));
+    }
+    if context.out.is_json() {
+        return context.out.json(&json!({
+            "tenant_id": patient.tenant_id, "credential": patient.credential, "granted_permissions": roles,
+            "missing_permissions": to_grant, "working": working, "types": findings }));
+    }
+    let header = ["type", "readable", "problem", "grant", "remedy"];
+    context.out.line(table(header, findings.iter().map(row)))?;
+    context.out.line(format_args!("{working} of {} types can be read", findings.len()))?;
+    if to_grant.is_empty() {
+        return Ok(());
+    }
+    let to_grant: Vec<&str> = to_grant.into_iter().collect();
+    context.out.line(format_args!("grant with admin consent: {}", to_grant.join(", ")))
+}
+
+fn row(finding: &Finding) -> [String; 5] {
+    let code = finding.failure.as_ref().map(|failure| failure.code);
+    // The permission says it all.
+    let remedy = code.filter(|_| finding.missing_permissions.is_empty()).map(ErrorCode::remedy);
+    [
+        finding.policy_type.clone(),
+        if finding.works { "yes".to_owned() } else { "no".to_owned() },
+        or_dash(code.as_ref()),
+        finding.missing_permissions.join(" or "),
+        remedy.unwrap_or_default().to_owned(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(code: ErrorCode, permissions: &[&str]) -> ProbeFailure {
+        let missing_permissions = permissions.iter().map(|one| (*one).to_owned()).collect();
+        ProbeFailure { failure: code.into(), missing_permissions }
+    }
+
+    #[test]
+    fn the_permission_to_grant_is_graphs_word_or_the_contracts() {
+        let catalog = Catalog::built_in();
+        let app = catalog.get("mobileApp").unwrap();
+        let forbidden = refused(ErrorCode::GraphForbidden, &[]);
+        assert_eq!(missing(app, &forbidden, None), [app.permission.as_str()]);
+        assert_eq!(missing(app, &forbidden, Some(&[])), [app.permission.as_str()]);
+        let has_it = [app.permission.replace(".Read.", ".ReadWrite.")];
+        assert!(missing(app, &forbidden, Some(&has_it)).is_empty(), "a granted permission is not what is missing");
+        assert_eq!(missing(app, &refused(ErrorCode::GraphForbidden, &["X.Read.All"]), Some(&has_it)), ["X.Read.All"]);
+        assert!(missing(app, &refused(ErrorCode::GraphThrottled, &[]), None).is_empty());
+    }
+
+    #[test]
+    fn every_type_of_a_shared_list_has_its_row() {
+        let catalog = Catalog::built_in();
+        let scope = scope(&SelectionArgs::default(), &catalog).unwrap();
+        let rows: usize = scope.listings.iter().map(|listing| findings_of(listing, None, None).len()).sum();
+        assert_eq!(rows, catalog.types().count());
+        let failing = findings_of(&scope.listings[0], Some(&refused(ErrorCode::GraphNotApplicable, &[])), None);
+        assert!(row(&failing[0])[4].contains("license"), "{:?}", row(&failing[0]));
+    }
+}
