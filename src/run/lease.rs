@@ -1,13 +1,13 @@
 //! Keeping leases: renewed together in the background, given up by the worker itself before the database would give
 //! them away.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::config::seconds;
 use crate::domain::clock::Deadline;
@@ -19,6 +19,8 @@ use crate::telemetry;
 #[derive(Debug, Clone)]
 pub struct LeaseKeeper {
     held: Arc<Mutex<HashMap<Lease, Holding>>>,
+    /// Nobody works under them, and the database could not be told yet.
+    orphaned: Arc<Mutex<HashSet<Lease>>>,
     store: Store,
     owner: Arc<str>,
     lease_s: u64,
@@ -41,7 +43,7 @@ pub(super) struct HeldLease {
 
 impl LeaseKeeper {
     pub(super) fn new(store: Store, owner: &str, lease_s: u64) -> Self {
-        Self { held: Arc::default(), store, owner: owner.into(), lease_s }
+        Self { held: Arc::default(), orphaned: Arc::default(), store, owner: owner.into(), lease_s }
     }
 
     /// How long a worker trusts a lease: shorter than the database does, so that it has stopped by then.
@@ -52,7 +54,7 @@ impl LeaseKeeper {
     pub(super) fn hold(&self, lease: Lease, granted: Instant) -> HeldLease {
         let (sender, until) = watch::channel(Deadline::from_start(granted, self.trusted_for()));
         let revoked = CancellationToken::new();
-        self.lock().insert(lease, Holding { until: sender, revoked: revoked.clone() });
+        lock(&self.held).insert(lease, Holding { until: sender, revoked: revoked.clone() });
         HeldLease { lease, keeper: self.clone(), until, revoked }
     }
 
@@ -66,7 +68,7 @@ impl LeaseKeeper {
     }
 
     async fn renew(&self) {
-        let leases: Vec<Lease> = self.lock().keys().copied().collect();
+        let leases: Vec<Lease> = lock(&self.held).keys().copied().collect();
         if leases.is_empty() {
             return;
         }
@@ -84,7 +86,7 @@ impl LeaseKeeper {
     }
 
     fn apply(&self, asked: &[Lease], kept: &[Lease], until: Deadline) {
-        let held = self.lock();
+        let held = lock(&self.held);
         for lease in asked {
             let Some(holding) = held.get(lease) else { continue };
             if kept.contains(lease) {
@@ -95,8 +97,22 @@ impl LeaseKeeper {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Lease, Holding>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The database went away under a run that is given up for now: its lease is to be handed back once it answers, so
+    /// that the run need not wait for the lease to end, and an outage costs it no attempt.
+    pub(super) fn orphan(&self, lease: Lease) {
+        lock(&self.orphaned).insert(lease);
+    }
+
+    /// Hands back what was orphaned, as far as the database answers.
+    pub(super) async fn hand_back_orphans(&self) {
+        let orphans: Vec<Lease> = lock(&self.orphaned).iter().copied().collect();
+        for lease in orphans {
+            if let Err(error) = self.store.hand_back_lease(&lease).await {
+                debug!(%error, run_id = %lease.run_id, "the lease can't be handed back yet");
+                return;
+            }
+            lock(&self.orphaned).remove(&lease);
+        }
     }
 }
 
@@ -118,6 +134,10 @@ impl HeldLease {
 
 impl Drop for HeldLease {
     fn drop(&mut self) {
-        self.keeper.lock().remove(&self.lease);
+        lock(&self.keeper.held).remove(&self.lease);
     }
+}
+
+fn lock<T>(leases: &Mutex<T>) -> MutexGuard<'_, T> {
+    leases.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -156,6 +156,7 @@ impl Recipe {
             traceparent: incoming.traceparent,
             deferred_s: incoming.deferred_s,
         };
+        self.leases.hand_back_orphans().await;
         match self.store.admit(&self.rules, &applicant).await {
             Ok(Admission::Admitted(admitted)) => self.run(admitted, &scope, abort).await,
             Ok(admission) => turned_away(&admission),
@@ -184,7 +185,13 @@ impl Recipe {
                 telemetry::lease_lost();
                 Disposition::HandBack(HandBackReason::LeaseLost)
             }
-            Err(error) => store_away(&error),
+            Err(error) => {
+                // A defect would come again at once: it waits for the end of its lease, and costs an attempt.
+                if !error.is_defect() {
+                    self.leases.orphan(lease);
+                }
+                store_away(&error)
+            }
         }
     }
 

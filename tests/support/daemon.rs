@@ -47,9 +47,15 @@ pub struct Process {
 impl Process {
     /// Starts the real binary in a world, with some variables of its own.
     pub fn start(world: &World, name: &str, extra: &[(&str, &str)]) -> Self {
+        Self::start_under(world, name, extra, &[])
+    }
+
+    /// The same, with variables that are not the daemon's own.
+    pub fn start_under(world: &World, name: &str, extra: &[(&str, &str)], foreign: &[(&str, &str)]) -> Self {
         let mut variables: BTreeMap<String, String> = world.variables();
         variables.insert("INVENTORYD__TELEMETRY__LOG".to_owned(), "info".to_owned());
         variables.extend(extra.iter().map(|(key, value)| (format!("INVENTORYD__{key}"), (*value).to_owned())));
+        variables.extend(foreign.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
         let log = std::env::temp_dir().join(format!("{}{name}.log", world.prefix));
         let stderr = std::fs::File::create(&log).expect("a log can be written");
         let child = Command::new(env!("CARGO_BIN_EXE_inventoryd"))

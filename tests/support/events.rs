@@ -3,18 +3,31 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use std::time::Duration;
+
 use futures_util::StreamExt;
-use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::types::FieldTable;
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties};
 use serde_json::Value;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
 
 use super::eventually;
 
 /// Everything that arrived, in order, repeats included.
 pub struct Subscriber {
     received: Arc<Mutex<Vec<Value>>>,
-    _connection: Connection,
+    _connection: Option<Connection>,
+    lasting: Option<JoinHandle<()>>,
+}
+
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        if let Some(task) = &self.lasting {
+            task.abort();
+        }
+    }
 }
 
 impl Subscriber {
@@ -49,7 +62,24 @@ impl Subscriber {
                 log.lock().expect("no test holds the lock while it fails").push(event);
             }
         });
-        Self { received, _connection: connection }
+        Self { received, _connection: Some(connection), lasting: None }
+    }
+
+    /// Like [`Subscriber::new`], with a durable queue that outlives broker and connection; it tries the addresses in
+    /// turn, again and again.
+    pub async fn lasting(urls: &[&str], prefix: &str) -> Self {
+        let (received, bound) = (Arc::default(), Arc::new(tokio::sync::Notify::new()));
+        let (log, ready, prefix) = (Arc::clone(&received), Arc::clone(&bound), prefix.to_owned());
+        let urls: Vec<String> = urls.iter().map(|url| (*url).to_owned()).collect();
+        let task = tokio::spawn(async move {
+            for url in urls.iter().cycle() {
+                // Whatever ended it, the next try may do better.
+                let _ = receive(url, &prefix, &log, &ready).await;
+                sleep(Duration::from_millis(200)).await;
+            }
+        });
+        bound.notified().await;
+        Self { received, _connection: None, lasting: Some(task) }
     }
 
     /// Everything that arrived so far.
@@ -71,4 +101,33 @@ impl Subscriber {
         let id = run["id"].as_str().expect("a run has an id");
         eventually("the run's event arrives", || async { self.distinct().remove(id) }).await
     }
+}
+
+/// Receives from one node until something ends it.
+async fn receive(
+    url: &str,
+    prefix: &str,
+    log: &Mutex<Vec<Value>>,
+    ready: &tokio::sync::Notify,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let connect = Connection::connect(url, ConnectionProperties::default());
+    let connection = timeout(Duration::from_secs(5), connect).await??;
+    let channel = connection.create_channel().await?;
+    let queue = format!("{prefix}subscriber");
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    let declare = channel.queue_declare(queue.as_str().into(), QueueDeclareOptions::durable(), arguments);
+    timeout(Duration::from_secs(10), declare).await??;
+    let (exchange, nothing) = (format!("{prefix}inventory.events"), FieldTable::default());
+    let options = QueueBindOptions::default();
+    channel.queue_bind(queue.as_str().into(), exchange.into(), "run.completed.#".into(), options, nothing.clone()).await?;
+    let consume = channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), nothing);
+    let mut deliveries = timeout(Duration::from_secs(10), consume).await??;
+    ready.notify_one();
+    while let Some(delivery) = deliveries.next().await {
+        let delivery = delivery?;
+        log.lock().expect("no test holds the lock while it fails").push(serde_json::from_slice(&delivery.data)?);
+        delivery.ack(BasicAckOptions::default()).await?;
+    }
+    Ok(())
 }

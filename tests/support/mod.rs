@@ -4,6 +4,7 @@ pub mod daemon;
 pub mod events;
 pub mod holds;
 pub mod proxy;
+pub mod scheduler;
 pub mod servers;
 pub mod truths;
 pub mod world;

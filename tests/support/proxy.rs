@@ -13,7 +13,8 @@ pub struct Proxy {
     /// Where it listens.
     pub address: SocketAddr,
     cut: watch::Sender<u64>,
-    frozen: watch::Sender<bool>,
+    requests_frozen: watch::Sender<bool>,
+    replies_frozen: watch::Sender<bool>,
     refusing: Arc<AtomicBool>,
 }
 
@@ -22,10 +23,15 @@ impl Proxy {
     pub async fn before(target: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("it is bound");
-        let (cut, frozen, refusing) =
-            (watch::Sender::new(0), watch::Sender::new(false), Arc::new(AtomicBool::new(false)));
-        let proxy = Self { address, cut, frozen, refusing };
-        let (cuts, freezes, refusals) = (proxy.cut.subscribe(), proxy.frozen.subscribe(), Arc::clone(&proxy.refusing));
+        let proxy = Self {
+            address,
+            cut: watch::Sender::new(0),
+            requests_frozen: watch::Sender::new(false),
+            replies_frozen: watch::Sender::new(false),
+            refusing: Arc::default(),
+        };
+        let (cuts, refusals) = (proxy.cut.subscribe(), Arc::clone(&proxy.refusing));
+        let freezes = (proxy.requests_frozen.subscribe(), proxy.replies_frozen.subscribe());
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 if refusals.load(Ordering::Relaxed) {
@@ -49,18 +55,31 @@ impl Proxy {
 
     /// Passes nothing on while frozen, without closing anything.
     pub fn freeze(&self, yes: bool) {
-        self.frozen.send_replace(yes);
+        self.freeze_requests(yes);
+        self.freeze_replies(yes);
+    }
+
+    /// Passes nothing on to the server while frozen.
+    pub fn freeze_requests(&self, yes: bool) {
+        self.requests_frozen.send_replace(yes);
+    }
+
+    /// Passes nothing on to the client while frozen.
+    pub fn freeze_replies(&self, yes: bool) {
+        self.replies_frozen.send_replace(yes);
     }
 }
 
-async fn pass(client: TcpStream, target: SocketAddr, mut cut: watch::Receiver<u64>, frozen: watch::Receiver<bool>) {
+type Freezes = (watch::Receiver<bool>, watch::Receiver<bool>);
+
+async fn pass(client: TcpStream, target: SocketAddr, mut cut: watch::Receiver<u64>, (requests, replies): Freezes) {
     let Ok(server) = TcpStream::connect(target).await else { return };
     cut.mark_unchanged();
     let ((client_in, client_out), (server_in, server_out)) = (client.into_split(), server.into_split());
     tokio::select! {
         _ = cut.changed() => {}
-        () = copy(client_in, server_out, frozen.clone()) => {}
-        () = copy(server_in, client_out, frozen) => {}
+        () = copy(client_in, server_out, requests) => {}
+        () = copy(server_in, client_out, replies) => {}
     }
 }
 

@@ -56,3 +56,11 @@ pub async fn hold(world: &World, keys: &[String], events: &Subscriber) {
         (select from inventory_sync_runs r where r.tenant_id = i.tenant_id and r.id = i.last_seen_run_id)";
     assert_eq!(world.count(strangers).await, 0, "an item was last seen by a run of its own tenant");
 }
+
+/// What [`hold`] says, and that every run has succeeded.
+pub async fn hold_and_succeed(world: &World, keys: &[String], events: &Subscriber) {
+    hold(world, keys, events).await;
+    let others = world.rows("select * from inventory_sync_runs where status <> 'success'").await;
+    assert!(others.is_empty(), "{others:?}");
+    assert_eq!(world.count("select count(*) from inventory_sync_runs").await, i64::try_from(keys.len()).unwrap());
+}

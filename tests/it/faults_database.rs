@@ -1,0 +1,253 @@
+//! A database that dies, comes back, refuses to write or has no connection to spare.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use sqlx::Connection as _;
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::{sleep, timeout};
+use uuid::Uuid;
+
+use inventoryd::config::WhenFull;
+use inventoryd::domain::request::SyncRequest;
+use inventoryd::store::{Admission, AdmissionRules, Applicant, Store};
+
+use crate::sim::{Rule, SimConfig};
+use crate::support::daemon::Replica;
+use crate::support::events::Subscriber;
+use crate::support::scheduler::requests;
+use crate::support::servers::{self, Private, Server};
+use crate::support::world::World;
+use crate::support::{eventually, truths, within};
+
+fn slow(delay_ms: u64) -> Rule {
+    serde_json::from_value(json!({ "action": { "kind": "slow", "delay_ms": delay_ms } })).unwrap()
+}
+
+async fn world_on(database: &Server) -> World {
+    let rabbitmq = spawn_blocking(|| servers::rabbitmq().url.clone()).await.unwrap();
+    let world = World::on(SimConfig::default(), &database.url, &rabbitmq).await;
+    truths::keep_history(&world).await;
+    world
+}
+
+async fn ended_at_least(world: &World, count: i64) {
+    let ended = "select count(*) from inventory_sync_runs where finished_at is not null";
+    within(Duration::from_secs(90), "runs end", || async { (world.count(ended).await >= count).then_some(()) }).await;
+}
+
+async fn nothing_is_dead(world: &World) {
+    assert_eq!(world.depth("inventory.dead").await, 0, "an outage is nobody's fault: nothing is dead-lettered");
+}
+
+async fn no_worker_was_lost(world: &World) {
+    let lost = "select count(*) from inventory_sync_runs where attempt - interruptions <> 1";
+    assert_eq!(world.count(lost).await, 0, "an outage costs no attempt");
+}
+
+/// Two replicas at work on forty requests while the database goes away and comes back.
+async fn away_and_back(name: &'static str, verb: &'static str) {
+    let database = Private::start("postgres", name).await;
+    let world = world_on(&database).await;
+    world.sim.add_rule(slow(100));
+    let events = world.subscribe().await;
+    let _fleet = (Replica::start(&world).await, Replica::start(&world).await);
+    let (keys, requests) = requests(&world, "k", 40, &["mobileApp", "deviceShellScript"]).await;
+    for request in &requests {
+        world.publish(request).await;
+    }
+    ended_at_least(&world, 5).await;
+    database.act(move |server| server.command(verb)).await;
+    database.act(|server| server.start_again()).await;
+    ended_at_least(&world, 40).await;
+    truths::hold_and_succeed(&world, &keys, &events).await;
+    nothing_is_dead(&world).await;
+    no_worker_was_lost(&world).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_stopped_and_restarted_under_load() {
+    away_and_back("faults-stopped", "stop").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_killed_and_restarted_under_load() {
+    away_and_back("faults-pg-killed", "kill").await;
+}
+
+async fn read_only(database: &Server, yes: bool) {
+    let mut admin = sqlx::PgConnection::connect(&database.url).await.unwrap();
+    for statement in [
+        "set default_transaction_read_only = off",
+        if yes {
+            "alter system set default_transaction_read_only = on"
+        } else {
+            "alter system reset default_transaction_read_only"
+        },
+        "select pg_reload_conf()",
+    ] {
+        sqlx::raw_sql(statement).execute(&mut admin).await.unwrap();
+    }
+    eventually("new transactions see it", || async {
+        let mut other = sqlx::PgConnection::connect(&database.url).await.unwrap();
+        let shown: String =
+            sqlx::query_scalar("show default_transaction_read_only").fetch_one(&mut other).await.unwrap();
+        (shown == if yes { "on" } else { "off" }).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_turns_read_only_counts_as_away() {
+    let database = Private::start("postgres", "faults-read-only").await;
+    let world = world_on(&database).await;
+    world.sim.add_rule(slow(100));
+    let events = world.subscribe().await;
+    let replica = Replica::start(&world).await;
+    let (keys, requests) = requests(&world, "k", 30, &["mobileApp"]).await;
+    for request in &requests[..20] {
+        world.publish(request).await;
+    }
+    ended_at_least(&world, 5).await;
+    read_only(&database, true).await;
+    let health = replica.daemon().health();
+    within(Duration::from_secs(15), "consumption stops", || async { (!health.subscribed()).then_some(()) }).await;
+    assert_eq!(health.paused(), Some("store_away"));
+    for request in &requests[20..] {
+        world.publish(request).await;
+    }
+    read_only(&database, false).await;
+    ended_at_least(&world, 30).await;
+    truths::hold_and_succeed(&world, &keys, &events).await;
+    nothing_is_dead(&world).await;
+    no_worker_was_lost(&world).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_of_one_connection_serves_eight_runs_and_their_leases() {
+    let world = World::new().await;
+    truths::keep_history(&world).await;
+    world.execute(
+        "create table renewals (id uuid);
+         create function note_renewal() returns trigger language plpgsql as $$ begin
+           insert into renewals values (new.id); return null; end $$;
+         create trigger note_renewal after update of lease_expires_at on inventory_sync_runs for each row
+           when (new.attempt = old.attempt) execute function note_renewal();",
+    ).await;
+    world.sim.set_size(None, None, 60).unwrap();
+    world.sim.add_rule(slow(700));
+    let mut config = world.config();
+    config.database.max_connections = 1;
+    config.database.control_connections = 1;
+    config.consumer.prefetch = 8;
+    config.run.lease_s = 15;
+    config.run.batch_rows = 10;
+    let _replica = Replica::with(config).await;
+    let events = world.subscribe().await;
+    let types = ["mobileApp", "deviceShellScript", "deviceHealthScript", "deviceCompliancePolicy"];
+    let (keys, requests) = requests(&world, "k", 24, &types).await;
+    for request in &requests {
+        world.publish(request).await;
+    }
+    ended_at_least(&world, 24).await;
+    truths::hold_and_succeed(&world, &keys, &events).await;
+    assert_eq!(world.count("select count(*) from inventory_sync_runs where attempt > 1").await, 0, "no lease was lost");
+    assert!(world.count("select count(*) from renewals").await > 0, "leases were renewed beside the work");
+}
+
+fn rules() -> AdmissionRules {
+    AdmissionRules {
+        owner: "me".to_owned(),
+        lease_s: 600,
+        max_attempts: 5,
+        tenant_max_runs: 1_000_000,
+        fleet_max_runs: 0,
+        when_full: WhenFull::Skip,
+        defer_max_s: 0,
+    }
+}
+
+async fn admit(store: &Store, tenant: Uuid, key: &str) -> Admission {
+    let request = World::request_of(tenant, key, &["mobileApp"]);
+    let request = SyncRequest::parse(None, request.to_string().as_bytes()).unwrap();
+    // A hash of its own, so that no run stands in another's way.
+    let applicant = Applicant { request: &request, selection_hash: key, traceparent: None, deferred_s: 0 };
+    store.admit(&rules(), &applicant).await.expect("the database is there")
+}
+
+/// In sqlx 0.9.0 a `begin` that is cancelled half way leaves an open transaction on a connection that goes back to the
+/// pool. What is written on it next is lost, or holds its locks for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn cancelled_transactions_poison_no_connection() {
+    let world = World::new().await;
+    let mut config = world.config();
+    config.database.max_connections = 4;
+    let store = Store::connect(&config.database, "test").unwrap();
+    let tenants: Vec<Uuid> = (0..8).map(|_| Uuid::new_v4()).collect();
+    for tenant in &tenants {
+        world.register(*tenant, None).await;
+    }
+    let begun = Instant::now();
+    admit(&store, world.tenant, "measure").await;
+    let one = begun.elapsed().max(Duration::from_millis(1));
+    let mut storm = JoinSet::new();
+    for worker in 0..8 {
+        let (store, tenant) = (store.clone(), tenants[worker]);
+        storm.spawn(async move {
+            let mut done = Vec::new();
+            for number in 0..500 {
+                let key = format!("storm-{worker}-{number}");
+                let limit = one.mul_f64(1.5 * rand::random::<f64>());
+                if timeout(limit, admit(&store, tenant, &key)).await.is_ok() {
+                    done.push(key);
+                }
+            }
+            done
+        });
+    }
+    let mut done = Vec::new();
+    while let Some(more) = storm.join_next().await {
+        done.extend(more.unwrap());
+    }
+    let cancelled = 4_000 - done.len();
+    assert!(cancelled > 500, "enough was cancelled to prove something: {cancelled}");
+    for number in 0..200 {
+        let key = format!("after-{number}");
+        admit(&store, tenants[number % 8], &key).await;
+        done.push(key);
+    }
+    // Seen from another connection: whatever was reported as done has been committed.
+    let committed = world.rows("select idempotency_key from inventory_sync_runs").await;
+    let committed: std::collections::BTreeSet<&str> =
+        committed.iter().filter_map(|row| row["idempotency_key"].as_str()).collect();
+    let lost: Vec<&String> = done.iter().filter(|key| !committed.contains(key.as_str())).collect();
+    assert!(lost.is_empty(), "{} of {} writes are lost: {lost:?}", lost.len(), done.len());
+    let open = "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'inventoryd'
+                and xact_start is not null";
+    eventually("no transaction is left open", || async { (world.count(open).await == 0).then_some(()) }).await;
+    println!("{cancelled} of 4000 admissions cancelled, {} reported as done", done.len());
+    store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_flaps_is_followed() {
+    let database = Private::start("postgres", "faults-flaps").await;
+    let world = world_on(&database).await;
+    let events: Subscriber = world.subscribe().await;
+    let _replica = Replica::start(&world).await;
+    let (keys, requests) = requests(&world, "k", 40, &["mobileApp"]).await;
+    for (number, request) in requests.iter().enumerate() {
+        world.publish(request).await;
+        if number % 10 == 9 {
+            let end = "select count(pg_terminate_backend(pid)) from pg_stat_activity where application_name = 'inventoryd'";
+            for _ in 0..10 {
+                world.count(end).await;
+                sleep(Duration::from_millis(30)).await;
+            }
+        }
+    }
+    ended_at_least(&world, 40).await;
+    truths::hold_and_succeed(&world, &keys, &events).await;
+    nothing_is_dead(&world).await;
+    no_worker_was_lost(&world).await;
+}

@@ -1,0 +1,301 @@
+//! The wire cut or frozen at the worst moment, deliveries that come twice, and replicas that stop or tell another time.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+
+use crate::sim::Rule;
+use crate::support::daemon::{Process, Replica};
+use crate::support::holds::held;
+use crate::support::proxy::Proxy;
+use crate::support::scheduler::requests;
+use crate::support::servers;
+use crate::support::world::World;
+use crate::support::{eventually, truths, within};
+
+const ONE_TYPE: &[&str] = &["mobileApp"];
+
+fn rule(value: Value) -> Rule {
+    serde_json::from_value(value).unwrap()
+}
+
+fn slow(delay_ms: u64) -> Rule {
+    rule(json!({ "action": { "kind": "slow", "delay_ms": delay_ms } }))
+}
+
+async fn new_world() -> World {
+    let world = World::new().await;
+    truths::keep_history(&world).await;
+    world
+}
+
+async fn running(world: &World, key: &str) {
+    eventually("the run begins", || async {
+        world.runs(key).await.iter().any(|run| run["status"] == "running").then_some(())
+    })
+    .await;
+}
+
+async fn ended_at_least(world: &World, count: i64) {
+    let ended = "select count(*) from inventory_sync_runs where finished_at is not null";
+    within(Duration::from_secs(90), "runs end", || async { (world.count(ended).await >= count).then_some(()) }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn graphs_wire_cut_mid_page_at_random() {
+    let world = new_world().await;
+    world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 60).unwrap();
+    world.sim.add_rule(rule(json!({ "action": { "kind": "slow_body", "chunk_bytes": 2_048, "pause_ms": 5 } })));
+    let graph = Proxy::before(world.sim.address()).await;
+    let through = format!("https://{}", graph.address);
+    let mut config = world.config();
+    (config.graph.base_url, config.graph.authority) = (through.clone(), through);
+    config.graph.max_tries = 12;
+    let _replica = Replica::with(config).await;
+    let events = world.subscribe().await;
+    let (keys, requests) = requests(&world, "k", 40, ONE_TYPE).await;
+    for request in &requests {
+        world.publish(request).await;
+    }
+    let unfinished = "select count(*) from inventory_sync_runs where finished_at is not null";
+    let mut cuts = 0;
+    while world.count(unfinished).await < 40 && cuts < 60 {
+        sleep(Duration::from_millis(rand::random_range(20..250))).await;
+        graph.cut();
+        cuts += 1;
+    }
+    truths::hold_and_succeed(&world, &keys, &events).await;
+    let short = "select count(*) from inventory_sync_runs where items_observed_count <> 60";
+    assert_eq!(world.count(short).await, 0, "a list whose page was cut is read to its end, each object counted once");
+    assert_eq!(world.count("select count(*) from inventory_items").await, 40 * 60);
+    assert!(cuts > 5, "the wire was cut: {cuts}");
+}
+
+/// Holds the transaction that ends a run inside its commit.
+async fn hold_in_the_commit(world: &World) {
+    world
+        .execute(
+            "create sequence hold_once;
+             create function hold() returns trigger language plpgsql as $$ begin
+               if nextval('hold_once') = 1 then perform pg_sleep(2); end if; return null; end $$;
+             create constraint trigger hold after insert on outbox_events deferrable initially deferred
+               for each row execute function hold();",
+        )
+        .await;
+}
+
+/// Cuts a worker off its database inside the commit that ends its run; it never learns what became of it.
+async fn cut_mid_commit(lands: bool) {
+    let world = new_world().await;
+    hold_in_the_commit(&world).await;
+    let database = Proxy::before(world.database_address()).await;
+    let victim = Process::start(&world, "victim", &[("DATABASE__URL", &world.database_through(&database))]);
+    let events = world.subscribe().await;
+    world.publish(&world.request("run", ONE_TYPE)).await;
+    held(&world).await;
+    database.freeze(true);
+    if lands {
+        world.ended("run").await;
+    } else {
+        let end = "select count(pg_terminate_backend(pid)) from pg_stat_activity
+                    where datname = current_database() and wait_event = 'PgSleep'";
+        assert_eq!(world.count(end).await, 1);
+    }
+    database.freeze(false);
+    database.cut();
+    let _heir = Replica::start(&world).await;
+    truths::hold_and_succeed(&world, &["run".to_owned()], &events).await;
+    let run = &world.runs("run").await[0];
+    assert_eq!(run["attempt"], if lands { 1 } else { 2 }, "{run}");
+    assert_eq!(events.distinct().len(), 1);
+    eventually("its message is settled", || async {
+        (world.depth("inventory.sync.requests").await + world.depth("inventory.retry.5s").await == 0).then_some(())
+    })
+    .await;
+    assert_eq!(world.runs("run").await, std::slice::from_ref(run), "and changed nothing");
+    drop(victim);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cut_mid_commit_when_the_commit_lands() {
+    cut_mid_commit(true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cut_mid_commit_when_the_commit_is_lost() {
+    cut_mid_commit(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cut_between_publish_and_confirm() {
+    let world = new_world().await;
+    world.sim.add_rule(slow(500));
+    let broker = Proxy::before(world.amqp_address()).await;
+    let mut config = world.config();
+    config.broker.url = world.amqp_through(&broker).into();
+    let _replica = Replica::with(config).await;
+    let events = world.subscribe().await;
+    // The first event opens the publishing connection, so that the second only has to be sent.
+    let first = world.sync("first", ONE_TYPE).await;
+    events.event_of(&first).await;
+    world.publish(&world.request("second", ONE_TYPE)).await;
+    running(&world, "second").await;
+    broker.freeze_replies(true);
+    let second = world.ended("second").await;
+    events.event_of(&second).await;
+    assert_eq!(world.count("select count(*) from outbox_events where sent_at is null").await, 1, "nothing is confirmed");
+    broker.cut();
+    broker.freeze_replies(false);
+    truths::hold_and_succeed(&world, &["first".to_owned(), "second".to_owned()], &events).await;
+    let copies = events.received().into_iter().filter(|event| event["id"] == second["id"]).count();
+    assert!(copies >= 2, "unknown is published again, under the same id: {copies}");
+}
+
+/// Freezes one direction of a wire for longer than any answer is waited for, under load.
+async fn one_direction_freezes(world: &World, proxy: &Proxy, freeze: fn(&Proxy, bool)) {
+    let events = world.subscribe().await;
+    let (keys, requests) = requests(world, "k", 40, ONE_TYPE).await;
+    for (number, request) in requests.iter().enumerate() {
+        world.publish(request).await;
+        if number == 20 {
+            ended_at_least(world, 5).await;
+            freeze(proxy, true);
+        }
+    }
+    sleep(Duration::from_secs(12)).await;
+    freeze(proxy, false);
+    ended_at_least(world, 40).await;
+    truths::hold_and_succeed(world, &keys, &events).await;
+}
+
+async fn broker_freezes(freeze: fn(&Proxy, bool)) {
+    let world = new_world().await;
+    world.sim.add_rule(slow(200));
+    let proxy = Proxy::before(world.amqp_address()).await;
+    let mut config = world.config();
+    config.broker.url = world.amqp_through(&proxy).into();
+    config.consumer.prefetch = 4;
+    let _replica = Replica::with(config).await;
+    one_direction_freezes(&world, &proxy, freeze).await;
+}
+
+async fn database_freezes(freeze: fn(&Proxy, bool)) {
+    let world = new_world().await;
+    world.sim.add_rule(slow(200));
+    let proxy = Proxy::before(world.database_address()).await;
+    let mut config = world.config();
+    config.database.url = world.database_through(&proxy).into();
+    config.consumer.prefetch = 4;
+    let _replica = Replica::with(config).await;
+    one_direction_freezes(&world, &proxy, freeze).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_way_to_the_broker_freezes() {
+    broker_freezes(Proxy::freeze_requests).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_way_from_the_broker_freezes() {
+    broker_freezes(Proxy::freeze_replies).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_way_to_the_database_freezes() {
+    database_freezes(Proxy::freeze_requests).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_way_from_the_database_freezes() {
+    database_freezes(Proxy::freeze_replies).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delivery_that_comes_again_while_the_first_worker_works() {
+    let world = new_world().await;
+    world.sim.add_rule(slow(4_000));
+    let broker = Proxy::before(world.amqp_address()).await;
+    let mut config = world.config();
+    config.broker.url = world.amqp_through(&broker).into();
+    let _first = Replica::with(config).await;
+    let events = world.subscribe().await;
+    world.publish(&world.request("run", ONE_TYPE)).await;
+    running(&world, "run").await;
+    let _second = Replica::start(&world).await;
+    broker.refuse(true);
+    broker.cut();
+    eventually("the second has it, sees the first at work, and parks it", || async {
+        (world.depth("inventory.retry.5s").await == 1).then_some(())
+    })
+    .await;
+    assert_eq!(world.runs("run").await[0]["status"], "running");
+    broker.refuse(false);
+    truths::hold_and_succeed(&world, &["run".to_owned()], &events).await;
+    assert_eq!(world.runs("run").await[0]["attempt"], 1);
+    let asked = world.sim.requests().iter().filter(|request| request.path.ends_with("mobileApps")).count();
+    assert_eq!(asked, 1, "Graph was asked by the first alone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stopped_twice_under_load_while_others_go_on() {
+    let world = new_world().await;
+    world.sim.add_rule(slow(1_200));
+    let events = world.subscribe().await;
+    let (keys, requests) = requests(&world, "k", 40, ONE_TYPE).await;
+    let mut victim = Process::start(&world, "victim", &[]);
+    for request in &requests {
+        world.publish(request).await;
+    }
+    eventually("it has its hands full", || async {
+        let running = "select count(*) from inventory_sync_runs where status = 'running'";
+        (world.count(running).await >= 8).then_some(())
+    })
+    .await;
+    let _others = (Replica::start(&world).await, Replica::start(&world).await);
+    victim.signal("TERM");
+    victim.logs("draining").await;
+    victim.signal("TERM");
+    assert!(victim.ended(Duration::from_secs(8)).await.success(), "{}", victim.log());
+    truths::hold_and_succeed(&world, &keys, &events).await;
+    let lost = "select count(*) from inventory_sync_runs where attempt - interruptions <> 1";
+    assert_eq!(world.count(lost).await, 0, "a run that was handed back in order costs no attempt");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_whose_clock_is_ten_minutes_ahead() {
+    let Some(library) = spawn_blocking(servers::faketime).await.unwrap() else {
+        println!("SKIPPED: libfaketime is not there and could not be installed (Debian: apt-get install libfaketime)");
+        return;
+    };
+    let world = new_world().await;
+    world.sim.add_rule(slow(900));
+    world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 100).unwrap();
+    let events = world.subscribe().await;
+    let foreign = [("LD_PRELOAD", library.to_str().unwrap()), ("FAKETIME", "+10m"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")];
+    let lease = [("RUN__LEASE_S", "15"), ("CONSUMER__PREFETCH", "4")];
+    let ahead = Process::start_under(&world, "ahead", &lease, &foreign);
+    let _right = Process::start(&world, "right", &lease);
+    ahead.logs("subscribed").await;
+    let (keys, requests) = requests(&world, "k", 40, ONE_TYPE).await;
+    for request in &requests {
+        world.publish(request).await;
+    }
+    truths::hold_and_succeed(&world, &keys, &events).await;
+    let off = "select count(*) from inventory_sync_runs where attempt <> 1 or finished_at > clock_timestamp()
+                or started_at > clock_timestamp() or finished_at < started_at";
+    assert_eq!(world.count(off).await, 0, "no lease was taken away or held too long, and the record keeps one clock");
+    assert!(ahead.log().contains("run ended"), "it has worked too");
+    let now = time_of_log(&ahead.log());
+    let right = world.count("select extract(epoch from clock_timestamp())::bigint").await;
+    assert!((500..700).contains(&(now - right)), "its clock is ahead: {now} beside {right}");
+}
+
+/// The time of the last line of a log, in seconds since 1970.
+fn time_of_log(log: &str) -> i64 {
+    let line: Value = serde_json::from_str(log.lines().last().expect("it has logged")).expect("a line is JSON");
+    let text = line["timestamp"].as_str().expect("a line has a time");
+    let time = time::OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).unwrap();
+    time.unix_timestamp()
+}
