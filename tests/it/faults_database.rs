@@ -127,13 +127,15 @@ async fn a_database_that_turns_read_only_counts_as_away() {
 async fn a_pool_of_one_connection_serves_eight_runs_and_their_leases() {
     let world = World::new().await;
     truths::keep_history(&world).await;
-    world.execute(
-        "create table renewals (id uuid);
+    world
+        .execute(
+            "create table renewals (id uuid);
          create function note_renewal() returns trigger language plpgsql as $$ begin
            insert into renewals values (new.id); return null; end $$;
          create trigger note_renewal after update of lease_expires_at on inventory_sync_runs for each row
            when (new.attempt = old.attempt) execute function note_renewal();",
-    ).await;
+        )
+        .await;
     world.sim.set_size(None, None, 60).unwrap();
     world.sim.add_rule(slow(700));
     let mut config = world.config();
@@ -191,8 +193,8 @@ async fn cancelled_transactions_poison_no_connection() {
     admit(&store, world.tenant, "measure").await;
     let one = begun.elapsed().max(Duration::from_millis(1));
     let mut storm = JoinSet::new();
-    for worker in 0..8 {
-        let (store, tenant) = (store.clone(), tenants[worker]);
+    for (worker, tenant) in tenants.iter().copied().enumerate() {
+        let store = store.clone();
         storm.spawn(async move {
             let mut done = Vec::new();
             for number in 0..500 {
@@ -222,7 +224,8 @@ async fn cancelled_transactions_poison_no_connection() {
         committed.iter().filter_map(|row| row["idempotency_key"].as_str()).collect();
     let lost: Vec<&String> = done.iter().filter(|key| !committed.contains(key.as_str())).collect();
     assert!(lost.is_empty(), "{} of {} writes are lost: {lost:?}", lost.len(), done.len());
-    let open = "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'inventoryd'
+    let open =
+        "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'inventoryd'
                 and xact_start is not null";
     eventually("no transaction is left open", || async { (world.count(open).await == 0).then_some(()) }).await;
     println!("{cancelled} of 4000 admissions cancelled, {} reported as done", done.len());
@@ -239,7 +242,8 @@ async fn a_database_that_flaps_is_followed() {
     for (number, request) in requests.iter().enumerate() {
         world.publish(request).await;
         if number % 10 == 9 {
-            let end = "select count(pg_terminate_backend(pid)) from pg_stat_activity where application_name = 'inventoryd'";
+            let end =
+                "select count(pg_terminate_backend(pid)) from pg_stat_activity where application_name = 'inventoryd'";
             for _ in 0..10 {
                 world.count(end).await;
                 sleep(Duration::from_millis(30)).await;
