@@ -234,7 +234,7 @@ $$;
 comment on function inventory_missing is
     'What is missing of a selection, relative to its latest completed run. No completed run: no rows.';
 
-create view inventory_latest_runs as
+create view inventory_latest_runs with (security_invoker = true) as
     select distinct on (tenant_id, selection_hash)
            tenant_id, selection_hash, id as run_id, selection_payload, status, had_errors, error_codes,
            items_observed_count, items_upserted_count, items_created_count, items_changed_count, errors_count,
@@ -244,7 +244,7 @@ create view inventory_latest_runs as
      order by tenant_id, selection_hash, finished_at desc;
 comment on view inventory_latest_runs is 'The latest completed run of every tenant and selection.';
 
-create view inventory_items_current as
+create view inventory_items_current with (security_invoker = true) as
     select i.tenant_id, t.display_name as tenant_name, i.policy_type, i.external_id, i.display_name, i.category, i.platform,
            i.meta_jsonb, i.first_seen_at, i.last_changed_at, i.last_seen_at, i.last_seen_run_id
       from inventory_items i join tenants t using (tenant_id)

@@ -98,7 +98,9 @@ async fn a_delivery_that_outlasts_the_brokers_consumer_timeout() {
     let broker = Private::start("rabbitmq", "faults-timeout").await;
     let world = world_on(&broker.url).await;
     // Both are read when a channel opens, and the daemon opens its own after this.
-    broker.eval("application:set_env(rabbit, consumer_timeout, 3000), application:set_env(rabbit, channel_tick_interval, 500).");
+    broker.eval(
+        "application:set_env(rabbit, consumer_timeout, 3000), application:set_env(rabbit, channel_tick_interval, 500).",
+    );
     world.sim.add_rule(slow(Some("deviceAppManagement/mobileApps"), 9_000));
     let events = Subscriber::lasting(&[&broker.url], &world.prefix).await;
     let worker = Process::start(&world, "worker", &[]);

@@ -148,7 +148,11 @@ async fn cut_between_publish_and_confirm() {
     broker.freeze_replies(true);
     let second = world.ended("second").await;
     events.event_of(&second).await;
-    assert_eq!(world.count("select count(*) from outbox_events where sent_at is null").await, 1, "nothing is confirmed");
+    assert_eq!(
+        world.count("select count(*) from outbox_events where sent_at is null").await,
+        1,
+        "nothing is confirmed"
+    );
     broker.cut();
     broker.freeze_replies(false);
     truths::hold_and_succeed(&world, &["first".to_owned(), "second".to_owned()], &events).await;
@@ -278,7 +282,8 @@ async fn a_replica_whose_clock_is_ten_minutes_ahead() {
     world.sim.add_rule(slow(900));
     world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 100).unwrap();
     let events = world.subscribe().await;
-    let foreign = [("LD_PRELOAD", library.to_str().unwrap()), ("FAKETIME", "+10m"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")];
+    let foreign =
+        [("LD_PRELOAD", library.to_str().unwrap()), ("FAKETIME", "+10m"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")];
     let lease = [("RUN__LEASE_S", "15"), ("CONSUMER__PREFETCH", "4")];
     let ahead = Process::start_under(&world, "ahead", &lease, &foreign);
     let _right = Process::start(&world, "right", &lease);

@@ -120,7 +120,9 @@ async fn receive(
     timeout(Duration::from_secs(10), declare).await??;
     let (exchange, nothing) = (format!("{prefix}inventory.events"), FieldTable::default());
     let options = QueueBindOptions::default();
-    channel.queue_bind(queue.as_str().into(), exchange.into(), "run.completed.#".into(), options, nothing.clone()).await?;
+    channel
+        .queue_bind(queue.as_str().into(), exchange.into(), "run.completed.#".into(), options, nothing.clone())
+        .await?;
     let consume = channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), nothing);
     let mut deliveries = timeout(Duration::from_secs(10), consume).await??;
     ready.notify_one();
