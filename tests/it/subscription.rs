@@ -1,12 +1,11 @@
-//! A broker that dies, freezes, blocks, deletes and loses: each test with a RabbitMQ of its own to break.
+//! The subscription and the publisher beside a broker that freezes, blocks or brings nothing.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use inventoryd::broker::{Broker, Fate};
-use inventoryd::config::TopologyMode;
+use inventoryd::broker::Fate;
 use lapin::BasicProperties;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -15,11 +14,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::spawn_blocking;
 
 use super::broker::{Rig, event, next};
-use crate::sim::{Rule, SimConfig};
+use crate::sim::Rule;
 use crate::support::daemon::Replica;
-use crate::support::servers::{self, Server};
+use crate::support::eventually;
+use crate::support::servers::Server;
 use crate::support::world::World;
-use crate::support::{eventually, truths};
 
 /// A broker to break, gone when the test is over.
 struct Fragile(Server);
@@ -34,16 +33,6 @@ impl Fragile {
         spawn_blocking(move || server.command(verb)).await.unwrap();
     }
 
-    async fn start_again(&self) {
-        let server = self.0.clone();
-        spawn_blocking(move || server.start_again()).await.unwrap();
-    }
-
-    async fn eval(&self, erlang: &'static str) {
-        let server = self.0.clone();
-        spawn_blocking(move || server.eval(erlang)).await.unwrap();
-    }
-
     async fn memory_alarm(&self, on: bool) {
         let (server, mark) = (self.0.clone(), if on { "0" } else { "0.6" });
         spawn_blocking(move || server.ctl(&["set_vm_memory_high_watermark", mark])).await.unwrap();
@@ -56,54 +45,8 @@ impl Drop for Fragile {
     }
 }
 
-async fn world_on(fragile: &Fragile) -> World {
-    let postgres = spawn_blocking(|| servers::postgres().url.clone()).await.unwrap();
-    let world = World::on(SimConfig::default(), &postgres, &fragile.0.url).await;
-    truths::keep_history(&world).await;
-    world
-}
-
 fn slow(delay_ms: u64) -> Rule {
     serde_json::from_value(json!({ "action": { "kind": "slow", "delay_ms": delay_ms } })).unwrap()
-}
-
-async fn publish_many(world: &World, count: usize) -> Vec<String> {
-    let mut keys = Vec::new();
-    for number in 0..count {
-        let tenant = uuid::Uuid::new_v4();
-        world.register(tenant, None).await;
-        keys.push(format!("k{number}"));
-        world.publish(&World::request_of(tenant, &keys[number], &["mobileApp"])).await;
-    }
-    keys
-}
-
-async fn all_ended(world: &World, keys: &[String]) {
-    for key in keys {
-        assert_eq!(world.ended(key).await["status"], "success", "{key}");
-    }
-    eventually("every event is sent", || async {
-        (world.count("select count(*) from outbox_events where sent_at is null").await == 0).then_some(())
-    })
-    .await;
-    assert_eq!(world.count("select count(*) from inventory_sync_runs").await, i64::try_from(keys.len()).unwrap());
-    assert_eq!(world.count("select count(*) from run_history where status <> 'running'").await, keys.len() as i64);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_killed_broker_loses_nothing_that_it_had_confirmed() {
-    let fragile = Fragile::start("rabbitmq-killed").await;
-    let world = world_on(&fragile).await;
-    world.sim.add_rule(slow(700));
-    let keys = publish_many(&world, 12).await;
-    let replica = Replica::start(&world).await;
-    eventually("runs are at work", || async { (replica.daemon().health().in_hand() > 0).then_some(()) }).await;
-    fragile.command("kill").await;
-    eventually("the loss is noticed", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
-    assert!(replica.daemon().health().problem().is_some(), "an operator is told why");
-    fragile.start_again().await;
-    all_ended(&world, &keys).await;
-    replica.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -154,58 +97,6 @@ async fn a_memory_alarm_blocks_publishing_and_not_consuming() {
     let begun = Instant::now();
     publisher.close().await;
     assert!(begun.elapsed() < Duration::from_secs(4), "a blocked connection is cut, not waited for");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn runs_end_during_an_alarm_and_their_events_follow() {
-    let fragile = Fragile::start("rabbitmq-alarm-runs").await;
-    let world = world_on(&fragile).await;
-    let keys = publish_many(&world, 10).await;
-    world.sim.add_rule(slow(1_500));
-    let replica = Replica::start(&world).await;
-    eventually("runs are at work", || async { (replica.daemon().health().in_hand() > 0).then_some(()) }).await;
-    fragile.memory_alarm(true).await;
-    for key in &keys {
-        assert_eq!(world.ended(key).await["status"], "success", "consuming goes on");
-    }
-    fragile.memory_alarm(false).await;
-    all_ended(&world, &keys).await;
-    replica.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_outlives_the_brokers_patience_is_not_run_twice() {
-    let fragile = Fragile::start("rabbitmq-impatient").await;
-    fragile.eval("application:set_env(rabbit, channel_tick_interval, 500).").await;
-    fragile.eval("application:set_env(rabbit, consumer_timeout, 2000).").await;
-    let world = world_on(&fragile).await;
-    world.sim.add_rule(slow(8_000));
-    let keys = publish_many(&world, 1).await;
-    let replica = Replica::start(&world).await;
-    eventually("the run begins", || async { (replica.daemon().health().in_hand() > 0).then_some(()) }).await;
-    eventually("the broker takes its channel away", || async {
-        (!replica.daemon().health().subscribed()).then_some(())
-    })
-    .await;
-    all_ended(&world, &keys).await;
-    assert_eq!(world.runs(&keys[0]).await[0]["attempt"], 1, "the redelivery found it at work");
-    replica.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_deleted_queue_is_made_again_under_a_running_daemon() {
-    let world = World::new().await;
-    let replica = Replica::start(&world).await;
-    world.sync("before", &["mobileApp"]).await;
-    eventually("subscribed", || async { replica.daemon().health().subscribed().then_some(()) }).await;
-    world.delete_queue("inventory.sync.requests").await;
-    let mut only_look = world.config();
-    only_look.topology.mode = TopologyMode::Verify;
-    let looking = Broker::new(&only_look.broker, &only_look.topology, "test").unwrap();
-    eventually("the queue is there again", || async { looking.ensure_topology().await.ok() }).await;
-    eventually("subscribed again", || async { replica.daemon().health().subscribed().then_some(()) }).await;
-    world.sync("after", &["mobileApp"]).await;
-    replica.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
