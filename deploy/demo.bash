@@ -57,7 +57,10 @@ tour() {
   cli dead list
 
   head_line 'Left running'
-  say "  two replicas, the simulator, PostgreSQL, RabbitMQ. Look around:  deploy/dev status | logs | psql"
+  local servers=', PostgreSQL, RabbitMQ'
+  [[ -z $OWN_DATABASE ]] || servers=${servers/, PostgreSQL/}
+  [[ -z $OWN_AMQP ]] || servers=${servers/, RabbitMQ/}
+  say "  two replicas, the simulator$servers. Look around:  deploy/dev status | logs | psql"
   say "  Any command of inventoryd:  deploy/dev run runs list --tenant $CONTOSO"
   say '  Stop:  deploy/dev down      Stop and delete the data:  deploy/dev clean'
 }
