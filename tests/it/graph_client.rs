@@ -403,6 +403,8 @@ impl std::io::Write for Logs {
 
 #[tokio::test]
 async fn logs_hold_ids_but_no_secret_no_link_and_no_word_of_graph() {
+    // Without a listener of the whole process other tests could switch the log's call sites off for all.
+    let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry());
     let logs = Logs::default();
     let writer = logs.clone();
     let subscriber = tracing_subscriber::fmt()

@@ -207,13 +207,6 @@ impl World {
         declared.expect("the queue is there").message_count()
     }
 
-    /// Deletes a queue, with what is in it.
-    pub async fn delete_queue(&self, queue: &str) {
-        let name = format!("{}{queue}", self.prefix);
-        let options = lapin::options::QueueDeleteOptions::default();
-        self.channel.queue_delete(name.into(), options).await.expect("the broker answers");
-    }
-
     /// Takes one message out of a queue.
     pub async fn take(&self, queue: &str) -> Option<lapin::message::BasicGetMessage> {
         let name = format!("{}{queue}", self.prefix);
