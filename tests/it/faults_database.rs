@@ -131,13 +131,15 @@ async fn a_database_that_turns_read_only_counts_as_away() {
 async fn a_pool_of_one_connection_serves_eight_runs_and_their_leases() {
     let world = World::new().await;
     truths::keep_history(&world).await;
-    world.execute(
-        "create table renewals (id uuid);
+    world
+        .execute(
+            "create table renewals (id uuid);
          create function note_renewal() returns trigger language plpgsql as $$ begin
            insert into renewals values (new.id); return null; end $$;
          create trigger note_renewal after update of lease_expires_at on inventory_sync_runs for each row
            when (new.attempt = old.attempt) execute function note_renewal();",
-    ).await;
+        )
+        .await;
     world.sim.set_size(None, None, 60).unwrap();
     world.sim.add_rule(slow(700));
     let mut config = world.config();
@@ -199,7 +201,8 @@ async fn cancelled_transactions_poison_no_connection() {
     for tenant in &tenants {
         world.register(*tenant, None).await;
     }
-    let open = "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'inventoryd'
+    let open =
+        "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'inventoryd'
                 and state like 'idle in transaction%'";
     let mut done: Vec<String> = Vec::new();
     for round in 0..ROUNDS {
@@ -238,7 +241,8 @@ async fn a_database_that_flaps_is_followed() {
     for (number, request) in requests.iter().enumerate() {
         world.publish(request).await;
         if number % 10 == 9 {
-            let end = "select count(pg_terminate_backend(pid)) from pg_stat_activity where application_name = 'inventoryd'";
+            let end =
+                "select count(pg_terminate_backend(pid)) from pg_stat_activity where application_name = 'inventoryd'";
             for _ in 0..10 {
                 world.count(end).await;
                 sleep(Duration::from_millis(30)).await;
