@@ -12,7 +12,7 @@ use tracing::{debug, warn};
 use crate::config::seconds;
 use crate::domain::clock::Deadline;
 use crate::domain::run::Lease;
-use crate::store::Store;
+use crate::store::{Renewal, Store};
 use crate::telemetry;
 
 /// Keeps the leases of this process.
@@ -78,20 +78,20 @@ impl LeaseKeeper {
                 if renewal.least_left_s.is_finite() {
                     telemetry::lease_headroom(Duration::from_secs_f64(renewal.least_left_s.max(0.0)));
                 }
-                self.apply(&leases, &renewal.kept, Deadline::from_start(asked, self.trusted_for()));
+                self.apply(&leases, &renewal, Deadline::from_start(asked, self.trusted_for()));
             }
             // Nothing is known: each worker stops itself at its own deadline.
             Err(error) => warn!(%error, leases = leases.len(), "leases could not be renewed"),
         }
     }
 
-    fn apply(&self, asked: &[Lease], kept: &[Lease], until: Deadline) {
+    fn apply(&self, asked: &[Lease], renewal: &Renewal, until: Deadline) {
         let held = lock(&self.held);
         for lease in asked {
             let Some(holding) = held.get(lease) else { continue };
-            if kept.contains(lease) {
+            if renewal.kept.contains(lease) {
                 holding.until.send_replace(until);
-            } else {
+            } else if !renewal.busy.contains(lease) {
                 holding.revoked.cancel();
             }
         }

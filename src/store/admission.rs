@@ -172,21 +172,22 @@ impl Case<'_> {
     async fn over_limit(&self, db: &mut PgConnection, tenant: &TenantRow) -> Result<Option<ErrorCode>, StoreError> {
         let tenant_id = self.applicant.request.tenant_id;
         let same_selection = sqlx::query!(
-            r#"select id, lease_expires_at > clock_timestamp() as "lease_alive!" from inventory_sync_runs
-                where tenant_id = $1 and selection_hash = $2 and status = 'running' for update"#,
+            r#"select id, lease_expires_at > clock_timestamp() or lease_owner is null as "expected!"
+                 from inventory_sync_runs where tenant_id = $1 and selection_hash = $2 and status = 'running' for update"#,
             tenant_id,
             self.applicant.selection_hash
         )
         .fetch_optional(&mut *db)
         .await?;
         match same_selection {
-            Some(run) if run.lease_alive => return Ok(Some(ErrorCode::LockContended)),
+            // One that was handed back in order has its message in the queue, and will be taken over.
+            Some(run) if run.expected => return Ok(Some(ErrorCode::LockContended)),
             Some(run) => runs::end_lost(db, self.deployment, tenant_id, run.id).await?,
             None => {}
         }
+        // A run whose worker is gone keeps its place: it may be taken over at any moment, and is not asked again then.
         let running = sqlx::query_scalar!(
-            r#"select count(*) as "count!" from inventory_sync_runs
-                where tenant_id = $1 and status = 'running' and lease_expires_at > clock_timestamp()"#,
+            r#"select count(*) as "count!" from inventory_sync_runs where tenant_id = $1 and status = 'running'"#,
             tenant_id
         )
         .fetch_one(&mut *db)
@@ -272,12 +273,10 @@ async fn fleet_is_full(db: &mut PgConnection, max_runs: u32) -> Result<bool, Sto
         return Ok(false);
     }
     sqlx::query!("select only_row from inventory_fleet for update").fetch_one(&mut *db).await?;
-    let running = sqlx::query_scalar!(
-        r#"select count(*) as "count!" from inventory_sync_runs
-            where status = 'running' and lease_expires_at > clock_timestamp()"#
-    )
-    .fetch_one(db)
-    .await?;
+    let running =
+        sqlx::query_scalar!(r#"select count(*) as "count!" from inventory_sync_runs where status = 'running'"#)
+            .fetch_one(db)
+            .await?;
     Ok(running >= i64::from(max_runs))
 }
 

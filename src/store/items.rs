@@ -20,7 +20,8 @@ impl Store {
     /// Writes a batch of objects of one policy type as observed by a run.
     ///
     /// One statement checks the lease, removes repeated ids, writes and counts. Its `order by` makes two batches take
-    /// their row locks in the same order, so that they can't deadlock.
+    /// their row locks in the same order, so that they can't deadlock. A batch that waited behind a later one does not set
+    /// back when an item was last seen.
     ///
     /// # Errors
     /// [`StoreError::LeaseLost`] if the run is no longer this worker's: then nothing was written.
@@ -47,8 +48,10 @@ impl Store {
                                  order by id) u
                  on conflict (tenant_id, policy_type, external_id) do update set
                    display_name = excluded.display_name, category = excluded.category, platform = excluded.platform,
-                   meta_jsonb = excluded.meta_jsonb, last_seen_at = excluded.last_seen_at,
-                   last_seen_run_id = excluded.last_seen_run_id,
+                   meta_jsonb = excluded.meta_jsonb,
+                   last_seen_at = greatest(i.last_seen_at, excluded.last_seen_at),
+                   last_seen_run_id = case when excluded.last_seen_at >= i.last_seen_at
+                     then excluded.last_seen_run_id else i.last_seen_run_id end,
                    last_changed_at = case when (i.display_name, i.category, i.platform, i.meta_jsonb)
                        is distinct from (excluded.display_name, excluded.category, excluded.platform, excluded.meta_jsonb)
                      then excluded.last_changed_at else i.last_changed_at end

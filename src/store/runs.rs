@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 use sqlx::PgConnection;
+use tracing::warn;
 use uuid::Uuid;
 
 use super::{Store, StoreError};
@@ -83,7 +84,11 @@ impl Store {
         .await?;
         let mut ended = 0;
         for run in abandoned {
-            ended += u64::from(self.end_if_still_abandoned(run.tenant_id, run.id, abandoned_after_s).await?);
+            match self.end_if_still_abandoned(run.tenant_id, run.id, abandoned_after_s).await {
+                Ok(still) => ended += u64::from(still),
+                // One that can't be ended must not keep the others from it.
+                Err(error) => warn!(%error, run_id = %run.id, "an abandoned run could not be ended"),
+            }
         }
         if ended > 0 {
             self.event_committed.notify_one();

@@ -66,13 +66,12 @@ impl Design {
         let locks = self.same_selection && self.keeps(Guard::SelectionLock);
         for other in (0..self.requests as u8).filter(|other| locks && *other != request) {
             let Some(run) = state.run(other).copied().filter(Run::running) else { continue };
-            if run.alive() || run.handed_back && self.mends(Promise::HandedBackRunGoesOn) {
+            if run.alive() || run.handed_back {
                 return true;
             }
             self.end_lost(state, other, Status::Displaced);
         }
-        let counts = |run: &Run| run.alive() || run.running() && self.mends(Promise::LimitHolds);
-        let count = state.requests.iter().filter_map(|other| other.run).filter(counts).count();
+        let count = state.requests.iter().filter_map(|other| other.run).filter(Run::running).count();
         count >= usize::from(self.tenant_limit)
     }
 

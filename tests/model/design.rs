@@ -17,10 +17,8 @@ pub struct Design {
     pub tenant_limit: u8,
     /// The guard that is left out.
     pub without: Option<Guard>,
-    /// A promise that is asked for on top of the others ...
+    /// A promise that is asked for on top of the others.
     pub also: Option<Promise>,
-    /// ... and whether the design is mended so that it keeps it.
-    pub mended: bool,
 }
 
 /// How long things last, in ticks. What counts is which is longer: a finer clock only tells more moments apart.
@@ -46,14 +44,14 @@ impl Clock {
 /// Workers that a run may lose (`run.max_attempts`).
 pub const MAX_ATTEMPTS: u8 = 2;
 
-/// A promise that the design as it is does not keep, with what would mend it.
+/// A promise that is asked for on top of what must always hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Promise {
-    /// Mended by counting every running run, whether its lease is alive or not.
+    /// No more runs are at work than the limit allows: every running run counts, whether its lease is alive or not.
     LimitHolds,
-    /// Mended by treating a run that was handed back as one that is at work, until it is taken over or abandoned.
+    /// A run that was handed back in order counts as one that is at work, until it is taken over or abandoned.
     HandedBackRunGoesOn,
-    /// Mended by nothing short of asking the queue.
+    /// Not kept, and not to be kept short of asking the queue.
     WaitingRunGoesOn,
 }
 
@@ -147,13 +145,5 @@ impl Design {
 
     pub fn promising(self, promise: Promise) -> Self {
         Self { also: Some(promise), ..self }
-    }
-
-    pub fn mended(self) -> Self {
-        Self { mended: true, ..self }
-    }
-
-    pub fn mends(&self, promise: Promise) -> bool {
-        self.mended && self.also == Some(promise)
     }
 }

@@ -39,7 +39,6 @@ const ONE_REQUEST: Design = Design {
     tenant_limit: 2,
     without: None,
     also: None,
-    mended: false,
 };
 
 /// Two requests of one selection. Of their events nothing is to be learnt that one request does not show, and a coarse
@@ -103,15 +102,4 @@ fn two_relays() {
     let design = Design { workers: 1, relays: 2, faults: 3, ..ONE_REQUEST };
     holds("one worker, two relays, three faults", design);
     ends_well("one worker, two relays, two faults", Design { faults: 2, ..design }, SIGHTS);
-}
-
-/// Too long for every day: `cargo test --test model -- --ignored --nocapture`.
-#[test]
-#[ignore = "takes minutes"]
-fn more_faults() {
-    holds("one request, two workers, three faults", Design { faults: 3, ..ONE_REQUEST });
-    holds("one request, three workers, two faults", Design { workers: 3, ..ONE_REQUEST });
-    ends_well("one request, two workers, three faults", Design { faults: 3, ..ONE_REQUEST }, SIGHTS);
-    ends_well("two requests, two workers, one fault", TWO_REQUESTS, SIGHTS_OF_TWO);
-    ends_well("two requests with a relay", Design { workers: 1, relays: 1, ..TWO_REQUESTS }, SIGHTS_OF_TWO);
 }
