@@ -9,7 +9,7 @@ use inventoryd::config::Config;
 use inventoryd::daemon::Daemon;
 
 use super::world::World;
-use super::{PATIENCE, within};
+use super::{PATIENCE, binary, within};
 
 /// A replica in this process.
 pub struct Replica(Option<Daemon>);
@@ -58,7 +58,7 @@ impl Process {
         variables.extend(foreign.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
         let log = std::env::temp_dir().join(format!("{}{name}.log", world.prefix));
         let stderr = std::fs::File::create(&log).expect("a log can be written");
-        let child = Command::new(env!("CARGO_BIN_EXE_inventoryd"))
+        let child = Command::new(binary())
             .arg("serve")
             .env_clear()
             .envs(variables)
@@ -80,9 +80,9 @@ impl Process {
     pub async fn ended(&mut self, patience: Duration) -> ExitStatus {
         let Self { child, log } = self;
         let log = log.clone();
-        let child = std::cell::RefCell::new(child);
+        let child = std::sync::Mutex::new(child);
         within(patience, &format!("the process ends (log: {})", log.display()), || async {
-            child.borrow_mut().try_wait().expect("it is our child")
+            child.lock().expect("nobody fails with it").try_wait().expect("it is our child")
         })
         .await
     }

@@ -10,10 +10,19 @@ pub mod truths;
 pub mod world;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How long a test waits for what must come to pass.
 pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The binary under test. Cargo names it to integration tests; an example finds it in the folder above its own.
+pub fn binary() -> PathBuf {
+    option_env!("CARGO_BIN_EXE_inventoryd").map_or_else(
+        || std::env::current_exe().expect("it has a path").ancestors().nth(2).expect("a folder").join("inventoryd"),
+        PathBuf::from,
+    )
+}
 
 /// Asks again and again until there is an answer, or fails with `what` after [`PATIENCE`].
 pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, ask: impl FnMut() -> F) -> T {

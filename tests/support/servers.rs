@@ -124,7 +124,7 @@ fn instance(arguments: &[&str], fast: bool) -> String {
 }
 
 fn target() -> PathBuf {
-    Path::new(env!("CARGO_BIN_EXE_inventoryd")).ancestors().nth(2).expect("binaries lie in target/<profile>").to_owned()
+    super::binary().ancestors().nth(2).expect("binaries lie in target/<profile>").to_owned()
 }
 
 fn path(folder: &Path) -> &str {

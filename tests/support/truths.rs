@@ -6,6 +6,14 @@ use super::events::Subscriber;
 use super::eventually;
 use super::world::World;
 
+/// How many pairs of runs of one selection were running at the same time.
+pub const OVERLAPS: &str = "select count(*) from
+     (select selection_hash, tenant_id, id, min(at) filter (where status = 'running') as began, max(at) filter (where status <> 'running') as ended
+        from run_history group by 1, 2, 3) a
+     join (select selection_hash, tenant_id, id, min(at) filter (where status = 'running') as began, max(at) filter (where status <> 'running') as ended
+        from run_history group by 1, 2, 3) b using (tenant_id, selection_hash)
+     where a.id < b.id and a.began < b.ended and b.began < a.ended";
+
 /// Records every change of a run's state, so that overlaps show even when they are over.
 pub async fn keep_history(world: &World) {
     world.execute(
@@ -45,13 +53,7 @@ pub async fn hold(world: &World, keys: &[String], events: &Subscriber) {
         (events.distinct().into_keys().collect::<BTreeSet<_>>() == ids).then_some(())
     })
     .await;
-    let overlaps = "select count(*) from
-        (select selection_hash, tenant_id, id, min(at) filter (where status = 'running') as began, max(at) filter (where status <> 'running') as ended
-           from run_history group by 1, 2, 3) a
-        join (select selection_hash, tenant_id, id, min(at) filter (where status = 'running') as began, max(at) filter (where status <> 'running') as ended
-           from run_history group by 1, 2, 3) b using (tenant_id, selection_hash)
-        where a.id < b.id and a.began < b.ended and b.began < a.ended";
-    assert_eq!(world.count(overlaps).await, 0, "two runs of one selection overlapped");
+    assert_eq!(world.count(OVERLAPS).await, 0, "two runs of one selection overlapped");
     let strangers = "select count(*) from inventory_items i where not exists
         (select from inventory_sync_runs r where r.tenant_id = i.tenant_id and r.id = i.last_seen_run_id)";
     assert_eq!(world.count(strangers).await, 0, "an item was last seen by a run of its own tenant");

@@ -1,0 +1,131 @@
+//! Requests of many tenants: most are new, some come twice, some can't be run.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use lapin::options::QueueDeclareOptions;
+use lapin::types::FieldTable;
+use lapin::{Connection, ConnectionProperties};
+use rand::random_range;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use crate::support::scheduler::Scheduler;
+use crate::support::world::World;
+
+/// Policy types whose lists have twelve objects each.
+pub const TYPES: [&str; 3] = ["mobileApp", "deviceShellScript", "deviceHealthScript"];
+const TENANTS: usize = 150;
+const PER_SECOND: f64 = 8.0;
+
+/// What has been published, by what has to become of it.
+#[derive(Default)]
+pub struct Published {
+    /// All messages, repeats included.
+    pub messages: usize,
+    /// Keys that must make one run each.
+    pub accepted: BTreeSet<String>,
+    /// Keys that were used for two selections: one of the two makes the run, the other is a dead letter.
+    pub conflicts: BTreeSet<String>,
+    /// Bodies that must be dead letters.
+    pub bad: BTreeSet<String>,
+    /// Messages that were repeats.
+    pub repeats: usize,
+}
+
+/// A scheduler with too much to do.
+pub struct Load {
+    scheduler: Scheduler,
+    tenants: Vec<Uuid>,
+    recent: Vec<Value>,
+    published: Published,
+}
+
+impl Load {
+    /// Registers the tenants: some may have one run at a time, one is disabled.
+    pub async fn prepare(world: &World, url: &str) -> Self {
+        let mut tenants = vec![world.tenant];
+        for number in 1..TENANTS {
+            let tenant = Uuid::new_v4();
+            world.register(tenant, (number % 5 == 0).then_some(1)).await;
+            tenants.push(tenant);
+        }
+        world.execute(&format!("update tenants set enabled = false where tenant_id = '{}'", tenants[1])).await;
+        let scheduler = Scheduler::on(&[url], &world.prefix);
+        Self { scheduler, tenants, recent: Vec::new(), published: Published::default() }
+    }
+
+    /// Publishes until it is told to stop.
+    pub async fn publish(mut self, stop: watch::Receiver<bool>, progress: watch::Sender<usize>) -> Published {
+        while !*stop.borrow() {
+            let body = self.next_body();
+            self.scheduler.publish_bytes(body.as_bytes()).await;
+            self.published.messages += 1;
+            progress.send_replace(self.published.messages);
+            sleep(Duration::from_secs_f64(2.0 * rand::random::<f64>() / PER_SECOND)).await;
+        }
+        self.published
+    }
+
+    fn next_body(&mut self) -> String {
+        let number = self.published.messages;
+        match random_range(0..100) {
+            0..3 => self.bad(format!("{{ \"number\": {number}, nope")),
+            3..5 => {
+                let mut request = self.request(number);
+                request["selection"]["policy_types"] = json!("mobileApp");
+                self.bad(request.to_string())
+            }
+            5..7 => self.bad(World::request_of(Uuid::new_v4(), &format!("unknown-{number}"), &TYPES).to_string()),
+            7..9 if !self.recent.is_empty() => {
+                let mut request = self.repeat();
+                let key = request["idempotency_key"].as_str().expect("it has a key").to_owned();
+                request["selection"]["policy_types"] = json!(["deviceConfiguration"]);
+                self.published.conflicts.insert(key);
+                request.to_string()
+            }
+            9..20 if !self.recent.is_empty() => {
+                self.published.repeats += 1;
+                self.repeat().to_string()
+            }
+            _ => {
+                let request = self.request(number);
+                self.published.accepted.insert(format!("k{number}"));
+                self.recent.push(request.clone());
+                if self.recent.len() > 200 {
+                    self.recent.remove(0);
+                }
+                request.to_string()
+            }
+        }
+    }
+
+    fn bad(&mut self, body: String) -> String {
+        self.published.bad.insert(body.clone());
+        body
+    }
+
+    fn request(&self, number: usize) -> Value {
+        let tenant = self.tenants[random_range(0..self.tenants.len())];
+        let types: Vec<&str> = TYPES.into_iter().filter(|_| rand::random()).collect();
+        World::request_of(tenant, &format!("k{number}"), if types.is_empty() { &TYPES } else { &types })
+    }
+
+    fn repeat(&self) -> Value {
+        self.recent[random_range(0..self.recent.len())].clone()
+    }
+}
+
+/// Messages in one of the daemon's queues; a new connection each time, because the broker is killed now and then.
+pub async fn depth(world: &World, queue: &str) -> u32 {
+    let ask = async {
+        let connection = Connection::connect(&world.amqp_url, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        let name = format!("{}inventory.{queue}", world.prefix);
+        let options = QueueDeclareOptions { passive: true, ..Default::default() };
+        Ok::<_, lapin::Error>(channel.queue_declare(name.into(), options, FieldTable::default()).await?.message_count())
+    };
+    ask.await.unwrap_or(u32::MAX / 8)
+}
