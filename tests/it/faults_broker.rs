@@ -183,9 +183,9 @@ async fn a_queue_deleted_under_its_consumers_is_made_again() {
 }
 
 /// Puts another queue in the place of the requests queue, with one request in it, and starts a replica before it.
-async fn drifted(arguments: &[(&str, AMQPValue)]) -> (World, Replica, String) {
-    let world = World::new().await;
-    truths::keep_history(&world).await;
+async fn drifted(name: &'static str, arguments: &[(&str, AMQPValue)]) -> (Private, World, Replica, String) {
+    let broker = Private::start("rabbitmq", name).await;
+    let world = world_on(&broker.url).await;
     delete_requests_queue(&world).await;
     let (_connection, channel) = channel(&world).await;
     let mut table = FieldTable::default();
@@ -203,7 +203,7 @@ async fn drifted(arguments: &[(&str, AMQPValue)]) -> (World, Replica, String) {
     let problem = eventually("the drift is reported", || async { health.problem() }).await;
     assert!(!health.subscribed(), "a replica that can't consume is not ready");
     assert_eq!(world.depth("inventory.sync.requests").await, 1, "nothing was taken and nothing deleted");
-    (world, replica, problem)
+    (broker, world, replica, problem)
 }
 
 /// Makes the queue right, as an operator would, and has the replica find it so.
@@ -219,11 +219,14 @@ async fn put_right(world: &World, replica: Replica) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_queue_with_other_arguments_is_reported_and_left_alone() {
     let text = |value: &str| AMQPValue::LongString(value.into());
-    let (world, replica, problem) = drifted(&[
-        ("x-queue-type", text("quorum")),
-        ("x-delivery-limit", AMQPValue::LongLongInt(7)),
-        ("x-overflow", text("reject-publish")),
-    ])
+    let (_broker, world, replica, problem) = drifted(
+        "faults-drift",
+        &[
+            ("x-queue-type", text("quorum")),
+            ("x-delivery-limit", AMQPValue::LongLongInt(7)),
+            ("x-overflow", text("reject-publish")),
+        ],
+    )
     .await;
     for line in [
         "x-delivery-limit is 7 on the broker, the configuration wants 20",
@@ -237,7 +240,7 @@ async fn a_queue_with_other_arguments_is_reported_and_left_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_classic_requests_queue_is_refused() {
-    let (world, replica, problem) = drifted(&[]).await;
+    let (_broker, world, replica, problem) = drifted("faults-classic", &[]).await;
     // The broker says `none`: nobody had asked for a type, and classic is what it made.
     assert!(problem.contains("x-queue-type is none on the broker, the configuration wants quorum"), "{problem}");
     put_right(&world, replica).await;
