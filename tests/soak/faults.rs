@@ -158,7 +158,7 @@ impl Faults {
 
     /// What the broker holds and the replicas have logged last, for whoever looks for the cause of a broken invariant.
     pub async fn explain(&self) {
-        let columns = ["list_queues", "name", "messages_ready", "messages_unacknowledged", "messages_dlx"];
+        let columns = ["list_queues", "name", "messages_ready", "messages_unacknowledged"];
         println!("{}", self.rabbitmq.act(move |server| server.ctl(&columns)).await);
         for member in self.fleet.members() {
             member.explain();

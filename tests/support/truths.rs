@@ -17,11 +17,13 @@ pub const OVERLAPS: &str = "select count(*) from
 /// Records every change of a run's state, so that overlaps show even when they are over.
 pub async fn keep_history(world: &World) {
     world.execute(
-        "create table run_history (tenant_id uuid, id uuid, selection_hash text, status text, attempt int, at timestamptz default clock_timestamp());
+        "create table run_history (tenant_id uuid, id uuid, selection_hash text, status text, attempt int, at timestamptz default clock_timestamp(),
+           writer bigint default txid_current());
          create function note_history() returns trigger language plpgsql as $$ begin
            insert into run_history values (new.tenant_id, new.id, new.selection_hash, new.status, new.attempt);
            if tg_op = 'UPDATE' and old.status <> 'running' and (old.status, old.finished_at, old.attempt, old.error_codes, old.items_observed_count)
-                is distinct from (new.status, new.finished_at, new.attempt, new.error_codes, new.items_observed_count) then
+                is distinct from (new.status, new.finished_at, new.attempt, new.error_codes, new.items_observed_count)
+              and exists (select from run_history h where h.id = old.id and h.status <> 'running' and h.writer <> txid_current()) then
              raise exception 'terminal run % changed', old.id; end if;
            return null; end $$;
          create trigger note_history after insert or update on inventory_sync_runs for each row execute function note_history();",
