@@ -313,11 +313,61 @@ mod tests {
         assert_eq!(SyncRequest::parse(None, b"[1]").unwrap_err().reason, DeadReason::InvalidRequest);
     }
 
+    /// What is read means the same when it is published again; what is not read says why, at bearable length.
+    fn answered_in_order(parsed: Result<SyncRequest, Rejection>) -> Result<(), TestCaseError> {
+        match parsed {
+            Ok(request) => {
+                let again = serde_json::to_vec(&request).unwrap();
+                prop_assert_eq!(SyncRequest::parse(None, &again), Ok(request));
+            }
+            Err(rejection) => prop_assert!((1..2_000).contains(&rejection.detail.len()), "{}", rejection.detail),
+        }
+        Ok(())
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_answered_without_a_panic(body in prop::collection::vec(any::<u8>(), 0..512)) {
             let _ = SyncRequest::parse(Some(CLOUDEVENTS_CONTENT_TYPE), &body);
             let _ = SyncRequest::parse(None, &body);
+        }
+
+        #[test]
+        fn a_damaged_request_is_read_as_it_stands_or_answered_with_a_reason(
+            damage in prop::collection::vec((any::<prop::sample::Index>(), prop_oneof![any::<u8>(), Just(b'"'), Just(b'{'), Just(b']')]), 0..6),
+            wrapped in any::<bool>(), end in any::<prop::sample::Index>(), cut in any::<bool>(),
+        ) {
+            let message = if wrapped { json!({ "specversion": "1.0", "id": "1", "data": good() }) } else { good() };
+            let mut body = message.to_string().into_bytes();
+            for (at, byte) in damage {
+                let at = at.index(body.len());
+                body[at] = byte;
+            }
+            if cut {
+                body.truncate(end.index(body.len()));
+            }
+            answered_in_order(SyncRequest::parse(wrapped.then_some(CLOUDEVENTS_CONTENT_TYPE), &body))?;
+        }
+
+        #[test]
+        fn any_value_in_any_place_is_read_or_answered_with_a_reason(
+            place in prop::sample::select(&["/schema_version", "/tenant_id", "/idempotency_key", "/selection", "/selection/policy_types",
+                "/selection/categories", "/selection/include_foundations", "/correlation_id", "/requested_by"]),
+            text in any::<String>(), number in any::<f64>(), kind in 0..7,
+        ) {
+            let value = match kind {
+                0 => json!(text),
+                1 => json!(number),
+                2 => json!([text, number]),
+                3 => json!({ text: number }),
+                4 => json!([[text]]),
+                5 => json!(true),
+                _ => Value::Null,
+            };
+            let mut message = good();
+            let (parent, key) = place.rsplit_once('/').unwrap();
+            message.pointer_mut(parent).unwrap().as_object_mut().unwrap().insert(key.to_owned(), value);
+            answered_in_order(parse(&message))?;
         }
 
         #[test]

@@ -109,7 +109,13 @@ impl<'de> Visitor<'de> for FindId<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::domain::catalog::Catalog;
+    use crate::domain::item::RawObject;
 
     fn ids(body: &str) -> Vec<Option<String>> {
         collection(body.as_bytes(), "id").unwrap().objects.into_iter().map(|(_, id)| id).collect()
@@ -156,5 +162,36 @@ mod tests {
         assert_eq!(singleton(br#"{"a":1}"#, "id").unwrap().objects[0].1, None);
         assert_eq!(singleton(b"[]", "id").unwrap_err(), Unreadable::NotAPage);
         assert_eq!(singleton(b"", "id").unwrap_err(), Unreadable::Cut);
+    }
+    static CATALOG: LazyLock<Catalog> = LazyLock::new(Catalog::built_in);
+    const PAGE: &str = r##"{"@odata.context":"c","@odata.count":2,"@odata.nextLink":"https://h/beta/x?$skip=2","value":[
+        {"@odata.type":"#microsoft.graph.win32LobApp","id":"a\u00e4","displayName":"One","roleScopeTagIds":["0"],"size":1.5e3},
+        {"id":7,"displayName":null,"nested":{"id":"no","list":[1,[2,{"x":null}]]}}]}"##;
+
+    proptest! {
+        #[test]
+        fn a_damaged_page_gives_objects_that_can_be_stored_or_is_none(
+            damage in prop::collection::vec((any::<prop::sample::Index>(), prop_oneof![any::<u8>(), Just(b'"'), Just(b'{'), Just(b']')]), 0..6),
+            end in any::<prop::sample::Index>(), cut in any::<bool>(),
+        ) {
+            let mut body = PAGE.as_bytes().to_vec();
+            for (at, byte) in damage {
+                let at = at.index(body.len());
+                body[at] = byte;
+            }
+            if cut {
+                body.truncate(end.index(body.len()));
+            }
+            let _ = singleton(&body, "id");
+            let Ok(parsed) = collection(&body, "id") else { return Ok(()) };
+            let app = CATALOG.types().find(|one| one.key == "mobileApp").unwrap();
+            for (raw, _) in &parsed.objects {
+                prop_assert!(body.windows(raw.get().len()).any(|bytes| bytes == raw.get().as_bytes()));
+                let Ok(object) = RawObject::parse(raw) else { continue };
+                if let Ok(item) = object.observe(app) {
+                    prop_assert!(!item.external_id.is_empty());
+                }
+            }
+        }
     }
 }

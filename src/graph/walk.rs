@@ -158,6 +158,8 @@ fn not_unsupported(failure: Failure) -> Failure {
 mod tests {
     use std::collections::BTreeSet;
 
+    use proptest::prelude::*;
+
     use super::*;
     use crate::domain::policy_type::Shape;
 
@@ -239,5 +241,41 @@ mod tests {
             assert!(walk.check_progress(true, 0, 0).is_ok());
         }
         assert!(walk.check_progress(true, 0, 0).is_err());
+    }
+    const PIECES: [&str; 24] = [
+        "https://",
+        "http://",
+        "graph.example",
+        "evil.example",
+        "GRAPH.EXAMPLE",
+        "graph.example.",
+        "@",
+        ":",
+        "443",
+        "8443",
+        "/",
+        "\\",
+        "?",
+        "#",
+        "%2f",
+        "%40",
+        "\t",
+        "\u{3002}",
+        ".",
+        "user",
+        "//",
+        "beta",
+        "[::1]",
+        " ",
+    ];
+
+    proptest! {
+        #[test]
+        fn whatever_a_link_looks_like_the_token_goes_to_graph_alone(pieces in prop::collection::vec(prop::sample::select(&PIECES), 0..10)) {
+            if let Ok(url) = own_link(&base(), &pieces.concat()) {
+                prop_assert!(url.as_str().starts_with("https://graph.example/"), "{}", url);
+                prop_assert_eq!((url.port(), url.username(), url.password()), (None, "", None));
+            }
+        }
     }
 }
