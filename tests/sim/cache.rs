@@ -11,7 +11,7 @@ use super::select::Select;
 use super::template::Compiled;
 
 /// All pages go when they hold so much; a simulator for a big run must stay small.
-const MOST_BYTES: usize = 128 << 20;
+const MOST_BYTES: usize = 256 << 20;
 const MOST_COMPILED: usize = 2_000;
 
 /// Everything that a page depends on.
@@ -44,6 +44,7 @@ pub struct Pages {
 
 #[derive(Debug, Default)]
 struct Made {
+    version: u64,
     bytes: usize,
     pages: HashMap<PageKey, (Reply, u64)>,
 }
@@ -58,8 +59,9 @@ impl Pages {
     pub fn put(&self, key: PageKey, reply: Reply, objects: u64) {
         let size = reply.body.len() + reply.gzip.as_ref().map_or(0, |gzip| gzip.len()) + key.query.len() + 512;
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        if made.bytes + size > MOST_BYTES {
-            *made = Made::default();
+        // Pages of an older world are never asked for again.
+        if made.bytes + size > MOST_BYTES || key.version > made.version {
+            *made = Made { version: key.version, ..Made::default() };
         }
         made.bytes += size;
         made.pages.insert(key, (reply, objects));

@@ -1,0 +1,115 @@
+//! The benchmark: `deploy/dev bench [--quick|--full] [LINE...]`.
+//!
+//! Every line is a ratio against bare parts that are measured in the same run, in turn with the daemon, round by round;
+//! what counts is the median. Servers are private ones with their durable settings; the daemon and the Graph simulator
+//! are release builds in processes of their own. The table goes to the terminal, the rounds to `target/bench/report.json`.
+
+mod events;
+mod footprint;
+mod growth;
+mod ingest;
+mod latency;
+mod peer;
+mod process;
+mod raw;
+mod replicas;
+mod report;
+mod rig;
+mod runs;
+mod throttled;
+mod world;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use report::{Line, Report};
+use rig::{Outcome, Rig, Scale};
+
+/// The lines in the order of their worth.
+const LINES: &[&str] = &[
+    "ingest_fresh",
+    "resync_unchanged",
+    "resync_1pct_changed",
+    "small_runs",
+    "memory",
+    "idle",
+    "missing",
+    "admission",
+    "outbox",
+    "latency",
+    "start",
+    "replicas",
+    "throttled",
+    "peer_celery",
+];
+
+/// Measures the daemon against the bare parts that it is made of.
+#[derive(Debug, Parser)]
+#[command(name = "bench")]
+struct Args {
+    /// Smaller sizes: a few minutes in all. Lines that need longer are left out unless they are named.
+    #[arg(long, conflicts_with = "full")]
+    quick: bool,
+    /// The big tables too: 5 million runs, 10 million items.
+    #[arg(long)]
+    full: bool,
+    /// Rounds of every line.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Lines to measure; all without one.
+    #[arg(value_parser = clap::builder::PossibleValuesParser::new(LINES))]
+    lines: Vec<String>,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    match measure(Args::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn measure(args: Args) -> Outcome<()> {
+    let scale = match (args.quick, args.full) {
+        (true, _) => Scale::Quick,
+        (_, true) => Scale::Full,
+        _ => Scale::Usual,
+    };
+    let rig = Rig::start(scale, args.rounds.max(1))?;
+    let mut report = Report::new(&rig).await?;
+    let wanted = |name: &str| match args.lines.as_slice() {
+        [] => !(scale == Scale::Quick && name == "throttled"),
+        named => named.iter().any(|line| line == name),
+    };
+    let resyncs: Vec<&str> = LINES[..3].iter().copied().filter(|name| wanted(name)).collect();
+    if !resyncs.is_empty() {
+        report.add("ingest", ingest::measure(&rig, &resyncs).await);
+    }
+    for name in LINES[3..].iter().copied().filter(|name| wanted(name)) {
+        let begun = std::time::Instant::now();
+        report.add(name, line(&rig, name).await);
+        eprintln!("  {name}: {} s", begun.elapsed().as_secs());
+    }
+    report.finish(&rig)
+}
+
+async fn line(rig: &Rig, name: &str) -> Outcome<Vec<Line>> {
+    match name {
+        "small_runs" => runs::measure(rig).await,
+        "memory" => footprint::memory(rig).await,
+        "idle" => footprint::idle(rig).await,
+        "start" => footprint::start(rig).await,
+        "missing" => growth::missing(rig).await,
+        "admission" => growth::admission(rig).await,
+        "outbox" => events::measure(rig).await,
+        "latency" => latency::measure(rig).await,
+        "replicas" => replicas::measure(rig).await,
+        "throttled" => throttled::measure(rig).await,
+        _ => peer::measure(rig).await,
+    }
+}

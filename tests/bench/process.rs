@@ -1,0 +1,92 @@
+//! A program in a process group of its own: what it costs, and its end.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::rig::Outcome;
+
+/// What the kernel counts processor time in on Linux, whatever its own tick is.
+const TICKS_PER_S: f64 = 100.0;
+
+/// A running program; it and all that it has started are killed when this is dropped.
+pub struct Process(Child);
+
+impl Process {
+    /// Starts a program with these variables and no others but `PATH`; what it says goes to `log`.
+    pub fn start<'a>(
+        program: impl AsRef<OsStr>,
+        arguments: &[&str],
+        variables: impl IntoIterator<Item = (&'a str, &'a str)>,
+        log: &Path,
+    ) -> Outcome<Self> {
+        let log = File::options().create(true).append(true).open(log)?;
+        let child = Command::new(program)
+            .args(arguments)
+            .env_clear()
+            .env("PATH", "/usr/local/bin:/usr/bin:/bin")
+            .envs(variables)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0)
+            .spawn()?;
+        Ok(Self(child))
+    }
+
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Seconds of processor time that it and its children have used.
+    pub fn cpu_s(&self) -> f64 {
+        let group = self.id().to_string();
+        let mut ticks = 0;
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
+            // What stands after the name in brackets: state, parent, group, ...; user and system time are 12th and 13th.
+            let Some((_, rest)) = stat.rsplit_once(") ") else { continue };
+            let fields: Vec<&str> = rest.split(' ').collect();
+            if fields.get(2) == Some(&group.as_str()) {
+                ticks += fields[11].parse().unwrap_or(0) + fields[12].parse().unwrap_or(0);
+            }
+        }
+        ticks as f64 / TICKS_PER_S
+    }
+
+    /// The most memory that it has had at a time, in MiB.
+    pub fn peak_mib(&self) -> Outcome<f64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).ok_or("the kernel counts no VmHWM")?;
+        Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+    }
+
+    /// Asks it to end, and waits for it.
+    pub async fn stop(mut self) -> Outcome<()> {
+        signal("TERM", self.id());
+        let begun = Instant::now();
+        while self.0.try_wait()?.is_none() {
+            if begun.elapsed() > Duration::from_secs(40) {
+                return Err("a process does not end".into());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        signal("KILL", self.id());
+        let _ = self.0.wait();
+    }
+}
+
+/// Sends a signal to a whole group.
+fn signal(name: &str, group: u32) {
+    let _ = Command::new("kill").args([&format!("-{name}"), "--", &format!("-{group}")]).stderr(Stdio::null()).status();
+}

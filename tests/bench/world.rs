@@ -1,0 +1,243 @@
+//! What one line is measured in: a simulator, a database and a prefix on the broker of its own.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use inventoryd::broker::Broker;
+use inventoryd::config::Config;
+use inventoryd::store::Store;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
+use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use serde_json::{Value, json};
+use sqlx::postgres::{PgPool, PgPoolOptions};
+use sqlx::{AssertSqlSafe, Connection as _, Row};
+use uuid::Uuid;
+
+use super::process::Process;
+use super::rig::{Outcome, Rig, text};
+
+/// The credentials that the simulator knows.
+pub const CLIENT_ID: &str = "11111111-2222-4333-8444-555555555555";
+/// See [`CLIENT_ID`].
+pub const CLIENT_SECRET: &str = "simulated-secret";
+/// Nothing that is measured takes longer.
+const PATIENCE: Duration = Duration::from_secs(900);
+/// Connections of the daemon's work and of what is measured beside it.
+pub const CONNECTIONS: u32 = 16;
+
+/// Everything around the daemon.
+pub struct World {
+    /// Root of the simulated Graph and its token service.
+    pub graph: String,
+    /// The authority that the simulator's certificate is from.
+    pub ca_file: PathBuf,
+    /// The database.
+    pub db: PgPool,
+    /// Its address.
+    pub database_url: String,
+    /// The broker's address.
+    pub amqp_url: String,
+    /// What stands before every exchange and queue.
+    pub prefix: String,
+    /// A channel with confirms.
+    pub channel: Channel,
+    /// The connection that it is on.
+    pub connection: Connection,
+    /// Registered tenants.
+    pub tenants: Vec<Uuid>,
+    _simulator: Process,
+    daemon: PathBuf,
+    log: PathBuf,
+}
+
+impl World {
+    /// A world with so many tenants, whose simulator is started with these arguments.
+    pub async fn new(rig: &Rig, name: &str, tenants: usize, simulator: &[String]) -> Outcome<Self> {
+        let (process, graph, ca_file) = start_simulator(rig, name, simulator).await?;
+        let database_url = make_database(&rig.postgres, name).await?;
+        let db = PgPoolOptions::new().max_connections(CONNECTIONS).connect(&database_url).await?;
+        let connection = Connection::connect(&rig.rabbitmq, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let world = Self {
+            graph,
+            ca_file,
+            db,
+            database_url,
+            amqp_url: rig.rabbitmq.clone(),
+            prefix: format!("{name}."),
+            channel,
+            connection,
+            tenants: (0..tenants).map(|_| Uuid::new_v4()).collect(),
+            _simulator: process,
+            daemon: rig.daemon.clone(),
+            log: rig.log(&format!("{name}-inventoryd")),
+        };
+        let config = world.config()?;
+        Store::connect(&config.database, "bench")?.migrate().await?;
+        Broker::new(&config.broker, &config.topology, "bench")?.ensure_topology().await?;
+        sqlx::query("insert into tenants (tenant_id, display_name) select id, 'Contoso' from unnest($1::uuid[]) t(id)")
+            .bind(&world.tenants)
+            .execute(&world.db)
+            .await?;
+        Ok(world)
+    }
+
+    /// The variables that lead a daemon here. Graph's limits are off: they would be all that is measured.
+    pub fn variables(&self) -> BTreeMap<String, String> {
+        let pairs = [
+            ("BROKER__URL", self.amqp_url.as_str()),
+            ("TOPOLOGY__PREFIX", &self.prefix),
+            ("DATABASE__URL", &self.database_url),
+            ("GRAPH__CLOUD", "custom"),
+            ("GRAPH__BASE_URL", &self.graph),
+            ("GRAPH__AUTHORITY", &self.graph),
+            ("GRAPH__CA_FILE", self.ca_file.to_str().unwrap_or_default()),
+            ("GRAPH__CREDENTIALS__DEFAULT__CLIENT_ID", CLIENT_ID),
+            ("GRAPH__CREDENTIALS__DEFAULT__CLIENT_SECRET", CLIENT_SECRET),
+            ("GRAPH__INTUNE_PER_20S", "0"),
+            ("GRAPH__DEVICES_PER_20S", "0"),
+            ("GRAPH__CONDITIONAL_ACCESS_PER_S", "0"),
+            ("HTTP__LISTEN", ""),
+        ];
+        pairs.into_iter().map(|(key, value)| (format!("INVENTORYD__{key}"), value.to_owned())).collect()
+    }
+
+    /// The configuration of a daemon here.
+    pub fn config(&self) -> Outcome<Config> {
+        Ok(Config::load_with(None, self.variables())?)
+    }
+
+    /// Starts a daemon without waiting for it.
+    pub fn launch(&self, extra: &[(&str, &str)]) -> Outcome<Process> {
+        let mut variables = self.variables();
+        variables.extend(extra.iter().map(|(key, value)| (format!("INVENTORYD__{key}"), (*value).to_owned())));
+        let variables = variables.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+        Process::start(&self.daemon, &["serve"], variables, &self.log)
+    }
+
+    /// Starts a daemon and waits until it takes requests, as one of `replicas`.
+    pub async fn daemon(&self, extra: &[(&str, &str)], replicas: u32) -> Outcome<Process> {
+        let process = self.launch(extra)?;
+        let options = QueueDeclareOptions { passive: true, ..Default::default() };
+        let begun = Instant::now();
+        loop {
+            let queue = format!("{}inventory.sync.requests", self.prefix);
+            let declared = self.channel.queue_declare(queue.into(), options, FieldTable::default()).await?;
+            if declared.consumer_count() >= replicas {
+                return Ok(process);
+            }
+            if begun.elapsed() > Duration::from_secs(30) {
+                return Err(format!("the daemon does not start: see {}", self.log.display()).into());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Publishes a request for some types of a tenant, as a scheduler would; it is not waited for the confirm.
+    pub async fn publish(&self, tenant: Uuid, key: &str, types: &[&str]) -> Outcome<()> {
+        let request = json!({ "schema_version": 1, "tenant_id": tenant, "idempotency_key": key,
+            "selection": { "policy_types": types, "include_foundations": false } });
+        let properties = BasicProperties::default().with_content_type("application/json".into()).with_delivery_mode(2);
+        let exchange = format!("{}inventory.sync", self.prefix);
+        let body = request.to_string();
+        self.channel
+            .basic_publish(
+                exchange.into(),
+                "sync.requested".into(),
+                BasicPublishOptions::default(),
+                body.as_bytes(),
+                properties,
+            )
+            .await?;
+        Ok(())
+    }
+
+    /// Waits until so many runs whose keys begin with `prefix` have succeeded; gives the seconds from `since`, a time
+    /// of [`World::now`], to the end of the last.
+    pub async fn seconds_to_end(&self, prefix: &str, count: usize, since: f64) -> Outcome<f64> {
+        let begun = Instant::now();
+        loop {
+            let row = sqlx::query(
+                "select count(*) filter (where status = 'success'), count(*) filter (where status not in ('success', 'running')),
+                        coalesce(extract(epoch from max(finished_at)), 0)::float8
+                   from inventory_sync_runs where starts_with(idempotency_key, $1)",
+            )
+            .bind(prefix)
+            .fetch_one(&self.db)
+            .await?;
+            let (succeeded, other): (i64, i64) = (row.get(0), row.get(1));
+            if other > 0 {
+                return Err(format!("{other} runs of {prefix} did not succeed").into());
+            }
+            if succeeded == i64::try_from(count)? {
+                return Ok(row.get::<f64, _>(2) - since);
+            }
+            if begun.elapsed() > PATIENCE {
+                return Err(format!("{succeeded} of {count} runs of {prefix} have ended").into());
+            }
+            tokio::time::sleep(Duration::from_millis(if count == 1 { 10 } else { 50 })).await;
+        }
+    }
+
+    /// The database's time in seconds.
+    pub async fn now(&self) -> Outcome<f64> {
+        self.float("select extract(epoch from clock_timestamp())::float8").await
+    }
+
+    /// The only value of a query.
+    pub async fn float(&self, query: &str) -> Outcome<f64> {
+        Ok(sqlx::query(AssertSqlSafe(query.to_owned())).fetch_one(&self.db).await?.get(0))
+    }
+
+    /// Does something to the database.
+    pub async fn execute(&self, statements: &str) -> Outcome<()> {
+        sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&self.db).await?;
+        Ok(())
+    }
+
+    /// Asks the simulator's remote control.
+    pub async fn control(&self, http: &reqwest::Client, path: &str, body: &Value) -> Outcome<()> {
+        let answer = http
+            .post(format!("{}/admin/{path}", self.graph))
+            .header("content-type", "application/json")
+            .body(body.to_string())
+            .send()
+            .await?;
+        if answer.status() != 200 {
+            return Err(format!("the simulator refuses {path}: {}", answer.text().await?).into());
+        }
+        Ok(())
+    }
+}
+
+async fn start_simulator(rig: &Rig, name: &str, extra: &[String]) -> Outcome<(Process, String, PathBuf)> {
+    let (ca_file, log) = (rig.folder.join(format!("{name}-ca.pem")), rig.log(&format!("{name}-graph-sim")));
+    for old in [&ca_file, &log] {
+        let _ = std::fs::remove_file(old);
+    }
+    let mut arguments = vec!["--listen", "127.0.0.1:0", "--ca-out", text(&ca_file)?];
+    arguments.extend(extra.iter().map(String::as_str));
+    let process = Process::start(&rig.simulator, &arguments, [], &log)?;
+    let begun = Instant::now();
+    loop {
+        let said = std::fs::read_to_string(&log).unwrap_or_default();
+        if let Some(url) = said.lines().find_map(|line| line.strip_prefix("graph-sim listens on ")) {
+            return Ok((process, url.to_owned(), ca_file));
+        }
+        if begun.elapsed() > Duration::from_secs(20) {
+            return Err(format!("the simulator does not start: {said}").into());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn make_database(server: &str, name: &str) -> Outcome<String> {
+    let mut admin = sqlx::PgConnection::connect(server).await?;
+    sqlx::raw_sql(AssertSqlSafe(format!("drop database if exists {name} with (force)"))).execute(&mut admin).await?;
+    sqlx::raw_sql(AssertSqlSafe(format!("create database {name}"))).execute(&mut admin).await?;
+    let (base, _) = server.rsplit_once('/').ok_or("an address names a database")?;
+    Ok(format!("{base}/{name}"))
+}
