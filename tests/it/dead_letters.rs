@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::support::daemon::Replica;
-use crate::support::eventually;
 use crate::support::world::World;
+use crate::support::{binary, eventually};
 
 fn header(letter: &BasicGetMessage, name: &str) -> Option<String> {
     let headers = letter.properties.headers().as_ref()?;
@@ -88,4 +88,58 @@ async fn a_cloudevents_envelope_is_opened() {
 
 fn bytes(value: &Value) -> Vec<u8> {
     value.to_string().into_bytes()
+}
+
+/// Runs the real binary against the real broker.
+async fn dead_command(world: &World, arguments: &[&str]) -> Value {
+    let mut command = std::process::Command::new(binary());
+    command.arg("dead").args(arguments).arg("--json").env_clear().envs(world.variables());
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replayed_letter_is_a_new_message_with_the_old_key() {
+    let world = World::new().await;
+    let replica = Replica::start(&world).await;
+    let request = World::request_of(Uuid::new_v4(), "the-key", &["mobileApp"]);
+    let mut headers = FieldTable::default();
+    for name in ["x-death", "x-delivery-count", "x-first-death-reason", "x-inventoryd-retries"] {
+        headers.insert(name.into(), AMQPValue::LongString("old".into()));
+    }
+    headers.insert("traceparent".into(), AMQPValue::LongString("00-1-2-01".into()));
+    let properties = BasicProperties::default().with_headers(headers).with_message_id("m-1".into());
+    world.publish_bytes(&bytes(&request), properties).await;
+    let listed = eventually("it is listed", || async {
+        dead_command(&world, &["list"]).await.as_array().unwrap().first().cloned()
+    })
+    .await;
+    replica.stop().await;
+    let id = listed["id"].as_str().unwrap();
+    assert_eq!((&listed["reason"], &listed["message_id"]), (&json!("unknown_tenant"), &json!("m-1")));
+    assert_eq!(dead_command(&world, &["show", id]).await["body"], request.to_string());
+    assert_eq!(dead_command(&world, &["replay", id]).await["replayed"], json!([id]));
+    assert_eq!(dead_command(&world, &["list"]).await, json!([]));
+    let again = eventually("it is in the queue", || world.take("inventory.sync.requests")).await;
+    assert_eq!(again.data, bytes(&request), "the same bytes, and with them the same key");
+    let fresh = again.properties.message_id().as_ref().map(|id| id.as_str().to_owned()).expect("it has an id");
+    assert!(fresh != "m-1" && Uuid::parse_str(&fresh).is_ok(), "{fresh}");
+    // The queue counts deliveries in a header of its own, from zero.
+    let forged = |value: &AMQPValue| matches!(value, AMQPValue::LongString(_));
+    let left: Vec<&str> = (again.properties.headers().iter().flat_map(|table| table.inner()))
+        .filter(|(name, value)| name.as_str() != "x-delivery-count" || forged(value))
+        .map(|(name, _)| name.as_str())
+        .collect();
+    assert_eq!(left, ["traceparent"], "nothing of the broker's and nothing of the letter's is left");
+    // What was replayed by mistake can be dropped when it is dead again.
+    let replica = Replica::start(&world).await;
+    world.publish_bytes(&again.data, again.properties.clone()).await;
+    eventually("it is dead again", || async {
+        (dead_command(&world, &["list"]).await.as_array().unwrap().len() == 1).then_some(())
+    })
+    .await;
+    assert_eq!(dead_command(&world, &["drop", "--all"]).await["dropped"].as_array().unwrap().len(), 1);
+    assert_eq!(dead_command(&world, &["list"]).await, json!([]));
+    replica.stop().await;
 }
