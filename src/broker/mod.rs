@@ -14,6 +14,7 @@ use crate::config::{BrokerConfig, TopologyConfig, seconds};
 mod address;
 mod dead_letters;
 mod deliveries;
+mod drift;
 mod error;
 mod message;
 mod publisher;
@@ -44,6 +45,7 @@ struct Inner {
     opening: Opening,
     heartbeat_s: u16,
     topology: TopologyConfig,
+    drift: drift::Known,
     names: Names,
     /// Set once a broker has said that it is new enough.
     version: OnceLock<String>,
@@ -90,6 +92,7 @@ impl Broker {
             heartbeat_s: config.heartbeat_s,
             names: Names::new(&topology.prefix),
             topology: topology.clone(),
+            drift: drift::Known::default(),
             version: OnceLock::new(),
             spawner,
         })))
@@ -174,7 +177,8 @@ impl Broker {
     }
 
     async fn ensure(&self, wire: &Wire) -> Result<(), BrokerError> {
-        topology::ensure(wire, &self.0.names, &self.0.topology, self.0.opening.answer_limit).await
+        let inner = &self.0;
+        topology::ensure(wire, &inner.names, &inner.topology, inner.opening.answer_limit, &inner.drift).await
     }
 
     /// Tries every address once, beginning with the one after the last that failed.

@@ -9,6 +9,7 @@ use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptio
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, ErrorKind, ExchangeKind};
 
+use super::drift::{Known, agree, difference, lock, text};
 use super::error::{BrokerError, within};
 use super::wire::Wire;
 use crate::config::{TopologyConfig, TopologyMode};
@@ -129,8 +130,10 @@ pub(super) async fn ensure(
     names: &Names,
     config: &TopologyConfig,
     limit: Duration,
+    known: &Known,
 ) -> Result<(), BrokerError> {
-    let mut check = Check { wire, channel: wire.channel().await?, limit, mode: config.mode, problems: Vec::new() };
+    let (channel, mode, problems) = (wire.channel().await?, config.mode, Vec::new());
+    let mut check = Check { wire, channel, limit, mode, problems, known };
     for exchange in exchanges(names) {
         check.exchange(&exchange).await?;
     }
@@ -190,16 +193,13 @@ fn queues(names: &Names, delivery_limit: u32) -> Vec<Queue> {
     queues
 }
 
-fn text(value: &str) -> AMQPValue {
-    AMQPValue::LongString(value.into())
-}
-
 struct Check<'a> {
     wire: &'a Wire,
     channel: Channel,
     limit: Duration,
     mode: TopologyMode,
     problems: Vec<String>,
+    known: &'a Known,
 }
 
 impl Check<'_> {
@@ -224,23 +224,40 @@ impl Check<'_> {
     async fn queue(&mut self, queue: &Queue) -> Result<(), BrokerError> {
         let what = format!("queue {}", queue.name);
         for passive in self.steps() {
-            let mut arguments = queue.arguments.clone();
-            loop {
-                let options = QueueDeclareOptions { passive: *passive, ..QueueDeclareOptions::durable() };
-                let answer = self.channel.queue_declare(queue.name.as_str().into(), options, arguments.clone());
-                let answer = within(self.limit, "declaring queues", answer).await.map(drop);
-                let noted = self.problems.len();
-                if self.judge(&what, *passive, answer).await? {
-                    break;
-                }
-                // The broker names one difference at a time. Agreeing to it brings out the next; the queue is there,
-                // so that nothing is made or changed by asking.
-                let Some(agreed) = self.problems.get(noted).and_then(|line| agree(&arguments, line)) else {
-                    return Ok(());
-                };
-                arguments = agreed;
+            let noted = self.problems.len();
+            if !self.ask(queue, &what, *passive, &queue.arguments).await? {
+                return self.look_further(queue, &what, noted).await;
             }
         }
+        Ok(())
+    }
+
+    async fn ask(&mut self, queue: &Queue, what: &str, passive: bool, with: &FieldTable) -> Result<bool, BrokerError> {
+        let options = QueueDeclareOptions { passive, ..QueueDeclareOptions::durable() };
+        let answer = self.channel.queue_declare(queue.name.as_str().into(), options, with.clone());
+        let answer = within(self.limit, "declaring queues", answer).await.map(drop);
+        self.judge(what, passive, answer).await
+    }
+
+    /// The broker names one difference at a time, and agreeing to it brings out the next. That is done once for each
+    /// first difference: a queue that is deleted at this moment, as it will be by someone who has read of it, would be
+    /// made again with what was agreed to.
+    async fn look_further(&mut self, queue: &Queue, what: &str, noted: usize) -> Result<(), BrokerError> {
+        let Some(first) = self.problems.get(noted).cloned() else { return Ok(()) };
+        let known = lock(self.known).get(&first).cloned();
+        if let Some(others) = known {
+            self.problems.extend(others);
+            return Ok(());
+        }
+        let mut arguments = queue.arguments.clone();
+        while let Some(agreed) = self.problems.last().and_then(|line| agree(&arguments, line)) {
+            arguments = agreed;
+            let is_there = self.ask(queue, what, true, &arguments).await?;
+            if !is_there || self.ask(queue, what, false, &arguments).await? {
+                break;
+            }
+        }
+        lock(self.known).insert(first, self.problems[noted + 1..].to_vec());
         Ok(())
     }
 
@@ -290,43 +307,6 @@ fn refusal(error: &BrokerError) -> Option<(u16, String)> {
     }
 }
 
-/// `x-delivery-limit is 10 on the broker, the configuration wants 20`, from the broker's own words.
-fn difference(words: &str) -> String {
-    let parts = words.split_once("inequivalent arg '").and_then(|(_, rest)| {
-        let (argument, rest) = rest.split_once('\'')?;
-        let (wanted, found) = rest.split_once("received ")?.1.split_once(" but current is ")?;
-        Some((argument, bare(wanted), bare(found)))
-    });
-    match parts {
-        Some((argument, wanted, found)) => {
-            format!("{argument} is {found} on the broker, the configuration wants {wanted}")
-        }
-        None => words.to_owned(),
-    }
-}
-
-/// The arguments with the one that a line of [`difference`] is about as it is on the broker, if it is one of them.
-fn agree(arguments: &FieldTable, line: &str) -> Option<FieldTable> {
-    let (argument, found) = line.split_once(": ")?.1.split_once(" is ")?;
-    let found = found.split_once(" on the broker")?.0;
-    let mut agreed = arguments.inner().clone();
-    let wanted = agreed.remove(argument)?;
-    let value = match (found, wanted) {
-        ("none", _) => return Some(agreed.into()),
-        (number, AMQPValue::LongLongInt(_)) => AMQPValue::LongLongInt(number.parse().ok()?),
-        (words, _) => text(words),
-    };
-    agreed.insert(argument.into(), value);
-    Some(agreed.into())
-}
-
-/// A value without the broker's decoration: `the value '20' of type 'signedint'` is `20`.
-fn bare(value: &str) -> &str {
-    let value = value.strip_prefix("the value ").unwrap_or(value);
-    let value = value.split(" of type ").next().unwrap_or(value);
-    value.trim().trim_matches('\'')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -352,33 +332,5 @@ mod tests {
             let sends_dead_letters = queue.arguments.contains_key("x-dead-letter-exchange");
             assert_eq!(queue.arguments.contains_key("x-dead-letter-strategy"), sends_dead_letters, "{}", queue.name);
         }
-    }
-
-    #[test]
-    fn drift_is_one_line_with_both_values() {
-        let words = "PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit' for queue 'q' in vhost '/': received \
-                     the value '20' of type 'signedint' but current is the value '10' of type 'long'";
-        assert_eq!(difference(words), "x-delivery-limit is 10 on the broker, the configuration wants 20");
-        let words = "PRECONDITION_FAILED - inequivalent arg 'type' for exchange 'e' in vhost '/': received 'topic' but \
-                     current is 'direct'";
-        assert_eq!(difference(words), "type is direct on the broker, the configuration wants topic");
-        let words =
-            "... inequivalent arg 'x-queue-type' for queue 'q' in vhost '/': received 'quorum' but current is none";
-        assert_eq!(difference(words), "x-queue-type is none on the broker, the configuration wants quorum");
-        assert_eq!(difference("PRECONDITION_FAILED - invalid arg"), "PRECONDITION_FAILED - invalid arg");
-    }
-
-    #[test]
-    fn one_difference_is_agreed_to_so_that_the_next_comes_out() {
-        let arguments = queues(&Names::new(""), 20).swap_remove(2).arguments;
-        let agreed =
-            agree(&arguments, "queue q: x-delivery-limit is 10 on the broker, the configuration wants 20").unwrap();
-        assert_eq!(agreed.inner().get("x-delivery-limit"), Some(&AMQPValue::LongLongInt(10)));
-        let agreed =
-            agree(&agreed, "queue q: x-queue-type is none on the broker, the configuration wants quorum").unwrap();
-        assert!(!agreed.contains_key("x-queue-type"));
-        assert_eq!(agree(&agreed, "queue q: x-queue-type is none on the broker, the configuration wants quorum"), None);
-        assert_eq!(agree(&agreed, "queue q: durable is false on the broker, the configuration wants true"), None);
-        assert_eq!(agree(&agreed, "queue q: is missing"), None);
     }
 }

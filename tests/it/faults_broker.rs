@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use inventoryd::broker::Broker;
 use lapin::options::{QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties};
@@ -244,6 +245,28 @@ async fn a_classic_requests_queue_is_refused() {
     // The broker says `none`: nobody had asked for a type, and classic is what it made.
     assert!(problem.contains("x-queue-type is none on the broker, the configuration wants quorum"), "{problem}");
     put_right(&world, replica).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drifted_queue_deleted_during_the_check_is_not_made_again_as_it_was() {
+    let world = World::new().await;
+    let config = world.config();
+    let broker = Broker::new(&config.broker, &config.topology, "test").unwrap();
+    let (_connection, channel) = channel(&world).await;
+    for round in 0..40_u64 {
+        delete_requests_queue(&world).await;
+        let (options, nothing) = (QueueDeclareOptions::durable(), FieldTable::default());
+        channel.queue_declare(requests_queue(&world).into(), options, nothing).await.unwrap();
+        if round == 0 {
+            assert!(broker.ensure_topology().await.is_err(), "a classic queue is drift, and now it is known");
+        }
+        let (delete, check) = (delete_requests_queue(&world), broker.ensure_topology());
+        let (_, _) = tokio::join!(delete, async {
+            sleep(Duration::from_millis(round % 8)).await;
+            let _ = check.await;
+        });
+        broker.ensure_topology().await.expect("the queue is made as it is wanted, not as it was");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
