@@ -24,5 +24,6 @@ mod inventory;
 mod limits;
 mod missing;
 mod readme;
+mod retention;
 mod stopping;
 mod subscription;
