@@ -97,9 +97,8 @@ every_step! {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_mid_page_and_between_pages() {
-    let world = World::new().await;
+    let world = World::with_three_pages_of_apps().await;
     truths::keep_history(&world).await;
-    world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 60).unwrap();
     world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1,
         "action": { "kind": "slow_body", "chunk_bytes": 64, "pause_ms": 100 } })));
     let victim = Process::start(&world, "victim", &[("RUN__BATCH_ROWS", "10")]);
@@ -144,9 +143,8 @@ async fn killed_between_the_commit_and_the_ack() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
-    let world = World::new().await;
+    let world = World::with_three_pages_of_apps().await;
     truths::keep_history(&world).await;
-    world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 60).unwrap();
     world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1, "action": { "kind": "slow", "delay_ms": 3_000 } })));
     let zombie = Process::start(&world, "zombie", &[]);
     world.publish(&world.request("run", &["mobileApp"])).await;

@@ -45,8 +45,8 @@ async fn ended_at_least(world: &World, count: i64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn graphs_wire_cut_mid_page_at_random() {
-    let world = new_world().await;
-    world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 60).unwrap();
+    let world = World::with_three_pages_of_apps().await;
+    truths::keep_history(&world).await;
     world.sim.add_rule(rule(json!({ "action": { "kind": "slow_body", "chunk_bytes": 2_048, "pause_ms": 5 } })));
     let graph = Proxy::before(world.sim.address()).await;
     let through = format!("https://{}", graph.address);

@@ -380,6 +380,32 @@ async fn nothing_goes_on_after_the_deadline() {
 }
 
 #[tokio::test]
+async fn a_turn_that_comes_after_the_deadline_is_not_waited_for() {
+    let world = World::with(SimConfig::default(), &[("intune_per_20s", "20")]).await;
+    world.sim.set_size(Some(TENANT), Some(PLAIN), 25 * 30).unwrap();
+    let reader = world.client().reader(TENANT, "default", budget(2, 2));
+    let started = Instant::now();
+    let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
+    assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    let asked = world.sim.requests().len();
+    assert!((1..8).contains(&asked), "it was asked at its pace until then: {asked}");
+}
+
+#[tokio::test]
+async fn after_a_503_graph_is_asked_over_another_connection() {
+    for (status, other) in [(503, true), (429, false)] {
+        let world = World::start().await;
+        world.sim.set_size(Some(TENANT), Some(PLAIN), 60).unwrap();
+        world.rule(Rule::status(status, Some("1")).path(PLAIN).page(2).times(1));
+        world.read(PLAIN).await.unwrap();
+        let requests = world.sim.requests();
+        let over: Vec<u64> = requests.iter().filter(|request| request.page == 2).map(|r| r.connection).collect();
+        assert_eq!((over.len(), over[0] != over[1]), (2, other), "{status}: {requests:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_page_over_the_limit_is_refused() {
     let world = World::with(SimConfig::default(), &[("max_page_bytes", "65536")]).await;
     world.sim.set_size(Some(TENANT), Some(SHARED), 1_000).unwrap();

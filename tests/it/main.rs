@@ -19,6 +19,7 @@ mod fleet;
 mod graph;
 mod graph_client;
 mod graph_credentials;
+mod graph_facts;
 mod graph_limits;
 mod inventory;
 mod limits;

@@ -59,6 +59,16 @@ impl World {
         Self::on(config, &postgres, &rabbitmq).await
     }
 
+    /// A world with sixty apps, of which Graph gives 25 a page, whatever is asked for.
+    pub async fn with_three_pages_of_apps() -> Self {
+        const APPS: &str = "deviceAppManagement/mobileApps";
+        let mut config = SimConfig::default();
+        config.page_sizes.top_caps.insert(APPS.to_owned(), 25);
+        let world = Self::with_sim(config).await;
+        world.sim.set_size(None, Some(APPS), 60).expect("the simulator has apps");
+        world
+    }
+
     /// A world on servers that the test has started for itself.
     pub async fn on(config: SimConfig, postgres: &str, rabbitmq: &str) -> Self {
         let sim = Sim::start(config).await.expect("the simulator starts");
