@@ -97,7 +97,7 @@ every_step! {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_mid_page_and_between_pages() {
-    let world = World::with_three_pages_of_apps().await;
+    let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
     truths::keep_history(&world).await;
     world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1,
         "action": { "kind": "slow_body", "chunk_bytes": 64, "pause_ms": 100 } })));
@@ -143,7 +143,7 @@ async fn killed_between_the_commit_and_the_ack() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
-    let world = World::with_three_pages_of_apps().await;
+    let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
     truths::keep_history(&world).await;
     world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1, "action": { "kind": "slow", "delay_ms": 3_000 } })));
     let zombie = Process::start(&world, "zombie", &[]);

@@ -45,7 +45,7 @@ async fn ended_at_least(world: &World, count: i64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn graphs_wire_cut_mid_page_at_random() {
-    let world = World::with_three_pages_of_apps().await;
+    let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
     truths::keep_history(&world).await;
     world.sim.add_rule(rule(json!({ "action": { "kind": "slow_body", "chunk_bytes": 2_048, "pause_ms": 5 } })));
     let graph = Proxy::before(world.sim.address()).await;

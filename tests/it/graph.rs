@@ -16,7 +16,7 @@ fn rule(value: Value) -> Rule {
 
 /// A run of one type under one rule.
 async fn under(rule_value: Value) -> (World, Value) {
-    let world = World::with_three_pages_of_apps().await;
+    let world = World::with_three_pages(APPS).await;
     world.sim.add_rule(rule(rule_value));
     let replica = Replica::start(&world).await;
     let run = world.sync("run", &["mobileApp"]).await;
@@ -174,7 +174,7 @@ async fn a_run_past_its_deadline_ends_with_what_it_has() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn graph_is_spoken_to_as_it_wants() {
-    let world = World::with_three_pages_of_apps().await;
+    let world = World::with_three_pages(APPS).await;
     let _replica = Replica::start(&world).await;
     world.sync("run", &["mobileApp"]).await;
     let requests = world.sim.requests();

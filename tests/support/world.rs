@@ -59,13 +59,12 @@ impl World {
         Self::on(config, &postgres, &rabbitmq).await
     }
 
-    /// A world with sixty apps, of which Graph gives 25 a page, whatever is asked for.
-    pub async fn with_three_pages_of_apps() -> Self {
-        const APPS: &str = "deviceAppManagement/mobileApps";
+    /// A world with sixty objects in the list `path`, of which Graph gives 25 a page, whatever is asked for.
+    pub async fn with_three_pages(path: &str) -> Self {
         let mut config = SimConfig::default();
-        config.page_sizes.top_caps.insert(APPS.to_owned(), 25);
+        config.page_sizes.top_caps.insert(path.to_owned(), 25);
         let world = Self::with_sim(config).await;
-        world.sim.set_size(None, Some(APPS), 60).expect("the simulator has apps");
+        world.sim.set_size(None, Some(path), 60).expect("the simulator has the list");
         world
     }
 
