@@ -26,5 +26,6 @@ mod limits;
 mod missing;
 mod readme;
 mod retention;
+mod settings;
 mod stopping;
 mod subscription;
