@@ -1,7 +1,7 @@
 //! The Graph client against the simulator, over real HTTPS.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -88,7 +88,7 @@ impl World {
 }
 
 pub fn temporary_file(name: &str, text: &str) -> PathBuf {
-    let path = std::env::temp_dir().join(format!("inventoryd-{}-{name}", Uuid::new_v4()));
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", Uuid::new_v4()));
     std::fs::write(&path, text).unwrap();
     path
 }
