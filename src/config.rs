@@ -264,6 +264,7 @@ pub struct TelemetryConfig {
     pub log: String,
     pub format: LogFormat,
     pub deployment: String,
+    pub otlp_endpoint: String,
 }
 
 /// How log lines are written.
@@ -344,6 +345,8 @@ mod tests {
             ("INVENTORYD__BROKER__URL", "http://x", "broker.url"),
             ("INVENTORYD__OUTBOX__CLAIM_S", "5", "outbox.claim_s"),
             ("INVENTORYD__HTTP__LISTEN", "here", "IP:PORT"),
+            ("INVENTORYD__TELEMETRY__OTLP_ENDPOINT", "127.0.0.1:4318", "telemetry.otlp_endpoint"),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://me:hunter2@collector:4318", "telemetry.otlp_endpoint"),
             ("INVENTORYD__DATABASE__URL_FILE", "/no/such/file", "database.url_file"),
         ] {
             let problem = problem(variable, value);
@@ -362,6 +365,16 @@ mod tests {
             let config = load(&[("INVENTORYD__GRAPH__CLOUD", cloud)]).unwrap().graph;
             assert_eq!((config.base_url(), config.authority()), (graph, login));
         }
+    }
+
+    #[test]
+    fn the_collector_that_every_program_is_told_of_is_ours_unless_we_are_told_of_another() {
+        let standard = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://every:4318");
+        let endpoint = |variables: &[_]| load(variables).unwrap().telemetry.otlp_endpoint;
+        assert_eq!(endpoint(&[]), "");
+        assert_eq!(endpoint(&[standard]), "http://every:4318");
+        assert_eq!(endpoint(&[standard, ("INVENTORYD__TELEMETRY__OTLP_ENDPOINT", "http://ours")]), "http://ours");
+        assert_eq!(endpoint(&[standard, ("INVENTORYD__TELEMETRY__OTLP_ENDPOINT", "")]), "");
     }
 
     #[test]

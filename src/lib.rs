@@ -36,7 +36,7 @@
 //!
 //! `main > cli > daemon > {consumer, relay, janitor, fleet, http} > run > {graph, store, broker} > {backoff, telemetry, config} >
 //! domain`. Imports run downward only; lapin is named in `broker` alone, sqlx in `store`, reqwest and `azure_identity` in
-//! `graph`, axum in `http`. `tests/it/architecture.rs` holds this.
+//! `graph`, axum in `http`, opentelemetry in `telemetry`. `tests/it/architecture.rs` holds this.
 
 pub mod domain;
 

@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{Span, debug, warn};
 use uuid::Uuid;
 
 use crate::backoff::{Waits, full_jitter};
 use crate::broker::{Fate, Outgoing, Publisher};
 use crate::config::OutboxConfig;
 use crate::store::{OutboxEvent, Store, StoreError};
-use crate::telemetry;
+use crate::telemetry::{self, spans};
 
 /// How long the last flush of a stopping daemon may take; what is left is carried by another replica, or later.
 const LAST_FLUSH: Duration = Duration::from_secs(2);
@@ -104,7 +104,9 @@ impl Relay {
             return Ok(Round::Idle);
         }
         let ids: Vec<(Uuid, Uuid)> = events.iter().map(|event| (event.tenant_id, event.id)).collect();
+        let in_flight: Vec<Span> = events.iter().map(|event| spans::publish(event.traceparent.as_deref())).collect();
         let fates = self.publisher.publish(events.into_iter().map(outgoing).collect()).await;
+        note_fates(in_flight, &fates);
         let with = |wanted: &[Fate]| -> Vec<(Uuid, Uuid)> {
             ids.iter().zip(&fates).filter(|(_, fate)| wanted.contains(fate)).map(|(id, _)| *id).collect()
         };
@@ -142,6 +144,13 @@ impl Relay {
             self.gauged = Some(Instant::now());
         }
         Ok(())
+    }
+}
+
+/// Ends the spans of a batch.
+fn note_fates(in_flight: Vec<Span>, fates: &[Fate]) {
+    for (span, fate) in in_flight.iter().zip(fates).filter(|(_, fate)| **fate != Fate::Confirmed) {
+        spans::not_published(span, fate.as_str());
     }
 }
 

@@ -1,36 +1,43 @@
-//! Logs and metrics: how lines are written, and every metric and label as a function.
+//! Logs, traces and metrics: how lines are written, what is traced, and every metric and label as a function.
 
 use std::io::IsTerminal;
 use std::time::Duration;
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::config::{LogFormat, TelemetryConfig};
 use crate::domain::failure::{DeadReason, ErrorCode};
 use crate::domain::run::RunStatus;
 
-/// Sets up the lines that this process writes to standard error.
+pub mod spans;
+mod traces;
+
+pub use traces::Traces;
+
+/// Sets up the lines that this process writes to standard error, and the traces that it sends.
 ///
 /// # Errors
-/// If the directives in `telemetry.log` can't be read, or lines were set up before.
-pub fn init_logs(config: &TelemetryConfig) -> Result<(), String> {
+/// If the directives in `telemetry.log` or the collector's address can't be used, or lines were set up before.
+pub fn init_logs_and_traces(config: &TelemetryConfig) -> Result<Traces, String> {
     // The AMQP client logs whole messages that the broker returns; events are nobody's business there.
-    let directives = format!("lapin=off,{}", config.log);
+    let directives = format!("lapin=off,{}=off,{}", spans::TARGET, config.log);
     let filter = EnvFilter::try_new(directives).map_err(|error| format!("telemetry.log: {error}"))?;
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_span_events(FmtSpan::NONE)
         .with_target(true);
-    match config.format {
-        LogFormat::Json => lines.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init(),
-        LogFormat::Pretty => lines.compact().try_init(),
-    }
-    .map_err(|error| error.to_string())
+    let lines = match config.format {
+        LogFormat::Json => lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed(),
+        LogFormat::Pretty => lines.compact().boxed(),
+    };
+    let (sender, traces) = traces::layer(config)?;
+    let subscriber = tracing_subscriber::registry().with(lines.with_filter(filter)).with(sender);
+    subscriber.try_init().map_err(|error| error.to_string())?;
+    Ok(traces)
 }
 
 /// Sets up the metrics of this process; what they are at a moment is asked of the handle.

@@ -43,6 +43,17 @@ pub enum Fate {
 }
 
 impl Fate {
+    /// The stable text form.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Confirmed => "confirmed",
+            Self::Unroutable => "unroutable",
+            Self::Refused => "refused",
+            Self::Unknown => "unknown",
+        }
+    }
+
     pub(super) fn into_result(self, what: &'static str) -> Result<(), BrokerError> {
         let problem = match self {
             Self::Confirmed => return Ok(()),

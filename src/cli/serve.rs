@@ -19,7 +19,7 @@ pub(super) struct Args {}
 
 pub(super) async fn run(_: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let config = context.config()?;
-    telemetry::init_logs(&config.telemetry).map_err(CliError::Failed)?;
+    let traces = telemetry::init_logs_and_traces(&config.telemetry).map_err(CliError::Failed)?;
     let metrics = config.http.listen.map(|_| telemetry::init_metrics()).transpose().map_err(CliError::Failed)?;
     // Before anything is started: a signal that comes early must not kill it half way.
     let mut signals = Signals::new()?;
@@ -45,6 +45,7 @@ pub(super) async fn run(_: &Args, context: &mut Context<'_>) -> Result<Outcome, 
             }
         }
     }
+    traces.flush().await;
     if told > 0 {
         Ok(Outcome::Done)
     } else {

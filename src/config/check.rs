@@ -16,6 +16,7 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     check_run(config, &mut require);
     check_graph(config, &mut require);
     check_store(config, &mut require);
+    check_telemetry(config, &mut require);
     if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems.join("\n"))) }
 }
 
@@ -127,5 +128,16 @@ fn check_store(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     require(
         config.retention.runs_days > 0 && config.retention.outbox_days > 0,
         "retention: runs_days and outbox_days must be at least 1",
+    );
+}
+
+fn check_telemetry(config: &Config, require: &mut dyn FnMut(bool, &str)) {
+    let endpoint = &config.telemetry.otlp_endpoint;
+    let fits = url::Url::parse(endpoint).is_ok_and(|url| {
+        ["http", "https"].contains(&url.scheme()) && url.host().is_some() && url.username().is_empty()
+    });
+    require(
+        fits || endpoint.is_empty(),
+        "telemetry.otlp_endpoint: must be an http:// or https:// address without user and password; a collector's token goes into OTEL_EXPORTER_OTLP_HEADERS",
     );
 }

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use config::{Environment, File, FileFormat};
+use config::{Environment, File, FileFormat, Source};
 use secrecy::SecretString;
 
 use super::settings::{self, Setting};
 use super::{Config, ConfigError, DEFAULTS, ENVIRONMENT_PREFIX, GraphConfig, check};
 use crate::domain::catalog::Catalog;
+
+const OTLP_PREFIX: &str = "OTEL_EXPORTER_OTLP";
 
 impl Config {
     /// Reads the configuration that this process is to run with.
@@ -16,7 +18,7 @@ impl Config {
     /// # Errors
     /// One line for each problem: an unknown key, a value of the wrong kind, a risky combination, an unreadable file.
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
-        finish(layers(file, environment())?)
+        finish(layers(file, None)?)
     }
 
     /// Like [`Config::load`], with variables given by the caller in place of the process's own environment.
@@ -24,7 +26,7 @@ impl Config {
     /// # Errors
     /// As [`Config::load`].
     pub fn load_with(file: Option<&Path>, variables: BTreeMap<String, String>) -> Result<Self, ConfigError> {
-        finish(layers(file, environment().source(Some(variables.into_iter().collect())))?)
+        finish(layers(file, Some(variables))?)
     }
 
     /// Every key with its value and where that comes from, and beside it what [`Config::load`] says.
@@ -32,7 +34,7 @@ impl Config {
     /// # Errors
     /// If the layers can't be read at all.
     pub fn explain(file: Option<&Path>) -> Result<(Vec<Setting>, Result<Self, ConfigError>), ConfigError> {
-        let layers = layers(file, environment())?;
+        let layers = layers(file, None)?;
         Ok((settings::of(&layers.cache), finish(layers)))
     }
 
@@ -45,8 +47,7 @@ impl Config {
         file: Option<&Path>,
         variables: BTreeMap<String, String>,
     ) -> Result<Vec<Setting>, ConfigError> {
-        let environment = environment().source(Some(variables.into_iter().collect()));
-        Ok(settings::of(&layers(file, environment)?.cache))
+        Ok(settings::of(&layers(file, Some(variables))?.cache))
     }
 
     fn read_secret_files(&mut self) -> Result<(), ConfigError> {
@@ -74,17 +75,28 @@ impl GraphConfig {
     }
 }
 
-fn environment() -> Environment {
-    Environment::with_prefix(ENVIRONMENT_PREFIX).prefix_separator("__").separator("__")
-}
-
-fn layers(file: Option<&Path>, environment: Environment) -> Result<config::Config, ConfigError> {
-    let mut builder = config::Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml));
+/// The defaults, the file and the variables: those given, or those of this process.
+fn layers(file: Option<&Path>, variables: Option<BTreeMap<String, String>>) -> Result<config::Config, ConfigError> {
+    let variables = variables.map(|given| given.into_iter().collect::<config::Map<_, _>>());
+    let environment = Environment::with_prefix(ENVIRONMENT_PREFIX).prefix_separator("__").separator("__");
+    let collector = collector(variables.clone()).map_err(|error| refuse(&error))?;
+    let mut builder =
+        config::Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml)).add_source(collector);
     if let Some(path) = file {
         check_syntax(path).map_err(|problem| ConfigError(format!("--config {}: {problem}", path.display())))?;
         builder = builder.add_source(File::from(path).format(FileFormat::Toml));
     }
-    builder.add_source(environment).build().map_err(|error| refuse(&error))
+    builder.add_source(environment.source(variables)).build().map_err(|error| refuse(&error))
+}
+
+/// The variable that names a collector to every program of a host, as a layer with our name for it.
+fn collector(variables: Option<config::Map<String, String>>) -> Result<config::Config, config::ConfigError> {
+    let standard = Environment::with_prefix(OTLP_PREFIX).prefix_separator("_").source(variables).collect()?;
+    let builder = config::Config::builder();
+    match standard.get("endpoint") {
+        Some(endpoint) => builder.set_override("telemetry.otlp_endpoint", endpoint.clone())?.build(),
+        None => builder.build(),
+    }
 }
 
 /// Looks at the file before the layers do: their error would quote the line, and with it a secret.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, warn};
+use tracing::{Instrument, error, warn};
 
 use super::health::{ConsumerHealth, Paused};
 use crate::backoff::{Waits, full_jitter};
@@ -15,7 +15,7 @@ use crate::broker::{BrokerError, Delivery, Fate, Publisher, Rung};
 use crate::domain::clock::Deadline;
 use crate::domain::failure::Rejection;
 use crate::run::{Disposition, Incoming, Runner};
-use crate::telemetry;
+use crate::telemetry::{self, spans};
 
 /// How long a request is kept in hand while the database is away. Given back at once it would come again at once, and
 /// the broker would soon give it up as failing for ever.
@@ -48,6 +48,11 @@ pub(super) struct Attendant {
 impl Attendant {
     /// Handles and settles. The permit is held to the end: it is what caps the requests in hand.
     pub(super) async fn attend(self: Arc<Self>, delivery: Delivery, permit: OwnedSemaphorePermit) {
+        let span = spans::delivery(delivery.traceparent.as_deref(), delivery.tracestate.as_deref());
+        self.handle_and_settle(delivery, permit).instrument(span).await;
+    }
+
+    async fn handle_and_settle(&self, delivery: Delivery, permit: OwnedSemaphorePermit) {
         let in_hand = self.health.take_in_hand();
         // A panic must not take the delivery with it, which would stay unanswered until its channel closes.
         match AssertUnwindSafe(self.handle(&delivery)).catch_unwind().await {
@@ -114,7 +119,7 @@ impl Attendant {
     async fn ack(&self, delivery: &Delivery, outcome: &'static str) {
         // A lost acknowledgement is counted where it is given: the redelivery finds the run ended.
         let _ = delivery.ack().await;
-        telemetry::delivery(outcome);
+        note_settled(outcome);
     }
 
     async fn park(&self, delivery: &Delivery, rung: Rung) {
@@ -161,5 +166,10 @@ fn note_handed_back(handed_back: Result<bool, BrokerError>) {
     if let Err(error) = handed_back {
         tracing::debug!(%error, "the broker takes the request back by itself");
     }
-    telemetry::delivery("handed_back");
+    note_settled("handed_back");
+}
+
+fn note_settled(outcome: &'static str) {
+    telemetry::delivery(outcome);
+    spans::settled(outcome);
 }

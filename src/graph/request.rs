@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use reqwest::Url;
+use tracing::Instrument;
 use uuid::Uuid;
 
 use super::answer::{Refusal, Told};
@@ -14,7 +15,7 @@ use super::token::Token;
 use super::transport::{Answer, Get, NoAnswer};
 use crate::backoff::{Waits, full_jitter};
 use crate::domain::failure::{ErrorCode, Failure};
-use crate::telemetry;
+use crate::telemetry::{self, spans};
 
 /// 500 and 408 are seldom better the next time: so many retries and no more.
 const SCARCE_RETRIES: u32 = 2;
@@ -57,6 +58,16 @@ pub(super) struct Request<'a> {
 impl GraphReader {
     /// Follows one link, as often as it takes and makes sense.
     pub(super) async fn get(&self, request: Request<'_>) -> Result<Parsed, Refusal> {
+        let span = spans::page(request.path);
+        let got = self.try_until_answered(request).instrument(span.clone()).await;
+        match &got {
+            Ok(parsed) => _ = span.record("objects", parsed.objects.len()),
+            Err(refusal) => spans::failed(&span, refusal.failure.code),
+        }
+        got
+    }
+
+    async fn try_until_answered(&self, request: Request<'_>) -> Result<Parsed, Refusal> {
         let lane = self.shared.throttle.lane(self.tenant_id, request.family);
         let waits = Waits::new(self.shared.first_wait, self.shared.most_wait);
         let mut tries = Tries { waits, made: 0, scarce: 0, token_renewed: false, throttled: None };

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::sync::mpsc;
-use tracing::{info, warn};
+use tracing::{Instrument, info, warn};
 
 use super::RunSettings;
 use crate::domain::catalog::{Listing, Scope};
@@ -17,7 +17,7 @@ use crate::domain::policy_type::PolicyType;
 use crate::domain::run::{GraphUsage, Lease, RunReport, TypeCounters, TypeOutcome};
 use crate::graph::{GraphReader, Page, PageObject};
 use crate::store::{Store, StoreError};
-use crate::telemetry;
+use crate::telemetry::{self, spans};
 
 /// Pages that may wait between the wire and the database, so that the next one travels while one is written.
 const PAGES_AHEAD: usize = 2;
@@ -72,8 +72,10 @@ impl<'a> Collector<'a> {
     /// Reads one list to its end, or to its failure, and records how its types have ended.
     async fn read(&self, listing: Listing) -> Result<Vec<TypeOutcome>, StoreError> {
         let mut tallies: Vec<Tally> = listing.selected.iter().map(Tally::new).collect();
-        let read = self.copy(&listing, &mut tallies).await?;
+        let span = spans::list(&listing.collection.path);
+        let read = self.copy(&listing, &mut tallies).instrument(span.clone()).await?;
         if let Err(failure) = &read {
+            spans::failed(&span, failure.code);
             let (path, code) = (&listing.collection.path, failure.code);
             warn!(path, %code, http_status = failure.http_status, request_id = failure.request_id, "list not read to its end");
         }
@@ -128,7 +130,8 @@ impl<'a> Collector<'a> {
     async fn write(&self, tallies: &mut [Tally], at_least: usize) -> Result<(), StoreError> {
         for tally in tallies.iter_mut().filter(|tally| tally.pending.len() >= at_least) {
             for batch in tally.pending.chunks(self.settings.batch_rows) {
-                let written = self.store.upsert_items(&self.lease, &tally.policy_type, batch).await?;
+                let span = spans::upsert(&tally.policy_type.key, batch.len());
+                let written = self.store.upsert_items(&self.lease, &tally.policy_type, batch).instrument(span).await?;
                 tally.counters.items_upserted_count += written.upserted;
                 tally.counters.items_created_count += written.created;
                 tally.counters.items_changed_count += written.changed;

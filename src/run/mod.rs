@@ -19,7 +19,7 @@ use crate::domain::request::SyncRequest;
 use crate::domain::run::{RunReport, RunStatus};
 use crate::graph::{GraphClient, RunBudget};
 use crate::store::{Admission, AdmissionRules, Admitted, Applicant, Store, StoreError, SuspiciousDrop};
-use crate::telemetry;
+use crate::telemetry::{self, spans};
 use collect::Collector;
 
 /// A message as it came from the queue.
@@ -150,10 +150,11 @@ impl Recipe {
             let detail = "`selection` selects nothing: it names foundations alone, and include_foundations is false";
             return Disposition::Rejected(Rejection::new(DeadReason::InvalidRequest, detail));
         }
+        let ours = spans::traceparent();
         let applicant = Applicant {
             request,
             selection_hash: &request.selection.hash(),
-            traceparent: incoming.traceparent,
+            traceparent: ours.as_deref().or(incoming.traceparent),
             deferred_s: incoming.deferred_s,
         };
         self.leases.hand_back_orphans().await;

@@ -29,3 +29,4 @@ mod retention;
 mod settings;
 mod stopping;
 mod subscription;
+mod traces;
