@@ -35,6 +35,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 const GOOD_SESSION: Duration = Duration::from_secs(30);
 /// How long runs have to hand themselves back once they are told to.
 const HAND_BACK: Duration = Duration::from_secs(2);
+/// What opening a session, or a question to the broker, may take: there may be several addresses, and slow answers.
+const BROKER_PATIENCE: Duration = Duration::from_secs(120);
 /// How long each part of a session has to close.
 const CLOSE: Duration = Duration::from_millis(700);
 
@@ -134,11 +136,13 @@ struct Pump {
 
 impl Pump {
     async fn run(mut self) {
+        let health = Arc::clone(&self.health);
         let mut session = None;
         let mut waits = Waits::new(FIRST_WAIT, LONGEST_WAIT);
         loop {
             let begun = Instant::now();
-            let standstill = match self.open(&mut session).await {
+            let opened = health.beating(BROKER_PATIENCE, self.open(&mut session)).await;
+            let standstill = match opened {
                 Ok(Some(subscription)) => self.pump(subscription).await,
                 Ok(None) => self.wait_at_the_gate(&mut session).await,
                 Err(error) => Standstill::Lost("error", Some(error)),
@@ -153,11 +157,11 @@ impl Pump {
                         waits = Waits::new(FIRST_WAIT, LONGEST_WAIT);
                     }
                     let wait = full_jitter(waits.next_wait());
-                    self.stop.drain.run_until_cancelled(sleep(wait)).await;
+                    health.beating(LONGEST_WAIT, self.stop.drain.run_until_cancelled(sleep(wait))).await;
                 }
             }
         }
-        self.drain(session).await;
+        health.beating(self.settings.drain + BROKER_PATIENCE, self.drain(session)).await;
     }
 
     /// A subscription that takes requests, unless the gate is closed.
@@ -193,6 +197,7 @@ impl Pump {
         let mut watchdog = Watchdog::new(self.settings.watchdog);
         let drain = self.stop.drain.clone();
         loop {
+            self.health.heartbeat().beat();
             let permits = Arc::clone(&self.permits);
             tokio::select! {
                 biased;
@@ -222,7 +227,8 @@ impl Pump {
                 },
                 _ = tick.tick() => {
                     let expects = self.waiting.is_empty() && self.permits.available_permits() > 0;
-                    let looked = drain.run_until_cancelled(watchdog.look(session, expects)).await;
+                    let look = drain.run_until_cancelled(watchdog.look(session, expects));
+                    let looked = self.health.beating(BROKER_PATIENCE, look).await;
                     match looked {
                         Some(Ok(false)) | None => {}
                         Some(Ok(true)) => return Standstill::Lost("watchdog", None),
@@ -256,11 +262,14 @@ impl Pump {
                 None => std::future::pending().await,
             }
         };
-        tokio::select! {
-            () = self.stop.drain.cancelled() => Standstill::Drain,
-            _ = self.gate.changed() => Standstill::Gate,
-            lost = lost => Standstill::Lost("ended", lost.and_then(Result::err)),
-        }
+        let change = async {
+            tokio::select! {
+                () = self.stop.drain.cancelled() => Standstill::Drain,
+                _ = self.gate.changed() => Standstill::Gate,
+                lost = lost => Standstill::Lost("ended", lost.and_then(Result::err)),
+            }
+        };
+        self.health.beating(Duration::MAX, change).await
     }
 
     async fn hand_back_unbegun(&mut self, session: Option<&mut Subscription>) -> Result<(), BrokerError> {

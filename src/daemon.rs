@@ -1,7 +1,7 @@
 //! The daemon as a whole: builds its parts, starts them, and stops them in the order in which they need each other.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::task::JoinHandle;
@@ -14,17 +14,18 @@ use crate::config::{Config, ConfigError, seconds};
 use crate::consumer::{Consumer, ConsumerHealth};
 use crate::fleet::Fleet;
 use crate::graph::{GraphClient, GraphError};
-use crate::http::{self, Consuming, Figures, Heartbeat, HttpState};
+use crate::http::{self, Consuming, Figures, HttpState};
 use crate::janitor::Janitor;
 use crate::relay::Relay;
 use crate::run::{Runner, Stop};
 use crate::store::{Store, StoreError};
 
+mod systemd;
+
 /// Longest wait between two looks for a database that is away at the start.
 const MOST_PATIENT: Duration = Duration::from_secs(15);
-/// Without a beat for so long, `/livez` calls this process stuck.
+/// Without a beat of the consumer's for so long, `/livez` calls this process stuck, and systemd is told nothing more.
 const STUCK_AFTER: Duration = Duration::from_secs(30);
-const BEAT_EVERY: Duration = Duration::from_secs(5);
 
 /// Why the daemon did not start.
 #[derive(Debug, thiserror::Error)]
@@ -140,6 +141,10 @@ impl Parts {
         let answer = tokio::spawn(background(very_late.clone(), async move |stop| {
             stop.run_until_cancelled(answers).await;
         }));
+        let (health, draining) = (self.consumer.health(), stop.drain.clone());
+        let tell = tokio::spawn(background(very_late.clone(), async move |stop| {
+            stop.run_until_cancelled(systemd::tell(&health, &draining)).await;
+        }));
         self.consumer.run(stop).await;
         info!("nothing is in hand any more");
         late.cancel();
@@ -147,7 +152,9 @@ impl Parts {
             let _ = part.await;
         }
         very_late.cancel();
-        let _ = answer.await;
+        for part in [answer, tell] {
+            let _ = part.await;
+        }
         self.store.close().await;
         info!("stopped");
     }
@@ -173,7 +180,10 @@ async fn wait_for_schema(store: &Store) -> Result<(), StoreError> {
         match store.check_schema().await {
             Ok(()) => return Ok(()),
             Err(error) if error.is_refusal() => return Err(error),
-            Err(error) => warn!(%error, "waiting for the database"),
+            Err(error) => {
+                warn!(%error, "waiting for the database");
+                systemd::say("waiting for the database");
+            }
         }
         tokio::time::sleep(full_jitter(waits.next_wait())).await;
     }
@@ -191,14 +201,15 @@ async fn http_server(
         (Some(address), Some(metrics)) => Some((http::bind(address).await.map_err(StartError::Http)?, metrics)),
         _ => None,
     };
-    let heartbeat = Arc::new(Heartbeat::new(STUCK_AFTER));
     let (health, asked, pinged) = (parts.consumer.health(), parts.store.clone(), parts.store.clone());
     let state = listening.map(|(listener, metrics)| {
         let state = HttpState {
             replica: owner.to_owned(),
             metrics,
             token: config.http.token.clone(),
-            heartbeat: Arc::clone(&heartbeat),
+            started: Instant::now(),
+            heartbeat: Arc::clone(health.heartbeat()),
+            stuck_after: STUCK_AFTER,
             draining: stop.drain.clone(),
             consuming: Arc::new(move || Consuming {
                 subscribed: health.subscribed(),
@@ -219,17 +230,7 @@ async fn http_server(
     });
     Ok(async move {
         let Some((listener, state)) = state else { return };
-        let beat = async {
-            let mut ticks = tokio::time::interval(BEAT_EVERY);
-            loop {
-                ticks.tick().await;
-                heartbeat.beat();
-            }
-        };
-        tokio::select! {
-            () = http::serve(listener, state, CancellationToken::new()) => {}
-            () = beat => {}
-        }
+        http::serve(listener, state, CancellationToken::new()).await;
     })
 }
 

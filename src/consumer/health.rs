@@ -1,10 +1,16 @@
 //! What the rest of the daemon may know of the consumer.
 
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::time::interval;
+
+use crate::domain::clock::Heartbeat;
 use crate::telemetry;
+
+const BEAT_EVERY: Duration = Duration::from_secs(1);
 
 /// Why no new requests are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +40,7 @@ impl Paused {
 /// How the consumer is, at this moment.
 #[derive(Debug, Default)]
 pub struct ConsumerHealth {
+    heartbeat: Arc<Heartbeat>,
     subscribed_since: Mutex<Option<Instant>>,
     in_hand: AtomicUsize,
     paused: Mutex<Option<Paused>>,
@@ -41,6 +48,12 @@ pub struct ConsumerHealth {
 }
 
 impl ConsumerHealth {
+    /// Beats for as long as the pump gets round, whether or not there is a subscription.
+    #[must_use]
+    pub fn heartbeat(&self) -> &Arc<Heartbeat> {
+        &self.heartbeat
+    }
+
     /// Whether there is a live subscription that takes requests.
     #[must_use]
     pub fn subscribed(&self) -> bool {
@@ -69,6 +82,19 @@ impl ConsumerHealth {
     #[must_use]
     pub fn problem(&self) -> Option<String> {
         lock(&self.problem).clone()
+    }
+
+    /// Beats while `work` is waited for, but no longer than `at_most`: what takes longer is stuck.
+    pub(super) async fn beating<T>(&self, at_most: Duration, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        let begun = Instant::now();
+        let mut ticks = interval(BEAT_EVERY);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                _ = ticks.tick(), if begun.elapsed() <= at_most => self.heartbeat.beat(),
+            }
+        }
     }
 
     pub(super) fn set_subscribed(&self, yes: bool) {
@@ -107,4 +133,18 @@ impl Drop for InHand {
 
 fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
     value.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_takes_too_long_gets_no_more_beats() {
+        let health = ConsumerHealth::default();
+        let work = tokio::time::sleep(Duration::from_secs(4));
+        health.beating(Duration::from_millis(1_500), work).await;
+        let age = health.heartbeat().age();
+        assert!((Duration::from_millis(2_400)..Duration::from_millis(3_600)).contains(&age), "{age:?}");
+    }
 }

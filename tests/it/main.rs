@@ -29,4 +29,5 @@ mod retention;
 mod settings;
 mod stopping;
 mod subscription;
+mod supervision;
 mod traces;

@@ -7,6 +7,7 @@ pub mod holds;
 pub mod proxy;
 pub mod scheduler;
 pub mod servers;
+pub mod systemd;
 pub mod truths;
 pub mod world;
 

@@ -1,0 +1,104 @@
+//! Who looks after a replica: systemd and probes learn whether it takes requests, and whether its loop still turns.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use inventoryd::broker::Broker;
+use inventoryd::consumer::Consumer;
+use inventoryd::graph::GraphClient;
+use inventoryd::http::{self, Consuming, Figures, HttpState};
+use inventoryd::run::{Runner, Stop};
+use inventoryd::store::Store;
+use metrics_exporter_prometheus::PrometheusBuilder;
+use tokio_util::sync::CancellationToken;
+
+use crate::support::daemon::Process;
+use crate::support::proxy::Proxy;
+use crate::support::systemd::Systemd;
+use crate::support::world::World;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn systemd_hears_when_requests_are_taken_and_that_the_replica_lives_and_stops() {
+    let world = World::new().await;
+    let proxy = Proxy::before(world.amqp_address()).await;
+    proxy.refuse(true);
+    let mut systemd = Systemd::new(&world.prefix);
+    let socket = systemd.path.to_str().unwrap().to_owned();
+    let amqp = world.amqp_through(&proxy);
+    let foreign = [("NOTIFY_SOCKET", socket.as_str()), ("WATCHDOG_USEC", "1000000")];
+    let mut process = Process::start_under(&world, "a", &[("BROKER__URL", &amqp)], &foreign);
+
+    // While the broker is away, it lives, but is not ready; it says why.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(systemd.count("READY=1"), 0);
+    assert!(systemd.count("WATCHDOG=1") >= 4, "{:?}", systemd.heard());
+    assert!(systemd.heard().iter().any(|line| line.starts_with("STATUS=no subscription: ")), "{:?}", systemd.heard());
+
+    proxy.refuse(false);
+    process.logs("subscribed").await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(systemd.count("READY=1"), 1);
+    assert_eq!(
+        systemd.heard().iter().rfind(|line| line.starts_with("STATUS")).unwrap(),
+        "STATUS=requests are taken; 0 in hand"
+    );
+
+    process.signal("TERM");
+    assert!(process.ended(Duration::from_secs(15)).await.success(), "{}", process.log());
+    assert_eq!((systemd.count("READY=1"), systemd.count("STOPPING=1")), (1, 1));
+}
+
+/// A consumer that the test itself turns, and the server that says whether it lives.
+struct Turned {
+    turning: std::pin::Pin<Box<dyn Future<Output = ()>>>,
+    livez: String,
+    _server: tokio::task::JoinHandle<()>,
+}
+
+impl Turned {
+    async fn new(world: &World) -> Self {
+        let config = world.config();
+        let store = Store::connect(&config.database, "test").unwrap();
+        let broker = Broker::new(&config.broker, &config.topology, "test").unwrap();
+        let graph = GraphClient::new(&config.graph).unwrap();
+        let runner = Runner::new(&config, "test", store.clone(), graph, config.graph.catalog().unwrap());
+        let consumer = Consumer::new(broker.clone(), broker.publisher(), runner, store, &config);
+        let listener = http::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let livez = format!("http://{}/livez", listener.local_addr().unwrap());
+        let figures = Figures { outbox_unsent: 0, outbox_oldest_s: 0.0, running_runs: 0 };
+        let state = HttpState {
+            replica: "test".to_owned(),
+            metrics: PrometheusBuilder::new().build_recorder().handle(),
+            token: String::new().into(),
+            started: Instant::now(),
+            heartbeat: Arc::clone(consumer.health().heartbeat()),
+            stuck_after: Duration::from_secs(3),
+            draining: CancellationToken::new(),
+            consuming: Arc::new(Consuming::default),
+            ping: Arc::new(|| Box::pin(async { Ok(()) })),
+            figures: Arc::new(move || Box::pin(async move { Ok(figures) })),
+        };
+        let server = tokio::spawn(http::serve(listener, state, CancellationToken::new()));
+        Self { turning: Box::pin(consumer.run(Stop::default())), livez, _server: server }
+    }
+
+    async fn turn(&mut self, time: Duration) {
+        assert!(tokio::time::timeout(time, &mut self.turning).await.is_err(), "it runs until it is told to stop");
+    }
+
+    async fn alive(&self) -> bool {
+        reqwest::get(&self.livez).await.unwrap().status().is_success()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_pump_is_not_alive_whatever_else_still_answers() {
+    let world = World::new().await;
+    let mut consumer = Turned::new(&world).await;
+    consumer.turn(Duration::from_secs(5)).await;
+    assert!(consumer.alive().await, "it subscribes and waits for requests");
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(!consumer.alive().await, "nobody turns the loop");
+    consumer.turn(Duration::from_secs(2)).await;
+    assert!(consumer.alive().await, "it turns again");
+}
