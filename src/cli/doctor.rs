@@ -50,6 +50,8 @@ struct Patient<'a> {
     graph: &'a GraphClient,
     tenant_id: Uuid,
     credential: &'a str,
+    /// Where an administrator of the tenant grants what the application asks for.
+    consent: Option<String>,
 }
 
 pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
@@ -65,11 +67,18 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
     }
     let scope = scope(&args.selection, &config.graph.catalog()?)?;
     let graph = GraphClient::new(&config.graph).map_err(|error| CliError::Failed(error.to_string()))?;
-    let patient = Patient { graph: &graph, tenant_id: args.tenant, credential: &credential };
+    let consent = consent_link(config.graph.authority(), args.tenant, &config.graph.credentials[&credential].client_id);
+    let patient = Patient { graph: &graph, tenant_id: args.tenant, credential: &credential, consent };
     let roles = graph.token_roles(args.tenant, &credential).await.map_err(|failure| no_token(&credential, &failure))?;
     let findings = examine(&patient, scope, roles.as_deref()).await;
     report(&patient, &findings, roles.as_deref(), context)?;
     Ok(if findings.iter().all(|finding| finding.works) { Outcome::Done } else { Outcome::Bad })
+}
+
+/// The page on which an administrator consents to what the application's registration asks for; a managed identity has
+/// none.
+fn consent_link(authority: &str, tenant_id: Uuid, client_id: &str) -> Option<String> {
+    (!client_id.is_empty()).then(|| format!("{authority}/{tenant_id}/adminconsent?client_id={client_id}"))
 }
 
 /// Every type unless told otherwise.
@@ -148,7 +157,7 @@ fn report(
     if context.out.is_json() {
         return context.out.json(&json!({
             "tenant_id": patient.tenant_id, "credential": patient.credential, "granted_permissions": roles,
-            "missing_permissions": to_grant, "working": working, "types": findings }));
+            "missing_permissions": to_grant, "consent_link": patient.consent, "working": working, "types": findings }));
     }
     let header = ["type", "readable", "problem", "grant", "remedy"];
     context.out.line(table(header, findings.iter().map(row)))?;
@@ -157,7 +166,13 @@ fn report(
         return Ok(());
     }
     let to_grant: Vec<&str> = to_grant.into_iter().collect();
-    context.out.line(format_args!("grant with admin consent: {}", to_grant.join(", ")))
+    context.out.line(format_args!("to grant: {}", to_grant.join(", ")))?;
+    match &patient.consent {
+        Some(link) => {
+            context.out.line(format_args!("once they stand in the application's registration, consent at {link}"))
+        }
+        None => Ok(()),
+    }
 }
 
 fn row(finding: &Finding) -> [String; 5] {
