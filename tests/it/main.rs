@@ -22,6 +22,7 @@ mod graph_credentials;
 mod graph_limits;
 mod inventory;
 mod limits;
+mod messages;
 mod missing;
 mod readme;
 mod stopping;
