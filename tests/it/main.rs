@@ -27,3 +27,4 @@ mod missing;
 mod readme;
 mod stopping;
 mod subscription;
+mod tls;
