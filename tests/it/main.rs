@@ -20,6 +20,7 @@ mod graph;
 mod graph_client;
 mod graph_credentials;
 mod graph_limits;
+mod growth;
 mod inventory;
 mod limits;
 mod messages;
