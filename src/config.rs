@@ -360,6 +360,19 @@ mod tests {
     }
 
     #[test]
+    fn each_cloud_has_its_own_graph_and_token_service() {
+        for (cloud, graph, login) in [
+            ("global", "https://graph.microsoft.com", "https://login.microsoftonline.com"),
+            ("usgov_l4", "https://graph.microsoft.us", "https://login.microsoftonline.us"),
+            ("usgov_l5", "https://dod-graph.microsoft.us", "https://login.microsoftonline.us"),
+            ("china", "https://microsoftgraph.chinacloudapi.cn", "https://login.chinacloudapi.cn"),
+        ] {
+            let config = load(&[("INVENTORYD__GRAPH__CLOUD", cloud)]).unwrap().graph;
+            assert_eq!((config.base_url(), config.authority()), (graph, login));
+        }
+    }
+
+    #[test]
     fn secrets_are_not_printed() {
         let config = load(&[("INVENTORYD__BROKER__URL", "amqp://u:hunter2@h/")]).unwrap();
         assert!(!format!("{config:?}").contains("hunter2"));

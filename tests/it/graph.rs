@@ -16,8 +16,7 @@ fn rule(value: Value) -> Rule {
 
 /// A run of one type under one rule.
 async fn under(rule_value: Value) -> (World, Value) {
-    let world = World::new().await;
-    world.sim.set_size(None, Some(APPS), 60).unwrap();
+    let world = World::with_three_pages(APPS).await;
     world.sim.add_rule(rule(rule_value));
     let replica = Replica::start(&world).await;
     let run = world.sync("run", &["mobileApp"]).await;
@@ -75,8 +74,10 @@ async fn what_breaks_once_is_read_again() {
         json!({ "kind": "status", "status": 500 }),
         json!({ "kind": "slow_body", "chunk_bytes": 512, "pause_ms": 5 }),
     ] {
-        let (_, run) = under(json!({ "path": APPS, "page": 2, "times": 1, "action": action })).await;
+        let (world, run) = under(json!({ "path": APPS, "page": 2, "times": 1, "action": action })).await;
         assert_eq!((&run["status"], &run["items_observed_count"]), (&json!("success"), &json!(60)), "{action}: {run}");
+        let tries = world.sim.requests().iter().filter(|request| request.page == 2).count();
+        assert_eq!(tries, if action["kind"] == "slow_body" { 1 } else { 2 }, "{action}");
     }
 }
 
@@ -173,12 +174,17 @@ async fn a_run_past_its_deadline_ends_with_what_it_has() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn graph_is_spoken_to_as_it_wants() {
-    let world = World::new().await;
+    let world = World::with_three_pages(APPS).await;
     let _replica = Replica::start(&world).await;
     world.sync("run", &["mobileApp"]).await;
     let requests = world.sim.requests();
     let graph: Vec<_> = requests.iter().filter(|request| request.path.ends_with("mobileApps")).collect();
     assert!(graph.iter().all(|request| request.http_version.contains('2')), "{graph:?}");
     assert!(graph.iter().all(|request| uuid::Uuid::try_parse(&request.client_request_id).is_ok()));
+    assert_eq!(graph.iter().map(|request| request.page).collect::<Vec<_>>(), [1, 2, 3]);
+    assert!(
+        graph.iter().all(|request| request.prefer == "include-unknown-enum-members"),
+        "a link does not carry headers: every page is asked for with them"
+    );
     assert!(graph[0].query.contains("$select=") || graph[0].query.contains("%24select="), "{}", graph[0].query);
 }
