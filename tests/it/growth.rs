@@ -7,6 +7,8 @@ use uuid::Uuid;
 
 use crate::sim::Which;
 use crate::support::daemon::Replica;
+use crate::support::pooler::Pooler;
+use crate::support::scheduler::requests;
 use crate::support::servers;
 use crate::support::world::World;
 
@@ -114,4 +116,51 @@ async fn partitioned_items_are_the_same_items_and_the_daemon_works_on_them() {
     let plan: Value = sqlx::query_scalar(sqlx::AssertSqlSafe(plan)).fetch_one(&world.db).await.unwrap();
     assert_eq!(plan.to_string().matches("inventory_items_").count(), plan.to_string().matches("_of_8").count());
     assert!(!plan.to_string().contains("Append"), "one tenant, one part: {plan}");
+}
+
+/// What lives in a session is lost, or is another client's, where a pooler hands out connections by the transaction.
+#[test]
+fn no_statement_leaves_anything_in_its_session() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(".sqlx");
+    let queries: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| serde_json::from_slice::<Value>(&std::fs::read(entry.unwrap().path()).unwrap()).unwrap())
+        .map(|query| query["query"].as_str().unwrap().to_lowercase())
+        .collect();
+    assert!(queries.len() > 30);
+    for words in
+        ["advisory", "listen ", "temporary ", "temp table", "set session", "set_config", "declare ", "with hold"]
+    {
+        let found = queries.iter().find(|query| query.contains(words));
+        assert!(found.is_none(), "{words} in {found:?}");
+    }
+    assert!(!queries.iter().any(|query| query.starts_with("set ")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_daemon_works_through_pgbouncer() {
+    for mode in Pooler::modes().await {
+        let world = World::new().await;
+        let pooler = Pooler::before(&world, *mode).await;
+        let events = world.subscribe().await;
+        let mut config = world.config();
+        config.database.url = pooler.url.as_str().into();
+        let replicas = [Replica::with(config.clone()).await, Replica::with(config).await];
+        let (keys, requests) = requests(&world, "pooled", 24, &["mobileApp", "deviceShellScript"]).await;
+        for request in &requests {
+            world.publish(request).await;
+        }
+        for key in &keys {
+            let run = world.ended(key).await;
+            assert_eq!((&run["status"], &run["items_upserted_count"]), (&json!("success"), &json!(24)), "{mode:?}");
+            events.event_of(&run).await;
+        }
+        let through = "select count(*) from pg_stat_activity
+            where datname = current_database() and application_name = 'inventoryd'";
+        let through = world.count(through).await;
+        assert!((1..=mode.pool_size()).contains(&through), "{mode:?}: {through} connections of the server's");
+        for replica in replicas {
+            replica.stop().await;
+        }
+    }
 }

@@ -5,6 +5,7 @@ pub mod clients;
 pub mod daemon;
 pub mod events;
 pub mod holds;
+pub mod pooler;
 pub mod proxy;
 pub mod scheduler;
 pub mod servers;

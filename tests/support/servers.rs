@@ -117,10 +117,20 @@ impl Drop for Private {
 
 /// The library that gives a process another clock; installed if it is missing, and none where that can't be done.
 pub fn faketime() -> Option<PathBuf> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/instance");
-    let _ = Command::new(script).args(["packages", "faketime"]).status();
+    install("faketime");
     let folders = std::fs::read_dir("/usr/lib").ok()?.flatten();
     folders.map(|folder| folder.path().join("faketime/libfaketimeMT.so.1")).find(|library| library.exists())
+}
+
+/// Installs what `deploy/instance` knows by this name, if it is missing and can be had.
+pub fn install(name: &str) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/instance");
+    let _ = Command::new(script).args(["packages", name]).status();
+}
+
+/// A port that nothing listens on and nobody else is given.
+pub fn free_port() -> u16 {
+    instance(&["free-port"], true).parse().expect("it is a number")
 }
 
 /// The PostgreSQL that all tests share, each with a database of its own.
