@@ -59,6 +59,11 @@ pub struct BrokerConfig {
     pub operation_timeout_s: u64,
     #[serde(deserialize_with = "path_or_none")]
     pub ca_file: Option<PathBuf>,
+    #[serde(deserialize_with = "path_or_none")]
+    pub client_certificate_file: Option<PathBuf>,
+    #[serde(deserialize_with = "path_or_none")]
+    pub client_key_file: Option<PathBuf>,
+    pub server_name: String,
 }
 
 /// `[topology]`
@@ -314,7 +319,9 @@ mod tests {
 
     #[test]
     fn the_defaults_hold_and_the_environment_stands_above_them() {
-        assert_eq!(load(&[]).unwrap().consumer.prefetch, 8);
+        let defaults = load(&[]).unwrap();
+        assert_eq!(defaults.consumer.prefetch, 8);
+        assert!(defaults.http.listen.unwrap().ip().is_loopback(), "whoever opens it to others does so knowingly");
         let secret = "007";
         let config = load(&[
             ("INVENTORYD__CONSUMER__PREFETCH", "3"),
@@ -340,6 +347,7 @@ mod tests {
             ("INVENTORYD__GRAPH__BASE_URL", "http://graph.example", "graph.base_url"),
             ("INVENTORYD__GRAPH__CLOUD", "custom", "graph.cloud"),
             ("INVENTORYD__BROKER__URL", "http://x", "broker.url"),
+            ("INVENTORYD__BROKER__CLIENT_KEY_FILE", "/key.pem", "broker.client_key_file"),
             ("INVENTORYD__OUTBOX__CLAIM_S", "5", "outbox.claim_s"),
             ("INVENTORYD__HTTP__LISTEN", "here", "IP:PORT"),
             ("INVENTORYD__DATABASE__URL_FILE", "/no/such/file", "database.url_file"),

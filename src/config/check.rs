@@ -27,6 +27,10 @@ fn check_broker(config: &Config, require: &mut dyn FnMut(bool, &str)) {
         (5..=60).contains(&config.broker.heartbeat_s),
         "broker.heartbeat_s: must be 5 to 60; under 5 a busy host looks dead",
     );
+    require(
+        config.broker.client_key_file.is_none() || config.broker.client_certificate_file.is_some(),
+        "broker.client_key_file: needs broker.client_certificate_file, the certificate that it is the key of",
+    );
     require(config.broker.connect_timeout_s > 0, "broker.connect_timeout_s: must be at least 1");
     require(config.broker.operation_timeout_s > 0, "broker.operation_timeout_s: must be at least 1");
     require(config.consumer.prefetch > 0, "consumer.prefetch: must be 1 to 2000; AMQP reads 0 as no cap at all");
