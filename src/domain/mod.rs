@@ -7,6 +7,7 @@ pub mod event;
 pub mod failure;
 pub mod item;
 pub mod policy_type;
+mod properties;
 pub mod request;
 pub mod run;
 pub mod selection;
