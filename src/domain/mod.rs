@@ -2,10 +2,12 @@
 
 pub mod catalog;
 pub mod clock;
+pub mod dead_letter;
 pub mod event;
 pub mod failure;
 pub mod item;
 pub mod policy_type;
+mod properties;
 pub mod request;
 pub mod run;
 pub mod selection;

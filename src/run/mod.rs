@@ -50,8 +50,10 @@ pub enum Disposition {
     Rejected(Rejection),
     /// Somebody else is to have it.
     HandBack(HandBackReason),
-    /// The database is away: nothing can be decided.
+    /// The database is away, or takes no writes: nothing can be decided.
     StoreAway,
+    /// The database refuses what this request comes to, and would again.
+    Defect,
 }
 
 /// Why a message goes back to the queue.
@@ -161,7 +163,7 @@ impl Recipe {
         match self.store.admit(&self.rules, &applicant).await {
             Ok(Admission::Admitted(admitted)) => self.run(admitted, &scope, abort).await,
             Ok(admission) => turned_away(&admission),
-            Err(error) => store_away(&error),
+            Err(error) => undecided(&error),
         }
     }
 
@@ -191,7 +193,7 @@ impl Recipe {
                 if !error.is_defect() {
                     self.leases.orphan(lease);
                 }
-                store_away(&error)
+                undecided(&error)
             }
         }
     }
@@ -203,9 +205,7 @@ impl Recipe {
         };
         let reader = self.graph.reader(admitted.lease.tenant_id, &admitted.credential, budget);
         let collector = Collector::new(&self.store, admitted.lease, reader, self.settings);
-        let report = collector.collect(scope, &admitted.finished).await?;
-        self.store.finish_run(&admitted.lease, &report).await?;
-        Ok(report)
+        collector.collect(scope, &admitted.finished).await
     }
 
     async fn hand_back(&self, admitted: &Admitted) -> Disposition {
@@ -247,13 +247,14 @@ fn turned_away(admission: &Admission) -> Disposition {
     }
 }
 
-fn store_away(error: &StoreError) -> Disposition {
+fn undecided(error: &StoreError) -> Disposition {
     if error.is_defect() {
-        error!(%error, "the database refuses what this version writes");
+        error!(%error, "the database refuses what this request comes to");
+        Disposition::Defect
     } else {
         warn!(%error, "the database is away");
+        Disposition::StoreAway
     }
-    Disposition::StoreAway
 }
 
 fn record_end(report: &RunReport, granted: Instant) {

@@ -50,6 +50,12 @@ pub fn upsert(policy_type: &str, rows: usize) -> Span {
     info_span!("upsert", otel.kind = "client", db.system.name = "postgresql", policy_type, rows)
 }
 
+/// The commit that ends a run: the rows that are left, the run and its event.
+#[must_use]
+pub fn finish() -> Span {
+    info_span!("finish", otel.kind = "client", db.system.name = "postgresql")
+}
+
 /// One event on its way from the outbox to the broker; it continues the trace of its run.
 #[must_use]
 pub fn publish(traceparent: Option<&str>) -> Span {

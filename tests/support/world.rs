@@ -223,6 +223,19 @@ impl World {
         self.channel.basic_get(name.into(), options).await.expect("the queue is there")
     }
 
+    /// Gives the messages of a queue back again and again, until the broker gives them up.
+    pub async fn give_up(&self, queue: &str) {
+        let name = format!("{}{queue}", self.prefix);
+        let get = async || {
+            let options = lapin::options::BasicGetOptions { no_ack: false };
+            self.channel.basic_get(name.as_str().into(), options).await.expect("the queue is there")
+        };
+        while let Some(message) = get().await {
+            let back = lapin::options::BasicNackOptions { requeue: true, ..Default::default() };
+            message.delivery.acker.nack(back).await.expect("it goes back");
+        }
+    }
+
     /// A subscriber to every event of this world.
     pub async fn subscribe(&self) -> Subscriber {
         Subscriber::new(&self.amqp_url, &self.prefix).await
