@@ -119,7 +119,7 @@ impl<'a> Collector<'a> {
         if self.unread.fetch_sub(1, Ordering::Relaxed) == 1 {
             return Ok(Read::Last(tallies.into_iter().map(|tally| tally.last(ended_by)).collect()));
         }
-        self.write(&mut tallies, 1).await?;
+        self.write(&mut tallies, 1).instrument(span).await?;
         let mut outcomes: Vec<TypeOutcome> = tallies.into_iter().map(|tally| tally.outcome(ended_by)).collect();
         self.finish(&mut outcomes).await?;
         Ok(Read::Recorded(outcomes))
