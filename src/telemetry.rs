@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -51,14 +51,26 @@ pub fn init_metrics() -> Result<PrometheusHandle, String> {
         .map_err(|error| error.to_string())?
         .install_recorder()
         .map_err(|error| error.to_string())?;
-    for metric in METRICS {
-        match metric.kind {
-            Kind::Counter => describe_counter!(metric.name, metric.help),
-            Kind::Gauge => describe_gauge!(metric.name, metric.help),
-            Kind::Histogram => describe_histogram!(metric.name, metric.help),
+    METRICS.iter().for_each(begin);
+    Ok(handle)
+}
+
+/// Describes a metric, and has what grows begin at 0: the rate of a series that begins with its first event misses that
+/// event.
+fn begin(metric: &Metric) {
+    let labels = || (metric.values)().into_iter().map(|value| Label::new(metric.labels[0], value));
+    let series = || if metric.labels.is_empty() { vec![Vec::new()] } else { labels().map(|one| vec![one]).collect() };
+    match metric.kind {
+        Kind::Counter => {
+            describe_counter!(metric.name, metric.help);
+            series().into_iter().for_each(|labels| counter!(metric.name, labels).increment(0));
+        }
+        Kind::Gauge => describe_gauge!(metric.name, metric.help),
+        Kind::Histogram => {
+            describe_histogram!(metric.name, metric.help);
+            series().into_iter().for_each(|labels| drop(histogram!(metric.name, labels)));
         }
     }
-    Ok(handle)
 }
 
 /// What kind of number a metric is.
@@ -79,22 +91,30 @@ pub struct Metric {
     pub name: &'static str,
     /// What kind of number it is.
     pub kind: Kind,
-    /// Its labels.
+    /// Its label, if it has one.
     pub labels: &'static [&'static str],
+    /// Every value that the label can have.
+    pub values: fn() -> Vec<&'static str>,
     /// What it says.
     pub help: &'static str,
 }
 
 /// Declares each metric once: its entry in [`METRICS`] and the function that moves it.
 macro_rules! metrics {
-    ($($function:ident($($label:ident: $kind_of:ty => $text:expr),*) $method:ident($($value:ident: $of:ty => $number:expr)?) $kind:ident $name:literal $help:literal;)+) => {
+    ($($function:ident($($label:ident: $kind_of:ty => $text:expr; $values:expr)?) $method:ident($($value:ident: $of:ty => $number:expr)?) $kind:ident $name:literal $help:literal;)+) => {
         /// Every metric of the daemon.
         pub const METRICS: &[Metric] = &[
-            $(Metric { name: $name, kind: Kind::$kind, labels: &[$(stringify!($label)),*], help: $help }),+
+            $(Metric {
+                name: $name,
+                kind: Kind::$kind,
+                labels: &[$(stringify!($label))?],
+                values: || Vec::<&'static str>::from_iter(metrics!(@all $($values)?)),
+                help: $help,
+            }),+
         ];
         $(#[doc = $help]
-        pub fn $function($($label: $kind_of,)* $($value: $of)?) {
-            metrics!(@$kind $name, [$($label => $text),*], $method, $($number)?);
+        pub fn $function($($label: $kind_of,)? $($value: $of)?) {
+            metrics!(@$kind $name, [$($label => $text)?], $method, $($number)?);
         })+
     };
     (@Counter $name:literal, [$($label:ident => $text:expr),*], $method:ident, $($number:expr)?) => {
@@ -106,26 +126,28 @@ macro_rules! metrics {
     (@Histogram $name:literal, [$($label:ident => $text:expr),*], $method:ident, $number:expr) => {
         histogram!($name, $(stringify!($label) => $text),*).$method($number);
     };
+    (@all) => { [] };
+    (@all $values:expr) => { $values };
     (@or_one) => { 1 };
     (@or_one $number:expr) => { $number };
 }
 
 metrics! {
-    run_ended(status: RunStatus => status.as_str()) increment() Counter
+    run_ended(status: RunStatus => status.as_str(); ended()) increment() Counter
         "inventoryd_runs_total" "Runs that this replica brought to their end, by status.";
-    run_error(code: ErrorCode => code.as_str()) increment() Counter
+    run_error(code: ErrorCode => code.as_str(); texts(ErrorCode::ALL, ErrorCode::as_str)) increment() Counter
         "inventoryd_run_errors_total" "Error codes of ended runs, each counted once a run.";
-    run_took(status: RunStatus => status.as_str()) record(took: Duration => took.as_secs_f64()) Histogram
+    run_took(status: RunStatus => status.as_str(); ended()) record(took: Duration => took.as_secs_f64()) Histogram
         "inventoryd_run_duration_seconds" "How long runs took from admission to their end.";
     runs_in_hand() set(count: usize => count as f64) Gauge
         "inventoryd_runs_in_hand" "Deliveries in hand, at most consumer.prefetch.";
-    delivery(outcome: &'static str => outcome) increment() Counter
+    delivery(outcome: &'static str => outcome; ["done", "duplicate", "parked", "rejected", "handed_back"]) increment() Counter
         "inventoryd_deliveries_total" "Deliveries by how they were settled: done, duplicate, parked, rejected, handed_back.";
-    dead_letter(reason: DeadReason => reason.as_str()) increment() Counter
+    dead_letter(reason: DeadReason => reason.as_str(); texts(DeadReason::ALL, DeadReason::as_str)) increment() Counter
         "inventoryd_dead_letters_total" "Messages moved to the dead-letter queue, by reason.";
     ack_lost() increment() Counter
         "inventoryd_acks_lost_total" "Acknowledgements that found their channel gone; the redelivery is answered as a duplicate.";
-    session(cause: &'static str => cause) increment() Counter
+    session(cause: &'static str => cause; ["error", "ended", "watchdog"]) increment() Counter
         "inventoryd_broker_sessions_total" "Subscriptions rebuilt, by cause: error, ended, watchdog.";
     subscribed() set(yes: bool => f64::from(u8::from(yes))) Gauge
         "inventoryd_subscribed" "1 while this replica has a live subscription.";
@@ -137,17 +159,17 @@ metrics! {
         "inventoryd_items_upserted_total" "Inventory rows written.";
     items_unclassified() increment(count: u64 => count) Counter
         "inventoryd_items_unclassified_total" "Objects of shared collections that no policy type claims.";
-    graph_request(outcome: &'static str => outcome) increment() Counter
+    graph_request(outcome: &'static str => outcome; ["ok", "throttled", "refused", "failed"]) increment() Counter
         "inventoryd_graph_requests_total" "Requests to Graph by outcome: ok, throttled, refused, failed.";
     graph_request_took() record(took: Duration => took.as_secs_f64()) Histogram
         "inventoryd_graph_request_duration_seconds" "How long single requests to Graph took.";
-    graph_throttle_wait() increment(milliseconds: u64 => milliseconds) Counter
-        "inventoryd_graph_throttle_wait_milliseconds_total" "Time that runs waited because Graph asked them to.";
-    graph_pace_wait() increment(milliseconds: u64 => milliseconds) Counter
-        "inventoryd_graph_pace_wait_milliseconds_total" "Time that requests waited to stay under Graph's documented limits.";
+    graph_throttle_wait() record(wait: Duration => wait.as_secs_f64()) Histogram
+        "inventoryd_graph_throttle_wait_seconds" "How long runs waited because Graph asked them to.";
+    graph_pace_wait() record(wait: Duration => wait.as_secs_f64()) Histogram
+        "inventoryd_graph_pace_wait_seconds" "How long requests waited to stay under Graph's documented limits.";
     graph_select_refused() increment() Counter
         "inventoryd_graph_select_refused_total" "Lists asked again without $select because Graph refused it.";
-    graph_token(outcome: &'static str => outcome) increment() Counter
+    graph_token(outcome: &'static str => outcome; ["ok", "failed"]) increment() Counter
         "inventoryd_graph_tokens_total" "Tokens asked for by outcome: ok, failed.";
     lease_lost() increment() Counter
         "inventoryd_leases_lost_total" "Runs that this replica had to stop because their lease was lost.";
@@ -165,6 +187,14 @@ metrics! {
         "inventoryd_outbox_oldest_seconds" "Age of the oldest event waiting to be published.";
 }
 
+fn ended() -> Vec<&'static str> {
+    texts(&[RunStatus::Success, RunStatus::Partial, RunStatus::Failed, RunStatus::Skipped], RunStatus::as_str)
+}
+
+fn texts<T: Copy>(all: &[T], text: impl Fn(T) -> &'static str) -> Vec<&'static str> {
+    all.iter().copied().map(text).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -180,5 +210,26 @@ mod tests {
             assert_eq!(metric.kind == Kind::Counter, metric.name.ends_with("_total"), "{}", metric.name);
             assert!(metric.help.ends_with('.'), "{}", metric.name);
         }
+    }
+    #[test]
+    fn what_grows_begins_at_zero_for_every_value_of_its_label() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        metrics::with_local_recorder(&recorder, || METRICS.iter().for_each(begin));
+        let text = recorder.handle().render();
+        let mut series = 0;
+        for metric in METRICS.iter().filter(|metric| metric.kind == Kind::Counter) {
+            assert_eq!(metric.labels.is_empty(), (metric.values)().is_empty(), "{}", metric.name);
+            let labels: Vec<String> = match metric.labels {
+                [] => vec![String::new()],
+                [label, ..] => (metric.values)().iter().map(|value| format!("{{{label}=\"{value}\"}}")).collect(),
+            };
+            for label in labels {
+                let line = format!("{}{label} 0", metric.name);
+                assert!(text.lines().any(|one| one == line), "{line} is not in {text}");
+                series += 1;
+            }
+        }
+        assert!(series > 40, "{series}");
+        assert!(text.contains("inventoryd_graph_throttle_wait_seconds_count 0"), "{text}");
     }
 }

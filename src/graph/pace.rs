@@ -12,6 +12,9 @@ use crate::telemetry;
 /// A burst is at most this part of a window's requests.
 const BURST_PART: f64 = 20.0;
 
+/// A request that passes at once takes less.
+const WORTH_COUNTING: Duration = Duration::from_millis(1);
+
 /// So many requests in so long a window; 0 is no limit.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limit {
@@ -74,8 +77,8 @@ impl Pace {
             let Err(too_early) = limiter.check() else { break };
             tokio::time::sleep(too_early.wait_time_from(DefaultClock::default().now())).await;
         }
-        let waited = u64::try_from(came.elapsed().as_millis()).unwrap_or(u64::MAX);
-        if waited > 0 {
+        let waited = came.elapsed();
+        if waited >= WORTH_COUNTING {
             telemetry::graph_pace_wait(waited);
         }
     }

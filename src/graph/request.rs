@@ -112,7 +112,7 @@ impl GraphReader {
         let started = Instant::now();
         let answer = self.shared.connections.get(&http, get).await;
         telemetry::graph_request_took(started.elapsed());
-        let logged = Logged { reader: self, path: request.path, client_request_id, took: started.elapsed() };
+        let logged = Logged { path: request.path, client_request_id, took: started.elapsed() };
         match answer {
             Ok(answer) => {
                 if answer.status == 503 {
@@ -211,7 +211,6 @@ impl GraphReader {
 
 /// What a log line says about a try: ids, a status and words of our own.
 struct Logged<'a> {
-    reader: &'a GraphReader,
     path: &'a str,
     client_request_id: Uuid,
     took: Duration,
@@ -220,14 +219,14 @@ struct Logged<'a> {
 impl Logged<'_> {
     fn good(&self, request_id: Option<&str>) {
         tracing::debug!(
-            tenant_id = %self.reader.tenant_id, path = self.path, client_request_id = %self.client_request_id,
+            path = self.path, client_request_id = %self.client_request_id,
             request_id, took_ms = self.took.as_millis(), "Graph answered"
         );
     }
 
     fn refused(&self, failure: &Failure) {
         tracing::info!(
-            tenant_id = %self.reader.tenant_id, path = self.path, client_request_id = %self.client_request_id,
+            path = self.path, client_request_id = %self.client_request_id,
             request_id = failure.request_id, status = failure.http_status, graph_code = failure.graph_code,
             code = failure.code.as_str(), took_ms = self.took.as_millis(), "Graph refused"
         );
@@ -235,7 +234,7 @@ impl Logged<'_> {
 
     fn no_answer(&self, no_answer: NoAnswer) {
         tracing::info!(
-            tenant_id = %self.reader.tenant_id, path = self.path, client_request_id = %self.client_request_id,
+            path = self.path, client_request_id = %self.client_request_id,
             why = ?no_answer, took_ms = self.took.as_millis(), "no answer from Graph"
         );
     }

@@ -187,7 +187,7 @@ impl Lane {
             // Those who waited together must not come back together.
             let wait = left + full_jitter(closure.spread);
             let new = spending.pay(wait).ok_or(left)?;
-            telemetry::graph_throttle_wait(u64::try_from(new.as_millis()).unwrap_or(u64::MAX));
+            telemetry::graph_throttle_wait(new);
             tokio::time::sleep(wait).await;
         }
         Ok(())
@@ -205,7 +205,7 @@ impl Lane {
             return;
         }
         let (tenant_id, family) = (self.tenant_id, self.family.as_str());
-        tracing::info!(%tenant_id, family, closed_for_ms = closed_for.as_millis(), "Graph asks to be left alone");
+        tracing::info!(family, closed_for_ms = closed_for.as_millis(), "Graph asks to be left alone");
         // Nobody need listen.
         let _ = self.changes.send(GateChange { tenant_id, family, closed_for });
     }

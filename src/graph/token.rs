@@ -188,7 +188,7 @@ impl TokenSource {
 
     /// A failure of ours, in words of ours.
     fn unusable(&self, problem: &str) -> Refused {
-        tracing::warn!(tenant_id = %self.tenant_id, credential = self.credential, "no token: {problem}");
+        tracing::warn!(credential = self.credential, "no token: {problem}");
         Refused::ForGood(ErrorCode::CredentialUnavailable.into())
     }
 
@@ -196,9 +196,7 @@ impl TokenSource {
     fn refusal(&self, error: &azure_core::Error) -> Refused {
         let (status, aadsts, asked) = told(error);
         let code = aadsts.map(|number| format!("AADSTS{number}"));
-        tracing::warn!(
-            tenant_id = %self.tenant_id, credential = self.credential, status, code, "no token from the token service"
-        );
+        tracing::warn!(credential = self.credential, status, code, "no token from the token service");
         let failure = match status {
             Some(status) => Failure::from_graph(ErrorCode::CredentialUnavailable, status, code.as_deref(), None),
             None => ErrorCode::CredentialUnavailable.into(),

@@ -1,8 +1,8 @@
 //! The harness: real servers of its own, a world for every test, waits with deadlines.
 
-pub mod collector;
 pub mod certificates;
 pub mod clients;
+pub mod collector;
 pub mod daemon;
 pub mod events;
 pub mod holds;
