@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde::Deserialize;
 
 mod check;
@@ -52,6 +52,7 @@ pub struct Config {
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct BrokerConfig {
     pub url: SecretString,
+    #[serde(default, deserialize_with = "path_or_none")]
     pub url_file: Option<PathBuf>,
     pub heartbeat_s: u16,
     pub connect_timeout_s: u64,
@@ -223,6 +224,7 @@ fn or_cloud<'a>(given: &'a str, cloud: Option<&'a str>) -> &'a str {
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct DatabaseConfig {
     pub url: SecretString,
+    #[serde(default, deserialize_with = "path_or_none")]
     pub url_file: Option<PathBuf>,
     pub max_connections: u32,
     pub control_connections: u32,
@@ -300,14 +302,10 @@ pub fn seconds(count: u64) -> Duration {
     Duration::from_secs(count)
 }
 
-/// Whether a secret has been set at all.
-#[must_use]
-pub fn is_set(secret: &SecretString) -> bool {
-    !secret.expose_secret().is_empty()
-}
-
 #[cfg(test)]
 mod tests {
+    use secrecy::ExposeSecret;
+
     use super::*;
 
     fn load(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
@@ -353,9 +351,16 @@ mod tests {
             ("INVENTORYD__OUTBOX__CLAIM_S", "5", "outbox.claim_s"),
             ("INVENTORYD__HTTP__LISTEN", "here", "IP:PORT"),
             ("INVENTORYD__DATABASE__URL_FILE", "/no/such/file", "database.url_file"),
+            ("INVENTORYD__DATABASE__URL", "postgres://u@h/d?passwrod=hunter2", "database.url: there is no parameter"),
+            ("INVENTORYD__DATABASE__URL", "h/d", "database.url"),
+            ("INVENTORYD__RUN__ABANDONED_AFTER_S", "1300", "run.abandoned_after_s"),
+            ("INVENTORYD__CONSUMER__WATCHDOG_S", "0", "consumer.watchdog_s"),
+            ("INVENTORYD__CONSUMER__BROKER_TIMEOUT_S", "1500", "consumer.broker_timeout_s"),
+            ("INVENTORYD__GRAPH__BACKOFF_MAX_S", "inf", "graph.backoff_max_s"),
         ] {
             let problem = problem(variable, value);
             assert!(problem.contains(expected), "{variable}={value}: {problem}");
+            assert!(!problem.contains("hunter2"), "{problem}");
         }
     }
 

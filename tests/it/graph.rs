@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::sim::Rule;
 use crate::support::daemon::Replica;
@@ -53,7 +54,7 @@ async fn throttled_for_ever_ends_within_its_budget_and_says_when_to_come_back() 
         .add_rule(rule(json!({ "path": APPS, "action": { "kind": "status", "status": 429, "retry_after": "2" } })));
     let mut config = world.config();
     config.graph.throttle_budget_s = 5;
-    config.graph.max_tries = 20;
+    config.graph.max_tries = 1;
     let _replica = Replica::with(config).await;
     let events = world.subscribe().await;
     let begun = Instant::now();
@@ -145,6 +146,14 @@ async fn a_refused_select_is_left_out_once_and_remembered() {
     assert_eq!(kept, 0, "what comes without $select is still sanitized");
     let second = world.sync("second", &["mobileApp"]).await;
     assert_eq!((&second["graph_requests_count"], &second["graph_select_refused_count"]), (&json!(1), &json!(0)));
+    let other = Uuid::new_v4();
+    world.register(other, None).await;
+    world.publish(&World::request_of(other, "other", &["mobileApp"])).await;
+    let other = world.ended("other").await;
+    assert_eq!(
+        other["graph_select_refused_count"], 1,
+        "another tenant's Graph is asked with it: it may be another ring"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
