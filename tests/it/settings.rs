@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::sim::Rule;
-use crate::support::daemon::Replica;
+use crate::sim::{Rule, Which};
+use crate::support::daemon::{Process, Replica};
 use crate::support::holds::{STEPS, hold_at};
 use crate::support::proxy::Proxy;
 use crate::support::world::World;
@@ -125,4 +125,77 @@ async fn policy_types_of_ones_own_and_the_name_of_the_deployment() {
     assert_eq!(world.count("select count(*) from inventory_items where category = 'Ours'").await, 12);
     assert_eq!(events.event_of(&run).await["source"], "/inventoryd/blue");
     std::fs::remove_file(file).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_takes_too_long_is_asked_for_again() {
+    let world = World::new().await;
+    let slow_once = json!({ "times": 1, "action": { "kind": "slow", "delay_ms": 20_000 } });
+    world.sim.add_rule(serde_json::from_value::<Rule>(slow_once).unwrap());
+    let mut config = world.config();
+    config.graph.request_timeout_s = 1;
+    let _replica = Replica::with(config).await;
+    let begun = Instant::now();
+    let run = world.sync("run", &["mobileApp"]).await;
+    assert_eq!((&run["status"], &run["graph_requests_count"]), (&json!("success"), &json!(2)));
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outbox_larger_than_a_batch_is_sent_batch_by_batch() {
+    let world = World::new().await;
+    let events = world.subscribe().await;
+    let mut config = world.config();
+    config.outbox.batch = 2;
+    world
+        .execute(&format!(
+            "insert into outbox_events (tenant_id, id, routing_key, payload)
+             select '{}', id, 'run.completed.success.x', json_build_object('id', id) from
+                    (select gen_random_uuid() as id from generate_series(1, 25)) ids",
+            world.tenant
+        ))
+        .await;
+    let _replica = Replica::with(config).await;
+    eventually("all are published", || async { (events.distinct().len() == 25).then_some(()) }).await;
+    eventually("and marked", || async {
+        (world.count("select count(*) from outbox_events where sent_at is null").await == 0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_counts_as_a_suspicious_drop_can_be_said() {
+    for (share, min_items, suspicious) in [(0.9, 5, true), (0.5, 5, false), (0.9, 13, false)] {
+        let world = World::new().await;
+        let mut config = world.config();
+        config.run.suspicious_drop_share = share;
+        config.run.suspicious_drop_min_items = min_items;
+        let _replica = Replica::with(config).await;
+        world.sync("first", &["mobileApp"]).await;
+        world.sim.delete_objects(world.tenant, "deviceAppManagement/mobileApps", Which::Count(3)).unwrap();
+        world.sync("second", &["mobileApp"]).await;
+        let found = world.count("select count(*) from inventory_sync_run_types where suspicious_drop").await == 1;
+        assert_eq!(found, suspicious, "9 of 12 with {share} of {min_items}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_answers_over_http_are_where_they_are_told_to_be_and_guarded() {
+    let world = World::new().await;
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let listen = format!("127.0.0.1:{port}");
+    let _replica = Process::start(&world, "http", &[("HTTP__LISTEN", &listen), ("HTTP__TOKEN", "open-sesame")]);
+    let client = reqwest::Client::new();
+    let get = async |path: &str, token: &str| {
+        let answer = client.get(format!("http://{listen}{path}")).bearer_auth(token).send().await.ok()?;
+        Some((answer.status().as_u16(), answer.text().await.ok()?))
+    };
+    eventually("it is ready, which needs no token", || async { get("/readyz", "").await.filter(|said| said.0 == 200) })
+        .await;
+    for path in ["/metrics", "/status"] {
+        assert_eq!(get(path, "guess").await.unwrap().0, 401, "{path}");
+    }
+    assert!(get("/metrics", "open-sesame").await.unwrap().1.contains("inventoryd_subscribed 1"));
+    let status: serde_json::Value = serde_json::from_str(&get("/status", "open-sesame").await.unwrap().1).unwrap();
+    assert_eq!((&status["subscribed"], &status["database"]), (&json!(true), &json!("ok")), "{status}");
 }
