@@ -18,6 +18,10 @@ use crate::telemetry;
 
 /// How long the last flush of a stopping daemon may take; what is left is carried by another replica, or later.
 const LAST_FLUSH: Duration = Duration::from_secs(2);
+/// Batches of one round; between rounds the gauges are looked at.
+const MOST_BATCHES: usize = 25;
+/// After a round that sent something, what ends within this time is published together: each round is two commits.
+const GATHER: Duration = Duration::from_millis(10);
 const GAUGES_EVERY: Duration = Duration::from_secs(5);
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
@@ -30,11 +34,23 @@ pub struct Relay {
     warned: Option<Instant>,
 }
 
-/// How a batch went.
+/// A tenant and one of its events.
+type EventId = (Uuid, Uuid);
+
+/// What became of a batch.
+#[derive(Default)]
+struct Published {
+    ids: Vec<EventId>,
+    fates: Vec<Fate>,
+}
+
+/// How a round went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Round {
     /// There was nothing to do.
     Idle,
+    /// All of it was confirmed, and there may be more.
+    Full,
     /// All of it was confirmed.
     Sent,
     /// Some of it was not.
@@ -57,9 +73,13 @@ impl Relay {
             let mut woken = std::pin::pin!(committed.notified());
             woken.as_mut().enable();
             let wait = match self.round().await {
-                Ok(Round::Sent) => {
+                Ok(Round::Full) => {
                     waits = self::waits();
                     continue;
+                }
+                Ok(Round::Sent) => {
+                    waits = self::waits();
+                    GATHER
                 }
                 Ok(Round::Idle) => {
                     waits = self::waits();
@@ -90,27 +110,71 @@ impl Relay {
     }
 
     async fn flush(&mut self) {
-        while matches!(self.round().await, Ok(Round::Sent)) {}
+        while matches!(self.round().await, Ok(Round::Sent | Round::Full)) {}
     }
 
+    /// Publishes what is due. While one batch is with the broker, the database marks the one before and gives the next.
     async fn round(&mut self) -> Result<Round, StoreError> {
         self.gauge().await?;
         if self.publisher.blocked() {
             // A claim would only keep other replicas from trying; some of them may reach another node.
             return Ok(Round::Stuck);
         }
-        let events = self.store.claim_events(self.config.batch, self.config.claim_s).await?;
-        if events.is_empty() {
+        let mut batch = self.claim().await?;
+        if batch.is_empty() {
             return Ok(Round::Idle);
         }
-        let ids: Vec<(Uuid, Uuid)> = events.iter().map(|event| (event.tenant_id, event.id)).collect();
-        let fates = self.publisher.publish(events.into_iter().map(outgoing).collect()).await;
-        let with = |wanted: &[Fate]| -> Vec<(Uuid, Uuid)> {
-            ids.iter().zip(&fates).filter(|(_, fate)| wanted.contains(fate)).map(|(id, _)| *id).collect()
+        let (mut published, mut all_sent, mut batches) = (Published::default(), true, 1);
+        loop {
+            let ids: Vec<EventId> = batch.iter().map(|event| (event.tenant_id, event.id)).collect();
+            let more_may_be_due = all_sent && self.is_full(&batch) && batches < MOST_BATCHES;
+            let publish = self.publisher.publish(batch.into_iter().map(outgoing).collect());
+            let database = async {
+                self.settle(&published).await?;
+                if more_may_be_due { self.claim().await } else { Ok(Vec::new()) }
+            };
+            let (fates, next) = tokio::join!(publish, database);
+            let unroutable = fates.iter().filter(|fate| **fate == Fate::Unroutable).count();
+            all_sent &= fates.iter().all(|fate| *fate == Fate::Confirmed);
+            published = Published { ids, fates };
+            self.note_unroutable(unroutable);
+            batch = match next {
+                Ok(next) => next,
+                Err(error) => {
+                    self.settle(&published).await?;
+                    return Err(error);
+                }
+            };
+            batches += 1;
+            if batch.is_empty() {
+                break;
+            }
+        }
+        let last_was_full = published.ids.len() >= self.config.batch as usize;
+        self.settle(&published).await?;
+        Ok(match (all_sent, last_was_full) {
+            (false, _) => Round::Stuck,
+            (true, true) => Round::Full,
+            (true, false) => Round::Sent,
+        })
+    }
+
+    async fn claim(&self) -> Result<Vec<OutboxEvent>, StoreError> {
+        self.store.claim_events(self.config.batch, self.config.claim_s).await
+    }
+
+    fn is_full(&self, batch: &[OutboxEvent]) -> bool {
+        batch.len() >= self.config.batch as usize
+    }
+
+    /// Marks what the broker has, and puts back what no queue took.
+    async fn settle(&self, published: &Published) -> Result<(), StoreError> {
+        let with = |wanted: &[Fate]| -> Vec<EventId> {
+            let both = published.ids.iter().zip(&published.fates);
+            both.filter(|(_, fate)| wanted.contains(fate)).map(|(id, _)| *id).collect()
         };
-        let (sent, unroutable) = (with(&[Fate::Confirmed]), with(&[Fate::Unroutable]));
         // Those of unknown fate stay claimed: the claim runs out, and they are published again.
-        let back = with(&[Fate::Unroutable, Fate::Refused]);
+        let (sent, back) = (with(&[Fate::Confirmed]), with(&[Fate::Unroutable, Fate::Refused]));
         if !sent.is_empty() {
             self.store.mark_sent(&sent).await?;
             telemetry::event_published(sent.len() as u64);
@@ -119,8 +183,7 @@ impl Relay {
         if !back.is_empty() {
             self.store.release_events(&back).await?;
         }
-        self.note_unroutable(unroutable.len());
-        Ok(if sent.len() == ids.len() { Round::Sent } else { Round::Stuck })
+        Ok(())
     }
 
     fn note_unroutable(&mut self, count: usize) {

@@ -1,7 +1,6 @@
 //! From a raw Graph object to what is kept of it: classified, named, whitelisted.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -11,6 +10,7 @@ use serde_json::value::RawValue;
 use super::catalog::Collection;
 use super::platform;
 use super::policy_type::{Discriminator, PlatformRule, PolicyType};
+use super::properties::{BorrowedText, Properties, scalar_text};
 
 /// The longest display name that is kept, in characters.
 pub const MAX_DISPLAY_NAME_CHARS: usize = 1_024;
@@ -19,6 +19,7 @@ pub const MAX_TEXT_BYTES: usize = 2 * 1024;
 /// The largest nested value that is kept of a property, in bytes of compact JSON.
 pub const MAX_NESTED_BYTES: usize = 4 * 1024;
 const MAX_ID_BYTES: usize = 512;
+const USUAL_META_BYTES: usize = 512;
 
 /// One object, last observed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,7 +43,7 @@ pub struct BadObject {
 
 /// A Graph object, its values still in the bytes of the page.
 #[derive(Debug, Deserialize)]
-pub struct RawObject<'a>(#[serde(borrow)] BTreeMap<Cow<'a, str>, &'a RawValue>);
+pub struct RawObject<'a>(#[serde(borrow)] Properties<'a>);
 
 impl<'a> RawObject<'a> {
     /// Takes the object apart without copying its values.
@@ -133,14 +134,14 @@ impl<'a> RawObject<'a> {
 
     /// The sanitizer: whitelisted keys only, nothing large, nothing that looks like a credential.
     fn meta(&self, policy_type: &PolicyType) -> String {
-        let mut json = String::from("{");
+        let mut json = String::with_capacity(USUAL_META_BYTES);
+        json.push('{');
         for name in &policy_type.meta {
-            let Some(value) = self.0.get(name.as_str()).and_then(|raw| keep(raw)) else { continue };
+            let Some(value) = self.0.get(name).and_then(keep) else { continue };
             if json.len() > 1 {
                 json.push(',');
             }
-            json.push_str(&Value::from(name.as_str()).to_string());
-            json.push(':');
+            push_name(&mut json, name);
             json.push_str(&value);
         }
         json.push('}');
@@ -148,18 +149,17 @@ impl<'a> RawObject<'a> {
     }
 }
 
-fn scalar_text(raw: &RawValue) -> Option<Cow<'_, str>> {
-    let text = raw.get();
-    match text.as_bytes().first()? {
-        b'"' => serde_json::from_str::<BorrowedText<'_>>(text).ok().map(|text| text.0),
-        b'{' | b'[' | b'n' => None,
-        _ => Some(Cow::Borrowed(text)),
+/// Writes a name and its colon; one of plain letters and digits needs no escapes.
+fn push_name(json: &mut String, name: &str) {
+    if name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        json.push('"');
+        json.push_str(name);
+        json.push('"');
+    } else {
+        json.push_str(&Value::from(name).to_string());
     }
+    json.push(':');
 }
-
-/// `Cow<str>` alone is always deserialised as owned; inside a newtype it borrows where nothing is escaped.
-#[derive(Deserialize)]
-struct BorrowedText<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// The JSON text to store for a value, or nothing if it must not be stored.
 ///

@@ -8,6 +8,7 @@ pub mod failure;
 pub mod item;
 mod platform;
 pub mod policy_type;
+mod properties;
 pub mod request;
 pub mod run;
 pub mod selection;

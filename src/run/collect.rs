@@ -1,7 +1,7 @@
 //! Reading a selection: list, classify, sanitize, write; each type to its own end.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -16,7 +16,7 @@ use crate::domain::item::{InventoryItem, RawObject};
 use crate::domain::policy_type::PolicyType;
 use crate::domain::run::{GraphUsage, Lease, RunReport, TypeCounters, TypeOutcome};
 use crate::graph::{GraphReader, Page, PageObject};
-use crate::store::{Store, StoreError};
+use crate::store::{FinishRules, LastType, Store, StoreError};
 use crate::telemetry;
 
 /// Pages that may wait between the wire and the database, so that the next one travels while one is written.
@@ -30,6 +30,8 @@ pub(super) struct Collector<'a> {
     settings: RunSettings,
     unclassified: AtomicI64,
     charged: Mutex<GraphUsage>,
+    /// Lists that are not read to their end yet.
+    unread: AtomicUsize,
 }
 
 /// What has been seen of one type of a list so far.
@@ -40,12 +42,25 @@ struct Tally {
     failure: Option<Failure>,
 }
 
+/// A list that was read to its end, or to its failure.
+enum Read {
+    /// How its types have ended is recorded.
+    Recorded(Vec<TypeOutcome>),
+    /// It was the last: that is left to the end of the run.
+    Last(Vec<LastType>),
+}
+
 impl<'a> Collector<'a> {
     pub(super) fn new(store: &'a Store, lease: Lease, reader: GraphReader, settings: RunSettings) -> Self {
-        Self { store, lease, reader, settings, unclassified: AtomicI64::new(0), charged: Mutex::default() }
+        let (unclassified, unread) = (AtomicI64::new(0), AtomicUsize::new(0));
+        Self { store, lease, reader, settings, unclassified, charged: Mutex::default(), unread }
     }
 
-    /// Reads every list of `scope`, several at a time; types that an earlier attempt has finished are kept as they are.
+    /// Reads every list of `scope`, several at a time, and ends the run; types that an earlier attempt has finished are
+    /// kept as they are.
+    ///
+    /// What the list that ends last has left over is written with the end itself: a short run is two transactions,
+    /// its admission and this.
     pub(super) async fn collect(
         &self,
         scope: &Scope,
@@ -59,31 +74,57 @@ impl<'a> Collector<'a> {
 
         let remaining: Vec<Listing> =
             scope.listings.iter().filter_map(|listing| unfinished(listing, finished)).collect();
-        let read: Vec<Vec<TypeOutcome>> = stream::iter(remaining)
-            .map(|listing| self.read(listing))
-            .buffer_unordered(self.settings.concurrent_lists)
-            .try_collect()
-            .await?;
-        outcomes.extend(read.into_iter().flatten());
-        outcomes.sort_by(|one, other| one.policy_type.cmp(&other.policy_type));
-        Ok(RunReport { outcomes, usage: self.uncharged_usage(), retry_after_s: self.reader.retry_after_s() })
+        self.unread.store(remaining.len(), Ordering::Relaxed);
+        let mut read =
+            stream::iter(remaining).map(|listing| self.read(listing)).buffer_unordered(self.settings.concurrent_lists);
+        let mut last = Vec::new();
+        while let Some(list) = read.try_next().await? {
+            match list {
+                Read::Recorded(mut recorded) => outcomes.append(&mut recorded),
+                Read::Last(types) => last = types,
+            }
+        }
+        drop(read);
+        self.end(outcomes, last).await
     }
 
-    /// Reads one list to its end, or to its failure, and records how its types have ended.
-    async fn read(&self, listing: Listing) -> Result<Vec<TypeOutcome>, StoreError> {
+    /// Ends the run, with what is left to be written.
+    async fn end(&self, outcomes: Vec<TypeOutcome>, last: Vec<LastType>) -> Result<RunReport, StoreError> {
+        let names: Vec<String> = last.iter().map(|ended| ended.outcome.policy_type.clone()).collect();
+        let upserted_before: i64 = last.iter().map(|ended| ended.outcome.counters.items_upserted_count).sum();
+        let (usage, retry_after_s) = (self.uncharged_usage(), self.reader.retry_after_s());
+        let mut report = RunReport { outcomes, usage, retry_after_s };
+        let rules =
+            FinishRules { batch_rows: self.settings.batch_rows, suspicious_drop: self.settings.suspicious_drop };
+        self.store.finish_run(&self.lease, &mut report, last, rules).await?;
+        let ended = || report.outcomes.iter().filter(|outcome| names.contains(&outcome.policy_type));
+        let upserted: i64 = ended().map(|outcome| outcome.counters.items_upserted_count).sum();
+        telemetry::items_upserted((upserted - upserted_before).unsigned_abs());
+        ended().for_each(note_end);
+        Ok(report)
+    }
+
+    /// Reads one list to its end, or to its failure, and records how its types have ended; the last one leaves that to
+    /// the end of the run.
+    async fn read(&self, listing: Listing) -> Result<Read, StoreError> {
         let mut tallies: Vec<Tally> = listing.selected.iter().map(Tally::new).collect();
         let read = self.copy(&listing, &mut tallies).await?;
         if let Err(failure) = &read {
             let (path, code) = (&listing.collection.path, failure.code);
             warn!(path, %code, http_status = failure.http_status, request_id = failure.request_id, "list not read to its end");
         }
-        let mut outcomes: Vec<TypeOutcome> =
-            tallies.into_iter().map(|tally| tally.outcome(read.as_ref().err())).collect();
+        let ended_by = read.as_ref().err();
+        if self.unread.fetch_sub(1, Ordering::Relaxed) == 1 {
+            return Ok(Read::Last(tallies.into_iter().map(|tally| tally.last(ended_by)).collect()));
+        }
+        self.write(&mut tallies, 1).await?;
+        let mut outcomes: Vec<TypeOutcome> = tallies.into_iter().map(|tally| tally.outcome(ended_by)).collect();
         self.finish(&mut outcomes).await?;
-        Ok(outcomes)
+        Ok(Read::Recorded(outcomes))
     }
 
-    /// Moves a list from Graph to the database, page after page; the outer error is the database's, the inner Graph's.
+    /// Moves a list from Graph to the database, page after page, but for what does not fill a batch; the outer error is
+    /// the database's, the inner Graph's.
     async fn copy(&self, listing: &Listing, tallies: &mut [Tally]) -> Result<Result<(), Failure>, StoreError> {
         let (sender, mut receiver) = mpsc::channel::<Page>(PAGES_AHEAD);
         let mut pages = self.reader.pages(&listing.collection);
@@ -100,7 +141,7 @@ impl<'a> Collector<'a> {
                 self.take(listing, &page, tallies);
                 self.write(tallies, self.settings.batch_rows).await?;
             }
-            self.write(tallies, 1).await
+            Ok(())
         };
         let (fetched, written) = tokio::join!(fetch, write);
         written.map(|()| fetched)
@@ -145,17 +186,7 @@ impl<'a> Collector<'a> {
         }
         let usage = self.uncharged_usage();
         self.store.finish_types(&self.lease, outcomes, &usage, self.settings.suspicious_drop).await?;
-        for outcome in outcomes {
-            telemetry::items_observed(outcome.counters.items_observed_count.unsigned_abs());
-            let (name, observed) = (&outcome.policy_type, outcome.counters.items_observed_count);
-            info!(
-                policy_type = name,
-                complete = outcome.complete,
-                observed,
-                suspicious_drop = outcome.suspicious_drop,
-                "type ended"
-            );
-        }
+        outcomes.iter().for_each(note_end);
         Ok(())
     }
 
@@ -169,6 +200,18 @@ impl<'a> Collector<'a> {
         telemetry::items_unclassified(uncharged.items_unclassified_count.unsigned_abs());
         uncharged
     }
+}
+
+fn note_end(outcome: &TypeOutcome) {
+    let (name, observed) = (&outcome.policy_type, outcome.counters.items_observed_count);
+    telemetry::items_observed(observed.unsigned_abs());
+    info!(
+        policy_type = name,
+        complete = outcome.complete,
+        observed,
+        suspicious_drop = outcome.suspicious_drop,
+        "type ended"
+    );
 }
 
 /// `listing` for the types of it that no earlier attempt has finished.
@@ -202,6 +245,11 @@ impl Tally {
         warn!(policy_type = self.policy_type.key, external_id, "an object without a usable id is left out");
         self.counters.errors_count += 1;
         self.failure.get_or_insert_with(|| ErrorCode::GraphBadResponse.into());
+    }
+
+    fn last(mut self, ended_by: Option<&Failure>) -> LastType {
+        let (policy_type, items) = (Arc::clone(&self.policy_type), std::mem::take(&mut self.pending));
+        LastType { policy_type, items, outcome: self.outcome(ended_by) }
     }
 
     fn outcome(self, ended_by: Option<&Failure>) -> TypeOutcome {

@@ -204,9 +204,7 @@ impl Recipe {
         };
         let reader = self.graph.reader(admitted.lease.tenant_id, &admitted.credential, budget);
         let collector = Collector::new(&self.store, admitted.lease, reader, self.settings);
-        let report = collector.collect(scope, &admitted.finished).await?;
-        self.store.finish_run(&admitted.lease, &report).await?;
-        Ok(report)
+        collector.collect(scope, &admitted.finished).await
     }
 
     async fn hand_back(&self, admitted: &Admitted) -> Disposition {

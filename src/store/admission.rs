@@ -1,12 +1,14 @@
 //! Admission: one transaction that decides what becomes of a request, serialised per tenant by its `tenants` row.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{Store, StoreError, runs};
+use super::transaction::Transaction;
+use super::{Store, StoreError, run_types, runs};
 use crate::config::WhenFull;
 use crate::domain::failure::ErrorCode;
 use crate::domain::request::SyncRequest;
@@ -93,17 +95,34 @@ struct SameKey {
     attempts_left: bool,
 }
 
+struct SameSelection {
+    id: Uuid,
+    /// Its worker holds it, or has handed it back in order: then its message is in the queue, and it will be taken over.
+    expected: bool,
+}
+
+/// What there is already.
+struct Found {
+    same_key: Option<SameKey>,
+    same_selection: Option<SameSelection>,
+    /// Runs of the tenant's other selections that have not ended. One whose worker is gone keeps its place: it may be
+    /// taken over at any moment, and is not asked again then.
+    others: i64,
+}
+
 impl Store {
     /// Decides what becomes of a request, with the database's clock alone.
     ///
     /// # Errors
     /// If the database is away; then nothing was decided.
     pub async fn admit(&self, rules: &AdmissionRules, applicant: &Applicant<'_>) -> Result<Admission, StoreError> {
-        let case = Case { rules, applicant, deployment: &self.deployment, granted: Instant::now() };
-        let mut transaction = self.work.begin().await?;
+        let announced = AtomicBool::new(false);
+        let case =
+            Case { rules, applicant, deployment: &self.deployment, granted: Instant::now(), announced: &announced };
+        let mut transaction = Transaction::begin(&self.work).await?;
         let admission = case.decide(&mut transaction).await?;
         transaction.commit().await?;
-        if matches!(admission, Admission::Skipped(_) | Admission::GivenUp | Admission::Admitted(_)) {
+        if announced.into_inner() {
             self.event_committed.notify_one();
         }
         Ok(admission)
@@ -116,6 +135,8 @@ struct Case<'a> {
     applicant: &'a Applicant<'a>,
     deployment: &'a str,
     granted: Instant,
+    /// Whether an event was written.
+    announced: &'a AtomicBool,
 }
 
 impl Case<'_> {
@@ -124,13 +145,14 @@ impl Case<'_> {
         let Some(tenant) = lock_tenant(db, tenant_id, rules.tenant_max_runs).await? else {
             return Ok(Admission::UnknownTenant);
         };
-        if let Some(same_key) = find_same_key(db, self.applicant, rules.max_attempts).await? {
+        let found = look(db, self.applicant, rules.max_attempts).await?;
+        if let Some(same_key) = found.same_key {
             return self.decide_same_key(db, &tenant, same_key).await;
         }
         if !tenant.enabled {
             return self.skip(db, ErrorCode::TenantDisabled).await;
         }
-        if let Some(code) = self.over_limit(db, &tenant).await? {
+        if let Some(code) = self.over_limit(db, &tenant, &found).await? {
             let deferred = rules.when_full == WhenFull::Defer && self.applicant.deferred_s < rules.defer_max_s;
             return if deferred { Ok(Admission::Deferred(code)) } else { self.skip(db, code).await };
         }
@@ -149,7 +171,6 @@ impl Case<'_> {
         tenant: &TenantRow,
         same_key: SameKey,
     ) -> Result<Admission, StoreError> {
-        let tenant_id = self.applicant.request.tenant_id;
         if same_key.selection_hash != self.applicant.selection_hash {
             return Ok(Admission::Conflict);
         }
@@ -160,43 +181,36 @@ impl Case<'_> {
             return Ok(Admission::Busy);
         }
         if !same_key.attempts_left && !same_key.handed_back {
-            runs::end_lost(db, self.deployment, tenant_id, same_key.id).await?;
+            self.end_lost(db, same_key.id).await?;
             return Ok(Admission::GivenUp);
         }
-        let lease = take_over(db, self.rules, tenant_id, same_key.id).await?;
-        let finished = runs::finished_types(db, &lease).await?;
+        let lease = take_over(db, self.rules, self.applicant.request.tenant_id, same_key.id).await?;
+        let finished = run_types::finished(db, &lease).await?;
         Ok(self.admitted(lease, tenant, finished))
     }
 
     /// The first limit that stands in the way. A run of the same selection whose worker is lost is ended on the way.
-    async fn over_limit(&self, db: &mut PgConnection, tenant: &TenantRow) -> Result<Option<ErrorCode>, StoreError> {
-        let tenant_id = self.applicant.request.tenant_id;
-        let same_selection = sqlx::query!(
-            r#"select id, lease_expires_at > clock_timestamp() or lease_owner is null as "expected!"
-                 from inventory_sync_runs where tenant_id = $1 and selection_hash = $2 and status = 'running' for update"#,
-            tenant_id,
-            self.applicant.selection_hash
-        )
-        .fetch_optional(&mut *db)
-        .await?;
-        match same_selection {
-            // One that was handed back in order has its message in the queue, and will be taken over.
+    async fn over_limit(
+        &self,
+        db: &mut PgConnection,
+        tenant: &TenantRow,
+        found: &Found,
+    ) -> Result<Option<ErrorCode>, StoreError> {
+        match &found.same_selection {
             Some(run) if run.expected => return Ok(Some(ErrorCode::LockContended)),
-            Some(run) => runs::end_lost(db, self.deployment, tenant_id, run.id).await?,
+            Some(run) => self.end_lost(db, run.id).await?,
             None => {}
         }
-        // A run whose worker is gone keeps its place: it may be taken over at any moment, and is not asked again then.
-        let running = sqlx::query_scalar!(
-            r#"select count(*) as "count!" from inventory_sync_runs where tenant_id = $1 and status = 'running'"#,
-            tenant_id
-        )
-        .fetch_one(&mut *db)
-        .await?;
-        if running >= tenant.max_runs {
+        if found.others >= tenant.max_runs {
             return Ok(Some(ErrorCode::ConcurrencyLimitTenant));
         }
         let full = fleet_is_full(db, self.rules.fleet_max_runs).await?;
         Ok(full.then_some(ErrorCode::ConcurrencyLimitGlobal))
+    }
+
+    async fn end_lost(&self, db: &mut PgConnection, run_id: Uuid) -> Result<(), StoreError> {
+        self.announced.store(true, Ordering::Relaxed);
+        runs::end_lost(db, self.deployment, self.applicant.request.tenant_id, run_id).await
     }
 
     async fn skip(&self, db: &mut PgConnection, code: ErrorCode) -> Result<Admission, StoreError> {
@@ -211,7 +225,8 @@ impl Case<'_> {
         )
         .execute(&mut *db)
         .await?;
-        runs::announce(db, self.deployment, tenant_id, run_id).await?;
+        self.announced.store(true, Ordering::Relaxed);
+        runs::announce(db, self.deployment, (tenant_id, run_id), Vec::new()).await?;
         Ok(Admission::Skipped(code))
     }
 }
@@ -227,22 +242,43 @@ async fn lock_tenant(db: &mut PgConnection, tenant_id: Uuid, max_runs: u32) -> R
     Ok(tenant.fetch_optional(db).await?)
 }
 
-async fn find_same_key(
-    db: &mut PgConnection,
-    applicant: &Applicant<'_>,
-    max_attempts: i32,
-) -> Result<Option<SameKey>, StoreError> {
-    let run = sqlx::query_as!(
-        SameKey,
-        r#"select id, selection_hash, status = 'running' as "running!",
-                  coalesce(lease_expires_at > clock_timestamp(), false) as "lease_alive!", lease_owner is null as "handed_back!",
-                  attempt - interruptions < $3 as "attempts_left!"
-             from inventory_sync_runs where tenant_id = $1 and idempotency_key = $2 for update"#,
+/// Everything that decides, in one statement after the tenant's row is locked. A run of the same selection is of no
+/// interest beside one of the same key, and is not locked then.
+async fn look(db: &mut PgConnection, applicant: &Applicant<'_>, max_attempts: i32) -> Result<Found, StoreError> {
+    let found = sqlx::query!(
+        r#"with same_key as materialized (
+             select id, selection_hash, status = 'running' as running,
+                    coalesce(lease_expires_at > clock_timestamp(), false) as lease_alive,
+                    lease_owner is null as handed_back, attempt - interruptions < $4 as attempts_left
+               from inventory_sync_runs where tenant_id = $1 and idempotency_key = $2 for update),
+           same_selection as materialized (
+             select id, lease_expires_at > clock_timestamp() or lease_owner is null as expected from inventory_sync_runs
+              where tenant_id = $1 and selection_hash = $3 and status = 'running' and not exists (select from same_key)
+                for update)
+           select k.id as "key_id?", k.selection_hash as "key_hash?", k.running as "key_running?",
+                  k.lease_alive as "key_alive?", k.handed_back as "key_handed_back?", k.attempts_left as "key_attempts_left?",
+                  s.id as "selection_id?", s.expected as "selection_expected?",
+                  (select count(*) from inventory_sync_runs
+                    where tenant_id = $1 and status = 'running' and selection_hash <> $3) as "others!"
+             from (select) one left join same_key k on true left join same_selection s on true"#,
         applicant.request.tenant_id,
         applicant.request.idempotency_key,
+        applicant.selection_hash,
         max_attempts
-    );
-    Ok(run.fetch_optional(db).await?)
+    )
+    .fetch_one(db)
+    .await?;
+    let same_key = found.key_id.map(|id| SameKey {
+        id,
+        selection_hash: found.key_hash.unwrap_or_default(),
+        running: found.key_running.unwrap_or_default(),
+        lease_alive: found.key_alive.unwrap_or_default(),
+        handed_back: found.key_handed_back.unwrap_or_default(),
+        attempts_left: found.key_attempts_left.unwrap_or_default(),
+    });
+    let same_selection =
+        found.selection_id.map(|id| SameSelection { id, expected: found.selection_expected.unwrap_or_default() });
+    Ok(Found { same_key, same_selection, others: found.others })
 }
 
 /// The next attempt of a run whose worker is gone. A worker that handed it back in order does not count as lost.

@@ -1,5 +1,7 @@
 //! The inventory itself: one fenced statement a batch.
 
+use sqlx::PgExecutor;
+
 use super::{Store, StoreError};
 use crate::domain::item::InventoryItem;
 use crate::domain::policy_type::PolicyType;
@@ -19,10 +21,6 @@ pub struct Written {
 impl Store {
     /// Writes a batch of objects of one policy type as observed by a run.
     ///
-    /// One statement checks the lease, removes repeated ids, writes and counts. Its `order by` makes two batches take
-    /// their row locks in the same order, so that they can't deadlock. A batch that waited behind a later one does not set
-    /// back when an item was last seen.
-    ///
     /// # Errors
     /// [`StoreError::LeaseLost`] if the run is no longer this worker's: then nothing was written.
     pub async fn upsert_items(
@@ -31,50 +29,62 @@ impl Store {
         policy_type: &PolicyType,
         items: &[InventoryItem],
     ) -> Result<Written, StoreError> {
-        let ids: Vec<&str> = items.iter().map(|item| item.external_id.as_str()).collect();
-        let names: Vec<Option<&str>> = items.iter().map(|item| item.display_name.as_deref()).collect();
-        let platforms: Vec<Option<&str>> = items.iter().map(|item| item.platform.as_deref()).collect();
-        let metas: Vec<&str> = items.iter().map(|item| item.meta.as_str()).collect();
-        let row = sqlx::query!(
-            r#"with fence as materialized (
-                 select 1 from inventory_sync_runs
-                  where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running' for share),
-               written as (
-                 insert into inventory_items as i (tenant_id, policy_type, external_id, display_name, category, platform,
-                        meta_jsonb, first_seen_at, last_changed_at, last_seen_at, last_seen_run_id)
-                 select $1, $4, u.id, u.name, $5, u.platform, u.meta::jsonb, now(), now(), now(), $2
-                   from fence, (select distinct on (id) id, name, platform, meta
-                                  from unnest($6::text[], $7::text[], $8::text[], $9::text[]) x(id, name, platform, meta)
-                                 order by id) u
-                 on conflict (tenant_id, policy_type, external_id) do update set
-                   display_name = excluded.display_name, category = excluded.category, platform = excluded.platform,
-                   meta_jsonb = excluded.meta_jsonb,
-                   last_seen_at = greatest(i.last_seen_at, excluded.last_seen_at),
-                   last_seen_run_id = case when excluded.last_seen_at >= i.last_seen_at
-                     then excluded.last_seen_run_id else i.last_seen_run_id end,
-                   last_changed_at = case when (i.display_name, i.category, i.platform, i.meta_jsonb)
-                       is distinct from (excluded.display_name, excluded.category, excluded.platform, excluded.meta_jsonb)
-                     then excluded.last_changed_at else i.last_changed_at end
-                 returning first_seen_at = now() as created, last_changed_at = now() as changed)
-               select exists (select from fence) as "fenced!", count(*) as "upserted!",
-                      count(*) filter (where created) as "created!",
-                      count(*) filter (where changed and not created) as "changed!"
-                 from written"#,
-            lease.tenant_id,
-            lease.run_id,
-            lease.attempt,
-            policy_type.key,
-            policy_type.category,
-            &ids as &[&str],
-            &names as &[Option<&str>],
-            &platforms as &[Option<&str>],
-            &metas as &[&str]
-        )
-        .fetch_one(&self.work)
-        .await?;
-        if !row.fenced {
-            return Err(StoreError::LeaseLost);
-        }
-        Ok(Written { upserted: row.upserted, created: row.created, changed: row.changed })
+        upsert(&self.work, lease, policy_type, items).await
     }
+}
+
+/// One statement checks the lease, removes repeated ids, writes and counts. Its `order by` makes two batches take their
+/// row locks in the same order, so that they can't deadlock. A batch that waited behind a later one does not set back when
+/// an item was last seen.
+pub(super) async fn upsert(
+    db: impl PgExecutor<'_>,
+    lease: &Lease,
+    policy_type: &PolicyType,
+    items: &[InventoryItem],
+) -> Result<Written, StoreError> {
+    let ids: Vec<&str> = items.iter().map(|item| item.external_id.as_str()).collect();
+    let names: Vec<Option<&str>> = items.iter().map(|item| item.display_name.as_deref()).collect();
+    let platforms: Vec<Option<&str>> = items.iter().map(|item| item.platform.as_deref()).collect();
+    let metas: Vec<&str> = items.iter().map(|item| item.meta.as_str()).collect();
+    let row = sqlx::query!(
+        r#"with fence as materialized (
+             select 1 from inventory_sync_runs
+              where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running' for share),
+           written as (
+             insert into inventory_items as i (tenant_id, policy_type, external_id, display_name, category, platform,
+                    meta_jsonb, first_seen_at, last_changed_at, last_seen_at, last_seen_run_id)
+             select $1, $4, u.id, u.name, $5, u.platform, u.meta::jsonb, now(), now(), now(), $2
+               from fence, (select distinct on (id) id, name, platform, meta
+                              from unnest($6::text[], $7::text[], $8::text[], $9::text[]) x(id, name, platform, meta)
+                             order by id) u
+             on conflict (tenant_id, policy_type, external_id) do update set
+               display_name = excluded.display_name, category = excluded.category, platform = excluded.platform,
+               meta_jsonb = excluded.meta_jsonb,
+               last_seen_at = greatest(i.last_seen_at, excluded.last_seen_at),
+               last_seen_run_id = case when excluded.last_seen_at >= i.last_seen_at
+                 then excluded.last_seen_run_id else i.last_seen_run_id end,
+               last_changed_at = case when (i.display_name, i.category, i.platform, i.meta_jsonb)
+                   is distinct from (excluded.display_name, excluded.category, excluded.platform, excluded.meta_jsonb)
+                 then excluded.last_changed_at else i.last_changed_at end
+             returning first_seen_at = now() as created, last_changed_at = now() as changed)
+           select exists (select from fence) as "fenced!", count(*) as "upserted!",
+                  count(*) filter (where created) as "created!",
+                  count(*) filter (where changed and not created) as "changed!"
+             from written"#,
+        lease.tenant_id,
+        lease.run_id,
+        lease.attempt,
+        policy_type.key,
+        policy_type.category,
+        &ids as &[&str],
+        &names as &[Option<&str>],
+        &platforms as &[Option<&str>],
+        &metas as &[&str]
+    )
+    .fetch_one(db)
+    .await?;
+    if !row.fenced {
+        return Err(StoreError::LeaseLost);
+    }
+    Ok(Written { upserted: row.upserted, created: row.created, changed: row.changed })
 }

@@ -10,8 +10,10 @@ mod leases;
 mod outbox;
 mod read;
 mod retention;
+mod run_types;
 mod runs;
 mod tenants;
+mod transaction;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +21,7 @@ use std::time::Duration;
 use secrecy::ExposeSecret;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
-use sqlx::{ConnectOptions, Executor};
+use sqlx::{ConnectOptions, Connection};
 use tokio::sync::Notify;
 use tracing::log::LevelFilter;
 
@@ -29,10 +31,13 @@ pub use items::Written;
 pub use leases::Renewal;
 pub use outbox::{Backlog, OutboxEvent};
 pub use read::{MissingItem, Run, RunDetails, RunFilter};
-pub use runs::SuspiciousDrop;
+pub use runs::{FinishRules, LastType, SuspiciousDrop};
 pub use tenants::{NewTenant, Tenant};
 
 use crate::config::{DatabaseConfig, seconds};
+
+/// How long a connection that nobody uses is taken to be alive.
+const TRUSTED_FOR: Duration = Duration::from_secs(1);
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 
@@ -120,10 +125,16 @@ impl Store {
             PgPoolOptions::new()
                 .max_connections(connections)
                 .acquire_timeout(seconds(config.acquire_timeout_s))
-                // A `begin` that was cancelled half way leaves an open transaction which the client does not know of
-                // (sqlx 0.9.0): whoever got the connection next would write into it, and lose it.
-                .after_release(|connection, _| {
-                    Box::pin(async move { connection.execute("rollback").await.map(|_| true) })
+                // A connection that was in use a moment ago is not asked whether it is still there: that would be a round
+                // trip for every statement. If it has just gone, the statement says so, and is tried again as a whole.
+                .test_before_acquire(false)
+                .before_acquire(|connection, lent| {
+                    Box::pin(async move {
+                        if lent.idle_for > TRUSTED_FOR {
+                            connection.ping().await?;
+                        }
+                        Ok(true)
+                    })
                 })
                 .connect_lazy_with(options.clone())
         };

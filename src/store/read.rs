@@ -4,7 +4,8 @@ use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::runs::{types_of_run, unreadable};
+use super::run_types;
+use super::runs::unreadable;
 use super::{Store, StoreError};
 use crate::domain::event::rfc3339;
 use crate::domain::run::{GraphUsage, RunStatus, TypeCounters, TypeOutcome};
@@ -179,7 +180,7 @@ impl Store {
         let Some(run) = self.read_runs(&filter, Some(run_id)).await?.pop() else { return Ok(None) };
         let types = {
             let mut connection = self.control.acquire().await?;
-            types_of_run(&mut connection, run.tenant_id, run_id).await?
+            run_types::of_run(&mut connection, run.tenant_id, run_id).await?
         };
         let observed_so_far = if run.status == RunStatus::Running { self.observed_so_far(&run).await? } else { vec![] };
         Ok(Some(RunDetails { run, types, observed_so_far }))

@@ -1,15 +1,19 @@
 //! The life of a run after its admission: types that end, the end itself, and the event that goes with it.
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde_json::Value;
 use sqlx::PgConnection;
 use tracing::warn;
 use uuid::Uuid;
 
-use super::{Store, StoreError};
+use super::items::Written;
+use super::transaction::Transaction;
+use super::{Store, StoreError, items, run_types};
 use crate::domain::event::{RunCompleted, rfc3339};
-use crate::domain::failure::{ErrorCode, Failure};
+use crate::domain::failure::ErrorCode;
+use crate::domain::item::InventoryItem;
+use crate::domain::policy_type::PolicyType;
 use crate::domain::run::{GraphUsage, Lease, RunReport, RunStatus, TypeCounters, TypeOutcome};
 
 /// When a complete listing counts as a suspicious drop.
@@ -19,6 +23,35 @@ pub struct SuspiciousDrop {
     pub share: f64,
     /// ... and that run had at least so many objects.
     pub min_items: i64,
+}
+
+/// What the end of a run goes by.
+#[derive(Debug, Clone, Copy)]
+pub struct FinishRules {
+    /// Rows of one statement.
+    pub batch_rows: usize,
+    /// When a complete listing counts as a suspicious drop.
+    pub suspicious_drop: SuspiciousDrop,
+}
+
+/// A type whose last objects are written with the end of its run.
+#[derive(Debug)]
+pub struct LastType {
+    /// The type.
+    pub policy_type: Arc<PolicyType>,
+    /// What is not written yet.
+    pub items: Vec<InventoryItem>,
+    /// How it has ended; what is written is added to it.
+    pub outcome: TypeOutcome,
+}
+
+impl LastType {
+    fn add(&mut self, written: &Written) {
+        let counters = &mut self.outcome.counters;
+        counters.items_upserted_count += written.upserted;
+        counters.items_created_count += written.created;
+        counters.items_changed_count += written.changed;
+    }
 }
 
 impl Store {
@@ -33,37 +66,38 @@ impl Store {
         usage: &GraphUsage,
         drop_rule: SuspiciousDrop,
     ) -> Result<(), StoreError> {
-        let mut transaction = self.work.begin().await?;
-        charge_usage(&mut transaction, lease, usage).await?;
-        for outcome in &mut *outcomes {
-            outcome.suspicious_drop = insert_type(&mut transaction, lease, outcome, drop_rule).await?;
-        }
-        transaction.commit().await?;
-        Ok(())
+        run_types::record(&self.work, lease, outcomes, usage, drop_rule).await
     }
 
-    /// Ends a run: its row and its event in one transaction, the only truth.
+    /// Ends a run: the last of its objects and types, its row and its event in one transaction, the only truth.
+    ///
+    /// `report` has the types that are recorded already, and gets those that are recorded here.
     ///
     /// # Errors
     /// [`StoreError::LeaseLost`] if the run is no longer this worker's: then nothing was written.
-    pub async fn finish_run(&self, lease: &Lease, report: &RunReport) -> Result<(), StoreError> {
-        let codes: Vec<String> = report.error_codes().into_iter().map(str::to_owned).collect();
-        let mut transaction = self.work.begin().await?;
-        charge_usage(&mut transaction, lease, &report.usage).await?;
-        end(
-            &mut transaction,
-            lease.tenant_id,
-            lease.run_id,
-            &Ending {
-                status: report.status(),
-                totals: report.totals(),
-                error_codes: codes,
-                error_context: report.error_context(),
-                retry_after_s: report.retry_after_s,
-            },
-        )
-        .await?;
-        announce(&mut transaction, &self.deployment, lease.tenant_id, lease.run_id).await?;
+    pub async fn finish_run(
+        &self,
+        lease: &Lease,
+        report: &mut RunReport,
+        last: Vec<LastType>,
+        rules: FinishRules,
+    ) -> Result<(), StoreError> {
+        let mut transaction = Transaction::begin(&self.work).await?;
+        let mut outcomes = Vec::with_capacity(last.len());
+        for mut ended in last {
+            let items = std::mem::take(&mut ended.items);
+            for batch in items.chunks(rules.batch_rows) {
+                let written = items::upsert(&mut *transaction, lease, &ended.policy_type, batch).await?;
+                ended.add(&written);
+            }
+            outcomes.push(ended.outcome);
+        }
+        run_types::record(&mut *transaction, lease, &mut outcomes, &report.usage, rules.suspicious_drop).await?;
+        report.outcomes.append(&mut outcomes);
+        report.outcomes.sort_by(|one, other| one.policy_type.cmp(&other.policy_type));
+        let (tenant_id, run_id) = (lease.tenant_id, lease.run_id);
+        end(&mut transaction, tenant_id, run_id, &Ending::of(report)).await?;
+        announce(&mut transaction, &self.deployment, (tenant_id, run_id), report.outcomes.clone()).await?;
         transaction.commit().await?;
         self.event_committed.notify_one();
         Ok(())
@@ -97,7 +131,7 @@ impl Store {
     }
 
     async fn end_if_still_abandoned(&self, tenant_id: Uuid, run_id: Uuid, after_s: u64) -> Result<bool, StoreError> {
-        let mut transaction = self.control.begin().await?;
+        let mut transaction = Transaction::begin(&self.control).await?;
         // The same order of locks as an admission: the tenant, then its run.
         sqlx::query!("select tenant_id from tenants where tenant_id = $1 for update", tenant_id)
             .fetch_optional(&mut *transaction)
@@ -119,78 +153,24 @@ impl Store {
     }
 }
 
-/// Adds what was spent on Graph since the last time, and is the fence of the transaction that it begins.
-async fn charge_usage(db: &mut PgConnection, lease: &Lease, usage: &GraphUsage) -> Result<(), StoreError> {
-    let fenced = sqlx::query!(
-        "update inventory_sync_runs set graph_requests_count = graph_requests_count + $4,
-                graph_throttled_count = graph_throttled_count + $5, graph_throttle_wait_ms = graph_throttle_wait_ms + $6,
-                items_unclassified_count = items_unclassified_count + $7,
-                graph_select_refused_count = graph_select_refused_count + $8
-          where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running'",
-        lease.tenant_id,
-        lease.run_id,
-        lease.attempt,
-        usage.graph_requests_count,
-        usage.graph_throttled_count,
-        usage.graph_throttle_wait_ms,
-        usage.items_unclassified_count,
-        usage.graph_select_refused_count
-    )
-    .execute(db)
-    .await?
-    .rows_affected();
-    if fenced == 1 { Ok(()) } else { Err(StoreError::LeaseLost) }
-}
-
-async fn insert_type(
-    db: &mut PgConnection,
-    lease: &Lease,
-    outcome: &TypeOutcome,
-    drop_rule: SuspiciousDrop,
-) -> Result<bool, StoreError> {
-    let failure = outcome.failure.as_ref().map(|failure| serde_json::to_value(failure).expect("plain data serialises"));
-    let counters = &outcome.counters;
-    let suspicious = sqlx::query_scalar!(
-        r#"with previous as (
-             select t.items_observed_count from inventory_sync_runs mine
-               join lateral (select p.id from inventory_sync_runs p
-                              where p.tenant_id = mine.tenant_id and p.selection_hash = mine.selection_hash
-                                and p.status in ('success', 'partial', 'failed')
-                              order by p.finished_at desc limit 1) p on true
-               join inventory_sync_run_types t on t.tenant_id = mine.tenant_id and t.run_id = p.id
-              where mine.tenant_id = $1 and mine.id = $2 and t.policy_type = $3)
-           insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
-                  items_upserted_count, items_created_count, items_changed_count, errors_count, error_code, failure, suspicious_drop)
-           values ($1, $2, $3, case when $4 then 'complete' else 'failed' end, $5, $6, $7, $8, $9, $10, $11,
-                  $4 and exists (select from previous
-                                  where items_observed_count >= $12 and $5::bigint < items_observed_count * $13::float8))
-           on conflict (tenant_id, run_id, policy_type) do nothing
-           returning suspicious_drop"#,
-        lease.tenant_id,
-        lease.run_id,
-        outcome.policy_type,
-        outcome.complete,
-        counters.items_observed_count,
-        counters.items_upserted_count,
-        counters.items_created_count,
-        counters.items_changed_count,
-        counters.errors_count,
-        outcome.failure.as_ref().map(|failure| failure.code.as_str()),
-        failure,
-        drop_rule.min_items,
-        drop_rule.share
-    )
-    .fetch_optional(db)
-    .await?;
-    Ok(suspicious.unwrap_or(false))
-}
-
 struct Ending {
     status: RunStatus,
     totals: TypeCounters,
     error_codes: Vec<String>,
     error_context: Value,
     retry_after_s: Option<i32>,
+}
+
+impl Ending {
+    fn of(report: &RunReport) -> Self {
+        Self {
+            status: report.status(),
+            totals: report.totals(),
+            error_codes: report.error_codes().into_iter().map(str::to_owned).collect(),
+            error_context: report.error_context(),
+            retry_after_s: report.retry_after_s,
+        }
+    }
 }
 
 async fn end(db: &mut PgConnection, tenant_id: Uuid, run_id: Uuid, ending: &Ending) -> Result<(), StoreError> {
@@ -226,68 +206,15 @@ pub(super) async fn end_lost(
     tenant_id: Uuid,
     run_id: Uuid,
 ) -> Result<(), StoreError> {
-    let outcomes = types_of_run(db, tenant_id, run_id).await?;
+    let outcomes = run_types::of_run(db, tenant_id, run_id).await?;
     let report = RunReport { outcomes, usage: GraphUsage::default(), retry_after_s: None };
-    let mut totals = report.totals();
-    totals.errors_count += 1;
-    let mut codes = report.error_codes();
-    codes.insert(ErrorCode::WorkerLost.as_str());
-    end(
-        db,
-        tenant_id,
-        run_id,
-        &Ending {
-            status: RunStatus::Failed,
-            totals,
-            error_codes: codes.into_iter().map(str::to_owned).collect(),
-            error_context: report.error_context(),
-            retry_after_s: None,
-        },
-    )
-    .await?;
-    announce(db, deployment, tenant_id, run_id).await
-}
-
-/// What earlier attempts of a run have finished.
-pub(super) async fn finished_types(
-    db: &mut PgConnection,
-    lease: &Lease,
-) -> Result<BTreeMap<String, TypeOutcome>, StoreError> {
-    let outcomes = types_of_run(db, lease.tenant_id, lease.run_id).await?;
-    Ok(outcomes.into_iter().map(|outcome| (outcome.policy_type.clone(), outcome)).collect())
-}
-
-pub(super) async fn types_of_run(
-    db: &mut PgConnection,
-    tenant_id: Uuid,
-    run_id: Uuid,
-) -> Result<Vec<TypeOutcome>, StoreError> {
-    let rows = sqlx::query!(
-        "select policy_type, status, items_observed_count, items_upserted_count, items_created_count,
-                items_changed_count, errors_count, failure, suspicious_drop
-           from inventory_sync_run_types where tenant_id = $1 and run_id = $2 order by policy_type",
-        tenant_id,
-        run_id
-    )
-    .fetch_all(db)
-    .await?;
-    let outcomes = rows.into_iter().map(|row| {
-        let failure: Option<Failure> = row.failure.map(serde_json::from_value).transpose().map_err(unreadable)?;
-        Ok(TypeOutcome {
-            policy_type: row.policy_type,
-            complete: row.status == "complete",
-            counters: TypeCounters {
-                items_observed_count: row.items_observed_count,
-                items_upserted_count: row.items_upserted_count,
-                items_created_count: row.items_created_count,
-                items_changed_count: row.items_changed_count,
-                errors_count: row.errors_count,
-            },
-            failure,
-            suspicious_drop: row.suspicious_drop,
-        })
-    });
-    outcomes.collect()
+    let mut ending = Ending { status: RunStatus::Failed, ..Ending::of(&report) };
+    ending.totals.errors_count += 1;
+    ending.error_codes.push(ErrorCode::WorkerLost.as_str().to_owned());
+    ending.error_codes.sort();
+    ending.error_codes.dedup();
+    end(db, tenant_id, run_id, &ending).await?;
+    announce(db, deployment, (tenant_id, run_id), report.outcomes).await
 }
 
 pub(super) fn unreadable(error: impl std::fmt::Display) -> StoreError {
@@ -298,14 +225,15 @@ pub(super) fn unreadable(error: impl std::fmt::Display) -> StoreError {
 pub(super) async fn announce(
     db: &mut PgConnection,
     deployment: &str,
-    tenant_id: Uuid,
-    run_id: Uuid,
+    (tenant_id, run_id): (Uuid, Uuid),
+    types: Vec<TypeOutcome>,
 ) -> Result<(), StoreError> {
     let run = sqlx::query!(
-        r#"select r.*, finished_at as "ended_at!",
-                  (select count(*) from inventory_missing_of_run($1, $2) m where m.confidence = 'high') as "missing_high!",
-                  (select count(*) from inventory_missing_of_run($1, $2) m where m.confidence = 'low') as "missing_low!"
-             from inventory_sync_runs r where r.tenant_id = $1 and r.id = $2"#,
+        r#"select r.*, finished_at as "ended_at!", m.high as "missing_high!", m.low as "missing_low!"
+             from inventory_sync_runs r,
+                  (select count(*) filter (where confidence = 'high') as high, count(*) filter (where confidence = 'low') as low
+                     from inventory_missing_of_run($1, $2)) m
+            where r.tenant_id = $1 and r.id = $2"#,
         tenant_id,
         run_id
     )
@@ -337,7 +265,7 @@ pub(super) async fn announce(
             items_unclassified_count: run.items_unclassified_count,
             graph_select_refused_count: run.graph_select_refused_count,
         },
-        types: types_of_run(db, tenant_id, run_id).await?,
+        types,
         started_at: rfc3339(run.started_at),
         finished_at: rfc3339(run.ended_at),
         attempt: run.attempt,

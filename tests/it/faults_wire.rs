@@ -47,7 +47,7 @@ async fn ended_at_least(world: &World, count: i64) {
 async fn graphs_wire_cut_mid_page_at_random() {
     let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
     truths::keep_history(&world).await;
-    world.sim.add_rule(rule(json!({ "action": { "kind": "slow_body", "chunk_bytes": 2_048, "pause_ms": 5 } })));
+    world.sim.add_rule(rule(json!({ "action": { "kind": "slow_body", "chunk_bytes": 1_024, "pause_ms": 10 } })));
     let graph = Proxy::before(world.sim.address()).await;
     let through = format!("https://{}", graph.address);
     let mut config = world.config();
@@ -62,7 +62,7 @@ async fn graphs_wire_cut_mid_page_at_random() {
     let ended = "select count(*) from inventory_sync_runs where finished_at is not null";
     let mut cuts = 0;
     while world.count(ended).await < 40 && cuts < 40 {
-        sleep(Duration::from_millis(rand::random_range(50..500))).await;
+        sleep(Duration::from_millis(rand::random_range(50..300))).await;
         graph.cut();
         cuts += 1;
     }
