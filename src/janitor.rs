@@ -7,6 +7,8 @@ use tracing::{info, warn};
 
 use crate::backoff::full_jitter;
 use crate::config::{Config, RetentionConfig};
+use crate::domain::failure::ErrorCode;
+use crate::domain::run::RunStatus;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
 
@@ -56,6 +58,10 @@ impl Janitor {
         if ended > 0 {
             warn!(ended, "runs ended whose worker was lost");
             telemetry::run_abandoned(ended);
+            for _ in 0..ended {
+                telemetry::run_ended(RunStatus::Failed);
+                telemetry::run_error(ErrorCode::WorkerLost);
+            }
         }
         if clean {
             self.clean().await?;

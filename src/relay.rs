@@ -171,19 +171,22 @@ impl Relay {
 
     /// Marks what the broker has, and puts back what no queue took.
     async fn settle(&self, published: &Published) -> Result<(), StoreError> {
-        let with = |wanted: &[Fate]| -> Vec<EventId> {
+        let with = |wanted: Fate| -> Vec<EventId> {
             let both = published.ids.iter().zip(&published.fates);
-            both.filter(|(_, fate)| wanted.contains(fate)).map(|(id, _)| *id).collect()
+            both.filter(|(_, fate)| **fate == wanted).map(|(id, _)| *id).collect()
         };
         // Those of unknown fate stay claimed: the claim runs out, and they are published again.
-        let (sent, back) = (with(&[Fate::Confirmed]), with(&[Fate::Unroutable, Fate::Refused]));
+        let (sent, unroutable, refused) = (with(Fate::Confirmed), with(Fate::Unroutable), with(Fate::Refused));
         if !sent.is_empty() {
             self.store.mark_sent(&sent).await?;
             telemetry::event_published(sent.len() as u64);
             debug!(events = sent.len(), "published");
         }
-        if !back.is_empty() {
-            self.store.release_events(&back).await?;
+        if !unroutable.is_empty() {
+            self.store.release_events(&unroutable).await?;
+        }
+        if !refused.is_empty() {
+            self.store.give_back_events(&refused).await?;
         }
         Ok(())
     }

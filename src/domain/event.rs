@@ -73,7 +73,7 @@ pub struct RunCompleted {
     /// What the run cost Graph.
     #[serde(flatten)]
     pub usage: GraphUsage,
-    /// One for every selected type; empty for a skipped run.
+    /// One for every selected type; of a run that lost its worker those that had ended by then; empty for a skipped run.
     pub types: Vec<TypeOutcome>,
     /// When the run began, RFC 3339.
     #[schemars(extend("format" = "date-time"))]

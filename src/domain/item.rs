@@ -8,7 +8,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::catalog::Collection;
-
+use super::platform;
 use super::policy_type::{Discriminator, PlatformRule, PolicyType};
 use super::properties::{BorrowedText, Properties, scalar_text};
 
@@ -125,7 +125,7 @@ impl<'a> RawObject<'a> {
             return Some(fixed.clone());
         }
         if rule.odata_type {
-            return self.odata_type().and_then(|odata_type| platform_of_type(&odata_type)).map(str::to_owned);
+            return self.odata_type().and_then(|odata_type| platform::of_type(&odata_type)).map(str::to_owned);
         }
         let property = rule.property.as_deref().and_then(|property| self.text(property));
         let text = property.filter(|text| !text.is_empty() && !text.contains('\0') && text.len() <= MAX_TEXT_BYTES);
@@ -210,33 +210,6 @@ fn holds_jwt(text: &str) -> bool {
         let body = segments.next().is_some_and(|s| s.len() >= 2 && s.bytes().all(segment));
         head && body && segments.next().and_then(|s| s.bytes().next()).is_some_and(segment)
     })
-}
-
-/// The platform that a derived type's name begins with. No prefix belongs to two platforms.
-const PLATFORM_PREFIXES: &[(&str, &str)] = &[
-    ("win", "windows"),
-    ("officesuite", "windows"),
-    ("microsoftstore", "windows"),
-    ("editionupgrade", "windows"),
-    ("sharedpc", "windows"),
-    ("ios", "iOS"),
-    ("ipad", "iOS"),
-    ("managedios", "iOS"),
-    ("depios", "iOS"),
-    ("macos", "macOS"),
-    ("depmacos", "macOS"),
-    ("deptvos", "tvOS"),
-    ("depvisionos", "visionOS"),
-    ("android", "android"),
-    ("managedandroid", "android"),
-    ("aosp", "aosp"),
-    ("apple", "apple"),
-    ("depenrollment", "apple"),
-];
-
-fn platform_of_type(odata_type: &str) -> Option<&'static str> {
-    let name = odata_type.strip_prefix("#microsoft.graph.")?.to_ascii_lowercase();
-    PLATFORM_PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix)).map(|(_, platform)| *platform)
 }
 
 #[cfg(test)]
@@ -350,21 +323,6 @@ mod tests {
         let object = RawObject::parse(&raw).unwrap();
         let claimed = object.classify(CATALOG.collection_of(policy_type)).unwrap();
         assert_eq!(claimed.key, "settingsCatalogPolicy", "no template is template family none");
-    }
-
-    #[test]
-    fn platforms_follow_from_type_names() {
-        for (name, platform) in [
-            ("windows10GeneralConfiguration", Some("windows")),
-            ("iosVppApp", Some("iOS")),
-            ("managedAndroidStoreApp", Some("android")),
-            ("macOSLobApp", Some("macOS")),
-            ("webApp", None),
-            ("aospDeviceOwnerCompliancePolicy", Some("aosp")),
-            ("win32LobApp", Some("windows")),
-        ] {
-            assert_eq!(platform_of_type(&format!("#microsoft.graph.{name}")), platform, "{name}");
-        }
     }
 
     /// Any JSON, with the kinds of text that a sanitizer must notice among it.

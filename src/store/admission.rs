@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use sqlx::PgConnection;
+use tracing::warn;
 use uuid::Uuid;
 
 use super::transaction::Transaction;
@@ -12,7 +13,8 @@ use super::{Store, StoreError, run_types, runs};
 use crate::config::WhenFull;
 use crate::domain::failure::ErrorCode;
 use crate::domain::request::SyncRequest;
-use crate::domain::run::{Lease, TypeOutcome};
+use crate::domain::run::{Lease, RunStatus, TypeOutcome};
+use crate::telemetry;
 
 /// What a replica brings to every admission.
 #[derive(Debug, Clone)]
@@ -119,9 +121,13 @@ impl Store {
         let announced = AtomicBool::new(false);
         let case =
             Case { rules, applicant, deployment: &self.deployment, granted: Instant::now(), announced: &announced };
-        let mut transaction = Transaction::begin(&self.work).await?;
-        let admission = case.decide(&mut transaction).await?;
-        transaction.commit().await?;
+        let decided = self.in_time(async {
+            let mut transaction = Transaction::begin(&self.work).await?;
+            let admission = case.decide(&mut transaction).await?;
+            transaction.commit().await?;
+            Ok(admission)
+        });
+        let admission = decided.await?;
         if announced.into_inner() {
             self.event_committed.notify_one();
         }
@@ -198,7 +204,12 @@ impl Case<'_> {
     ) -> Result<Option<ErrorCode>, StoreError> {
         match &found.same_selection {
             Some(run) if run.expected => return Ok(Some(ErrorCode::LockContended)),
-            Some(run) => self.end_lost(db, run.id).await?,
+            Some(run) => {
+                self.end_lost(db, run.id).await?;
+                warn!(run_id = %run.id, "a run of the same selection had lost its worker and is ended");
+                telemetry::run_ended(RunStatus::Failed);
+                telemetry::run_error(ErrorCode::WorkerLost);
+            }
             None => {}
         }
         if found.others >= tenant.max_runs {

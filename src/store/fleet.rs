@@ -34,7 +34,7 @@ impl Store {
             replica,
             silent_after.as_secs_f64()
         );
-        Ok(count.fetch_one(&self.control).await?)
+        self.in_time(async { Ok(count.fetch_one(&self.control).await?) }).await
     }
 
     /// Says that `replica` lives no more.
@@ -74,6 +74,6 @@ impl Store {
             r#"select tenant_id, family, extract(epoch from closed_until - clock_timestamp())::float8 as "left_s!"
                  from tenant_gates where closed_until > clock_timestamp()"#
         );
-        Ok(gates.fetch_all(&self.control).await?)
+        self.in_time(async { Ok(gates.fetch_all(&self.control).await?) }).await
     }
 }

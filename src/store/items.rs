@@ -12,9 +12,9 @@ use crate::domain::run::Lease;
 pub struct Written {
     /// Rows written; fewer than items if an id stood in the batch twice.
     pub upserted: i64,
-    /// Rows that were new.
+    /// Rows that were not there when the run began; an attempt that takes it over counts those of the one before.
     pub created: i64,
-    /// Rows whose name, category, platform or meta differ from before.
+    /// Rows whose name, category, platform or meta differ from when the run began.
     pub changed: i64,
 }
 
@@ -48,7 +48,7 @@ pub(super) async fn upsert(
     let metas: Vec<&str> = items.iter().map(|item| item.meta.as_str()).collect();
     let row = sqlx::query!(
         r#"with fence as materialized (
-             select 1 from inventory_sync_runs
+             select started_at from inventory_sync_runs
               where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running' for share),
            written as (
              insert into inventory_items as i (tenant_id, policy_type, external_id, display_name, category, platform,
@@ -66,7 +66,8 @@ pub(super) async fn upsert(
                last_changed_at = case when (i.display_name, i.category, i.platform, i.meta_jsonb)
                    is distinct from (excluded.display_name, excluded.category, excluded.platform, excluded.meta_jsonb)
                  then excluded.last_changed_at else i.last_changed_at end
-             returning first_seen_at = now() as created, last_changed_at = now() as changed)
+             returning first_seen_at >= (select started_at from fence) as created,
+                       last_changed_at >= (select started_at from fence) as changed)
            select exists (select from fence) as "fenced!", count(*) as "upserted!",
                   count(*) filter (where created) as "created!",
                   count(*) filter (where changed and not created) as "changed!"

@@ -17,7 +17,7 @@ pub struct Renewal {
 }
 
 impl Store {
-    /// Renews all leases of a process in one statement on the control pool. A lease that has expired is not taken
+    /// Renews all leases of a process in one statement on a connection of their own. A lease that has expired is not taken
     /// back, even if nobody else has it yet. A row that a writing statement has locked is passed over, so that one
     /// slow batch does not keep the others from being renewed.
     ///
@@ -50,7 +50,7 @@ impl Store {
             owner,
             lease_s as f64
         )
-        .fetch_all(&self.control)
+        .fetch_all(&self.leases)
         .await?;
         let least_left_s = rows.iter().map(|row| row.left_s).fold(f64::INFINITY, f64::min);
         let (kept, busy): (Vec<_>, Vec<_>) = rows
@@ -66,15 +66,15 @@ impl Store {
     /// # Errors
     /// If the database is away; then the lease runs out by itself.
     pub async fn hand_back_lease(&self, lease: &Lease) -> Result<(), StoreError> {
-        sqlx::query!(
+        let handed_back = sqlx::query!(
             "update inventory_sync_runs set lease_owner = null, lease_expires_at = clock_timestamp()
               where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running'",
             lease.tenant_id,
             lease.run_id,
             lease.attempt
         )
-        .execute(&self.control)
-        .await?;
+        .execute(&self.leases);
+        self.in_time(async { Ok(handed_back.await?) }).await?;
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! PostgreSQL: named transactions over the inventory, the runs and the outbox. Only here is sqlx.
 //!
-//! Two pools: `work` for what runs write, `control` for leases, health and the outbox, so that a starved worker can
-//! still keep its lease. No function holds one connection while it asks for another.
+//! Three pools: `work` for what runs write, `control` for health, the outbox and the janitor, and one connection for
+//! leases, so that neither a starved worker nor a busy relay can cost a run its lease. No function holds one connection while it asks for another.
 
 mod admission;
 mod fleet;
@@ -53,6 +53,9 @@ pub enum StoreError {
     /// What PostgreSQL or the way to it said.
     #[error("database: {0}")]
     Database(#[from] sqlx::Error),
+    /// Not a word of it for longer than it may think: its end of the wire is gone.
+    #[error("database: no answer in time")]
+    Silent,
     /// The database answers, but takes no writes for now.
     #[error("database: it is read only for now")]
     ReadOnly,
@@ -100,6 +103,9 @@ impl StoreError {
 pub struct Store {
     work: PgPool,
     control: PgPool,
+    /// For leases alone: nothing else can be in their way.
+    leases: PgPool,
+    patience: Duration,
     event_committed: Arc<Notify>,
     deployment: Arc<str>,
 }
@@ -141,9 +147,17 @@ impl Store {
         Ok(Self {
             work: pool(config.max_connections),
             control: pool(config.control_connections),
+            leases: pool(1),
+            patience: seconds(config.acquire_timeout_s + config.statement_timeout_s),
             event_committed: Arc::new(Notify::new()),
             deployment: deployment.into(),
         })
+    }
+
+    /// Waits as long as the database may take by its own statement timeout. A server that has died without a word never
+    /// sends that error, and the client would wait until TCP gives up, a quarter of an hour later.
+    async fn in_time<T>(&self, answer: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+        tokio::time::timeout(self.patience, answer).await.unwrap_or(Err(StoreError::Silent))
     }
 
     /// Brings the schema to this version.
@@ -192,7 +206,6 @@ impl Store {
 
     /// Closes every connection.
     pub async fn close(&self) {
-        self.work.close().await;
-        self.control.close().await;
+        tokio::join!(self.work.close(), self.control.close(), self.leases.close());
     }
 }

@@ -49,7 +49,7 @@ impl Store {
             i64::from(limit),
             claim_s as f64
         );
-        Ok(events.fetch_all(&self.control).await?)
+        self.in_time(async { Ok(events.fetch_all(&self.control).await?) }).await
     }
 
     /// Records that the broker has confirmed events.
@@ -58,15 +58,15 @@ impl Store {
     /// If the database is away; then they are published once more, with the same ids.
     pub async fn mark_sent(&self, events: &[(Uuid, Uuid)]) -> Result<(), StoreError> {
         let (tenants, ids): (Vec<Uuid>, Vec<Uuid>) = events.iter().copied().unzip();
-        sqlx::query!(
+        let marked = sqlx::query!(
             "update outbox_events e set sent_at = clock_timestamp(), claimed_until = null
                from unnest($1::uuid[], $2::uuid[]) as s(tenant_id, id)
               where e.tenant_id = s.tenant_id and e.id = s.id and e.sent_at is null",
             &tenants,
             &ids
         )
-        .execute(&self.control)
-        .await?;
+        .execute(&self.control);
+        self.in_time(async { Ok(marked.await?) }).await?;
         Ok(())
     }
 
@@ -77,7 +77,7 @@ impl Store {
     /// If the database is away; then the claims run out by themselves.
     pub async fn release_events(&self, events: &[(Uuid, Uuid)]) -> Result<(), StoreError> {
         let (tenants, ids): (Vec<Uuid>, Vec<Uuid>) = events.iter().copied().unzip();
-        sqlx::query!(
+        let released = sqlx::query!(
             "update outbox_events e
                 set claimed_until = clock_timestamp() + least(5 * power(2, least(claims, 10) - 1), 300) * interval '1 second'
                from unnest($1::uuid[], $2::uuid[]) as s(tenant_id, id)
@@ -85,8 +85,26 @@ impl Store {
             &tenants,
             &ids
         )
-        .execute(&self.control)
-        .await?;
+        .execute(&self.control);
+        self.in_time(async { Ok(released.await?) }).await?;
+        Ok(())
+    }
+
+    /// Puts events back that never got to a broker: they are due at once, for whichever replica reaches one first.
+    ///
+    /// # Errors
+    /// If the database is away; then the claims run out by themselves.
+    pub async fn give_back_events(&self, events: &[(Uuid, Uuid)]) -> Result<(), StoreError> {
+        let (tenants, ids): (Vec<Uuid>, Vec<Uuid>) = events.iter().copied().unzip();
+        let given_back = sqlx::query!(
+            "update outbox_events e set claimed_until = null, claims = greatest(claims - 1, 0)
+               from unnest($1::uuid[], $2::uuid[]) as s(tenant_id, id)
+              where e.tenant_id = s.tenant_id and e.id = s.id and e.sent_at is null",
+            &tenants,
+            &ids
+        )
+        .execute(&self.control);
+        self.in_time(async { Ok(given_back.await?) }).await?;
         Ok(())
     }
 
@@ -101,6 +119,6 @@ impl Store {
                       coalesce(extract(epoch from clock_timestamp() - min(created_at)), 0)::float8 as "oldest_age_s!"
                  from outbox_events where sent_at is null"#
         );
-        Ok(backlog.fetch_one(&self.control).await?)
+        self.in_time(async { Ok(backlog.fetch_one(&self.control).await?) }).await
     }
 }

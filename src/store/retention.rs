@@ -24,7 +24,7 @@ impl Store {
             days.try_into().unwrap_or(i32::MAX),
             BATCH_ROWS
         );
-        Ok(deleted.execute(&self.control).await?.rows_affected())
+        self.in_time(async { Ok(deleted.execute(&self.work).await?.rows_affected()) }).await
     }
 
     /// Deletes a batch of events that were published more than `days` ago.
@@ -40,6 +40,6 @@ impl Store {
             days.try_into().unwrap_or(i32::MAX),
             BATCH_ROWS
         );
-        Ok(deleted.execute(&self.control).await?.rows_affected())
+        self.in_time(async { Ok(deleted.execute(&self.work).await?.rows_affected()) }).await
     }
 }

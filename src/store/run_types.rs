@@ -29,13 +29,15 @@ pub(super) async fn record(
                     graph_select_refused_count = graph_select_refused_count + $8
               where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running' returning selection_hash),
            previous as (
-             select t.policy_type, t.items_observed_count as observed
-               from fence
-               join lateral (select p.id from inventory_sync_runs p
+             select o.name as policy_type, p.observed
+               from fence, unnest($11::text[]) o(name),
+                    lateral (select t.items_observed_count as observed
+                               from inventory_sync_runs p
+                               join inventory_sync_run_types t on t.tenant_id = p.tenant_id and t.run_id = p.id
                               where p.tenant_id = $1 and p.selection_hash = fence.selection_hash
                                 and p.status in ('success', 'partial', 'failed')
-                              order by p.finished_at desc limit 1) p on true
-               join inventory_sync_run_types t on t.tenant_id = $1 and t.run_id = p.id),
+                                and t.policy_type = o.name and t.status = 'complete'
+                              order by p.finished_at desc limit 1) p),
            recorded as (
              insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
                     items_upserted_count, items_created_count, items_changed_count, errors_count, error_code, failure,

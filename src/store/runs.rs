@@ -118,7 +118,7 @@ impl Store {
         .await?;
         let mut ended = 0;
         for run in abandoned {
-            match self.end_if_still_abandoned(run.tenant_id, run.id, abandoned_after_s).await {
+            match self.in_time(self.end_if_still_abandoned(run.tenant_id, run.id, abandoned_after_s)).await {
                 Ok(still) => ended += u64::from(still),
                 // One that can't be ended must not keep the others from it.
                 Err(error) => warn!(%error, run_id = %run.id, "an abandoned run could not be ended"),

@@ -37,6 +37,7 @@ async fn killed_at(step: &Step) {
     let run = &world.runs("run").await[0];
     assert_eq!(run["status"], "success", "{}: {run}", step.name);
     assert_eq!(run["items_observed_count"], 24, "{}: counted once, whoever counted: {run}", step.name);
+    assert_eq!(run["items_created_count"], 24, "{}: new is what was not there when the run began: {run}", step.name);
     assert_eq!(world.count("select count(*) from inventory_items").await, 24);
     assert!(run["attempt"].as_i64().unwrap() <= 2, "{}: {run}", step.name);
 }
@@ -61,6 +62,7 @@ async fn done_twice(step: &Step) {
     let run = &world.runs("run").await[0];
     assert_eq!(run["status"], "success", "{}: {run}", step.name);
     assert_eq!(run["items_observed_count"], 24, "{}: counted once, however often it was done: {run}", step.name);
+    assert_eq!(run["items_created_count"], 24, "{}: new is what was not there when the run began: {run}", step.name);
     assert_eq!(world.count("select count(*) from inventory_items").await, 24);
     assert_eq!(events.distinct().len(), 1, "{}", step.name);
     assert!(run["attempt"].as_i64().unwrap() <= 2, "{}: {run}", step.name);

@@ -78,8 +78,8 @@ async fn publish((language, file): Program, key: &str, url: &str) -> Option<Outp
 async fn publish_and_receive(publisher: Program, (language, file): Program) {
     let Some(mut program) = language.program(file).await else { return };
     let (world, replica, url) = plain_world().await;
-    let (queue, binding) = (format!("reports-{}", Uuid::new_v4()), format!("run.completed.*.{TENANT}"));
-    program.args([&queue, &binding]).env("AMQP_URL", &url);
+    let binding = format!("run.completed.*.{TENANT}");
+    program.args(["reports", &binding]).env("AMQP_URL", &url);
     let (mut subscriber, listening) = Running::start(program).line().await;
     assert_eq!(listening, format!("listening for {binding}"));
     for key in ["nightly", "hourly"] {

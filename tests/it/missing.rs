@@ -139,6 +139,21 @@ async fn a_suspicious_drop_lowers_the_confidence_of_its_type() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_drop_is_measured_against_the_last_complete_list() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    world.sim.set_size(None, Some(APPS), 30).unwrap();
+    world.sync("first", &["mobileApp", "deviceShellScript"]).await;
+    let once = json!({ "path": APPS, "times": 1, "action": { "kind": "forbidden" } });
+    world.sim.add_rule(rule(once));
+    assert_eq!(world.sync("second", &["mobileApp", "deviceShellScript"]).await["status"], "partial");
+    world.sim.delete_objects(world.tenant, APPS, Which::Count(20)).unwrap();
+    let third = world.sync("third", &["mobileApp", "deviceShellScript"]).await;
+    let missing = world.missing(&third).await;
+    assert_eq!((missing.len(), confidences(&missing).contains(&"high")), (20, false), "the second run had seen none");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_complete_list_has_not_found_does_not_come_back_with_an_incomplete_one() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;

@@ -41,6 +41,8 @@ fn every_code_stands_there_with_its_cause_and_remedy() {
 fn figures_and_names_in_the_text_are_real() {
     let types = Catalog::built_in().types().count();
     assert!(README.contains(&format!("{types} kinds of them")), "there are {types} policy types");
+    let lines = format!("`inventoryd types | wc -l` says {}, {types} types and the table's frame", types + 4);
+    assert!(README.replace('\n', " ").replace("  ", " ").contains(&lines), "{lines}");
     for key in [
         "consumer.prefetch",
         "consumer.drain_s",

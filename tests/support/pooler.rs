@@ -9,9 +9,15 @@ use tokio::task::spawn_blocking;
 use super::world::World;
 use super::{eventually, servers};
 
-const PROGRAM: &str = "/usr/sbin/pgbouncer";
+/// The variable that names another PgBouncer than Debian's.
+const VARIABLE: &str = "INVENTORYD_PGBOUNCER";
 /// From here on it knows prepared statements in transaction mode.
 const KNOWS_STATEMENTS: (u32, u32) = (1, 21);
+
+#[expect(clippy::disallowed_methods, reason = "a developer says which one is to be tried")]
+fn program() -> String {
+    std::env::var(VARIABLE).unwrap_or_else(|_| "/usr/sbin/pgbouncer".to_owned())
+}
 
 /// A PgBouncer of one test; gone when it is dropped.
 pub struct Pooler {
@@ -46,7 +52,7 @@ impl Pooler {
     pub async fn modes() -> &'static [Mode] {
         let version = spawn_blocking(|| {
             servers::install("pgbouncer");
-            let output = Command::new(PROGRAM).arg("--version").output().ok()?;
+            let output = Command::new(program()).arg("--version").output().ok()?;
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
             let mut numbers = text.split_whitespace().nth(1)?.split('.').map(|part| part.parse().unwrap_or(0));
             Some((numbers.next()?, numbers.next()?))
@@ -57,7 +63,9 @@ impl Pooler {
                 &[]
             }
             Some(version) if version < KNOWS_STATEMENTS => {
-                println!("skipped: transaction mode needs PgBouncer 1.21, this is {version:?}; session mode is tried");
+                println!(
+                    "skipped: transaction mode needs PgBouncer 1.21, this is {version:?}; {VARIABLE} may name another"
+                );
                 &[Mode::Session]
             }
             Some(_) => &[Mode::Session, Mode::Transaction],
@@ -91,9 +99,9 @@ impl Pooler {
 /// It does not run as root, as the database does not.
 fn spawn(folder: &Path) -> Child {
     let root = Command::new("id").arg("-u").output().is_ok_and(|id| id.stdout.starts_with(b"0\n"));
-    let mut command = Command::new(if root { "setpriv" } else { PROGRAM });
+    let mut command = Command::new(if root { "setpriv".to_owned() } else { program() });
     if root {
-        command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", PROGRAM]);
+        command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", &program()]);
     }
     let log = std::fs::File::create(folder.join("log")).expect("a log can be written");
     command.arg(folder.join("pgbouncer.ini")).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
