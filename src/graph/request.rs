@@ -91,7 +91,9 @@ impl GraphReader {
     /// Waits until Graph's limits, and what it has asked for, let another request go.
     async fn enter(&self, lane: &Lane, tries: &Tries) -> Result<Permit, Refusal> {
         let entered = tokio::time::timeout(self.spending.deadline.remaining(), lane.enter(&self.spending)).await;
-        entered.map_err(|_| Refusal::from(ErrorCode::DeadlineExceeded))?.map_err(|left| {
+        // If the time was spent waiting for Graph to take requests again, that is the better reason.
+        let too_late = || tries.throttled.clone().unwrap_or_else(|| ErrorCode::DeadlineExceeded.into());
+        entered.map_err(|_| Refusal::from(too_late()))?.map_err(|left| {
             self.spending.gave_up(left);
             tries.throttled.clone().unwrap_or_else(|| ErrorCode::GraphThrottled.into()).into()
         })
