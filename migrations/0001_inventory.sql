@@ -249,9 +249,10 @@ create view inventory_items_current with (security_invoker = true) as
            i.meta_jsonb, i.first_seen_at, i.last_changed_at, i.last_seen_at, i.last_seen_run_id
       from inventory_items i join tenants t using (tenant_id)
      where not exists (
-           select from inventory_latest_runs r
-             join inventory_sync_run_types rt on rt.tenant_id = r.tenant_id and rt.run_id = r.run_id
-            where r.tenant_id = i.tenant_id and rt.policy_type = i.policy_type and rt.status = 'complete'
-              and not rt.suspicious_drop and i.last_seen_at < r.started_at);
+           select from inventory_sync_runs r
+             join inventory_sync_run_types rt on rt.tenant_id = r.tenant_id and rt.run_id = r.id
+            where r.tenant_id = i.tenant_id and r.status in ('success', 'partial', 'failed')
+              and rt.policy_type = i.policy_type and rt.status = 'complete' and not rt.suspicious_drop
+              and i.last_seen_at < r.started_at);
 comment on view inventory_items_current is
     'Items that no later complete listing of their type has failed to find. Doubtful ones (an incomplete or suspicious listing) stay in.';

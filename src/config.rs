@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde::Deserialize;
 
 mod check;
@@ -52,12 +52,18 @@ pub struct Config {
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct BrokerConfig {
     pub url: SecretString,
+    #[serde(default, deserialize_with = "path_or_none")]
     pub url_file: Option<PathBuf>,
     pub heartbeat_s: u16,
     pub connect_timeout_s: u64,
     pub operation_timeout_s: u64,
     #[serde(deserialize_with = "path_or_none")]
     pub ca_file: Option<PathBuf>,
+    #[serde(deserialize_with = "path_or_none")]
+    pub client_certificate_file: Option<PathBuf>,
+    #[serde(deserialize_with = "path_or_none")]
+    pub client_key_file: Option<PathBuf>,
+    pub server_name: String,
 }
 
 /// `[topology]`
@@ -218,6 +224,7 @@ fn or_cloud<'a>(given: &'a str, cloud: Option<&'a str>) -> &'a str {
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct DatabaseConfig {
     pub url: SecretString,
+    #[serde(default, deserialize_with = "path_or_none")]
     pub url_file: Option<PathBuf>,
     pub max_connections: u32,
     pub control_connections: u32,
@@ -295,14 +302,10 @@ pub fn seconds(count: u64) -> Duration {
     Duration::from_secs(count)
 }
 
-/// Whether a secret has been set at all.
-#[must_use]
-pub fn is_set(secret: &SecretString) -> bool {
-    !secret.expose_secret().is_empty()
-}
-
 #[cfg(test)]
 mod tests {
+    use secrecy::ExposeSecret;
+
     use super::*;
 
     fn load(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
@@ -316,7 +319,9 @@ mod tests {
 
     #[test]
     fn the_defaults_hold_and_the_environment_stands_above_them() {
-        assert_eq!(load(&[]).unwrap().consumer.prefetch, 8);
+        let defaults = load(&[]).unwrap();
+        assert_eq!(defaults.consumer.prefetch, 8);
+        assert!(defaults.http.listen.unwrap().ip().is_loopback(), "whoever opens it to others does so knowingly");
         let secret = "007";
         let config = load(&[
             ("INVENTORYD__CONSUMER__PREFETCH", "3"),
@@ -342,12 +347,33 @@ mod tests {
             ("INVENTORYD__GRAPH__BASE_URL", "http://graph.example", "graph.base_url"),
             ("INVENTORYD__GRAPH__CLOUD", "custom", "graph.cloud"),
             ("INVENTORYD__BROKER__URL", "http://x", "broker.url"),
+            ("INVENTORYD__BROKER__CLIENT_KEY_FILE", "/key.pem", "broker.client_key_file"),
             ("INVENTORYD__OUTBOX__CLAIM_S", "5", "outbox.claim_s"),
             ("INVENTORYD__HTTP__LISTEN", "here", "IP:PORT"),
             ("INVENTORYD__DATABASE__URL_FILE", "/no/such/file", "database.url_file"),
+            ("INVENTORYD__DATABASE__URL", "postgres://u@h/d?passwrod=hunter2", "database.url: there is no parameter"),
+            ("INVENTORYD__DATABASE__URL", "h/d", "database.url"),
+            ("INVENTORYD__RUN__ABANDONED_AFTER_S", "1300", "run.abandoned_after_s"),
+            ("INVENTORYD__CONSUMER__WATCHDOG_S", "0", "consumer.watchdog_s"),
+            ("INVENTORYD__CONSUMER__BROKER_TIMEOUT_S", "1500", "consumer.broker_timeout_s"),
+            ("INVENTORYD__GRAPH__BACKOFF_MAX_S", "inf", "graph.backoff_max_s"),
         ] {
             let problem = problem(variable, value);
             assert!(problem.contains(expected), "{variable}={value}: {problem}");
+            assert!(!problem.contains("hunter2"), "{problem}");
+        }
+    }
+
+    #[test]
+    fn each_cloud_has_its_own_graph_and_token_service() {
+        for (cloud, graph, login) in [
+            ("global", "https://graph.microsoft.com", "https://login.microsoftonline.com"),
+            ("usgov_l4", "https://graph.microsoft.us", "https://login.microsoftonline.us"),
+            ("usgov_l5", "https://dod-graph.microsoft.us", "https://login.microsoftonline.us"),
+            ("china", "https://microsoftgraph.chinacloudapi.cn", "https://login.chinacloudapi.cn"),
+        ] {
+            let config = load(&[("INVENTORYD__GRAPH__CLOUD", cloud)]).unwrap().graph;
+            assert_eq!((config.base_url(), config.authority()), (graph, login));
         }
     }
 

@@ -16,6 +16,7 @@ use tracing::{debug, info, warn};
 use crate::backoff::{Waits, full_jitter};
 use crate::broker::{Broker, BrokerError, Delivery, Publisher, Subscription};
 use crate::config::{Config, seconds};
+use crate::domain::clock::Deadline;
 use crate::run::{Runner, Stop};
 use crate::store::Store;
 use crate::telemetry;
@@ -54,6 +55,9 @@ struct Settings {
     watchdog: Duration,
     drain: Duration,
     high_water: i64,
+    /// How long a delivery may be in hand beyond its run: the broker takes back what is in hand for longer than
+    /// `consumer.broker_timeout_s`. A third of it is for waiting before the run, a third for waiting out the database.
+    spare: Duration,
 }
 
 /// Why the pump stands still.
@@ -73,6 +77,7 @@ impl Consumer {
             watchdog: seconds(config.consumer.watchdog_s),
             drain: seconds(config.consumer.drain_s),
             high_water: config.outbox.high_water,
+            spare: seconds(config.consumer.broker_timeout_s.saturating_sub(config.run.deadline_s)),
         };
         Self { broker, publisher, runner, store, settings, health: Arc::default() }
     }
@@ -92,6 +97,7 @@ impl Consumer {
         let attendant = Attendant {
             runner: self.runner,
             publisher: self.publisher,
+            hold: self.settings.spare / 3,
             name: self.broker.client_name().to_owned(),
             health: Arc::clone(&self.health),
             gate: watched.clone(),
@@ -127,8 +133,8 @@ struct Pump {
     permits: Arc<Semaphore>,
     attendant: Arc<Attendant>,
     tasks: TaskTracker,
-    /// Arrived, but without a permit.
-    waiting: VecDeque<Delivery>,
+    /// Arrived, but without a permit; each with the moment until which it may wait.
+    waiting: VecDeque<(Deadline, Delivery)>,
     stop: Stop,
 }
 
@@ -204,7 +210,7 @@ impl Pump {
                 }
                 permit = permits.acquire_owned(), if !self.waiting.is_empty() => {
                     let permit = permit.expect("nobody closes the semaphore");
-                    if let Some(delivery) = self.waiting.pop_front() {
+                    if let Some((_, delivery)) = self.waiting.pop_front() {
                         self.attend(delivery, permit);
                     }
                 }
@@ -214,13 +220,16 @@ impl Pump {
                         // Taken at once if there is a permit; the stream is listened to in any case, for its end.
                         match Arc::clone(&self.permits).try_acquire_owned() {
                             Ok(permit) if self.waiting.is_empty() => self.attend(delivery, permit),
-                            _ => self.waiting.push_back(delivery),
+                            _ => self.waiting.push_back((Deadline::after(self.settings.spare / 3), delivery)),
                         }
                     }
                     Some(Err(error)) => return Standstill::Lost("error", Some(error)),
                     None => return Standstill::Lost("ended", None),
                 },
                 _ = tick.tick() => {
+                    if let Err(error) = self.hand_back_overdue().await {
+                        return Standstill::Lost("error", Some(error));
+                    }
                     let expects = self.waiting.is_empty() && self.permits.available_permits() > 0;
                     let looked = drain.run_until_cancelled(watchdog.look(session, expects)).await;
                     match looked {
@@ -267,8 +276,19 @@ impl Pump {
         if let Some(session) = session {
             session.cancel().await?;
         }
-        for delivery in self.waiting.drain(..) {
+        for (_, delivery) in self.waiting.drain(..) {
             // One of a session that is lost is back already.
+            delivery.hand_back().await?;
+            telemetry::delivery("handed_back");
+        }
+        Ok(())
+    }
+
+    /// After a rebuild the runs of the session before may be in hand for long: what would have to wait too long behind
+    /// them is for another replica.
+    async fn hand_back_overdue(&mut self) -> Result<(), BrokerError> {
+        while self.waiting.front().is_some_and(|(until, _)| until.passed()) {
+            let Some((_, delivery)) = self.waiting.pop_front() else { break };
             delivery.hand_back().await?;
             telemetry::delivery("handed_back");
         }

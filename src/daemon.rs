@@ -131,7 +131,10 @@ impl Parts {
         let very_late = CancellationToken::new();
         let leases = self.runner.leases();
         let keep_leases = tokio::spawn(background(late.clone(), async move |stop| leases.keep(&stop).await));
-        let clean = tokio::spawn(background(late.clone(), async move |stop| self.janitor.run(&stop).await));
+        let health = self.consumer.health();
+        let reading_for = move || health.reading_for();
+        let clean =
+            tokio::spawn(background(late.clone(), async move |stop| self.janitor.run(&stop, reading_for).await));
         let keep_in_step = tokio::spawn(background(late.clone(), async move |stop| self.fleet.run(&stop).await));
         let publish = tokio::spawn(background(late.clone(), async move |stop| self.relay.run(&stop).await));
         let answer = tokio::spawn(background(very_late.clone(), async move |stop| {

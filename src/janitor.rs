@@ -35,22 +35,24 @@ impl Janitor {
         Self { store, abandoned_after_s, retention: config.retention.clone(), round }
     }
 
-    /// Works until `stop`.
-    pub async fn run(self, stop: &CancellationToken) {
+    /// Works until `stop`. `reading_for` says how long this replica has been reading the queue: after a night without
+    /// replicas the messages of expired runs are still there, and have to be given their chance first.
+    pub async fn run(self, stop: &CancellationToken, reading_for: impl Fn() -> Duration) {
         for round in 0_u32.. {
             // Replicas that were started together should not clean together.
             let wait = self.round.mul_f64(0.8) + full_jitter(self.round.mul_f64(0.4));
             if stop.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
                 return;
             }
-            if let Err(error) = self.look_round(round % ROUNDS_PER_CLEANING == 0).await {
+            let message_would_have_come = reading_for() >= Duration::from_secs(self.abandoned_after_s);
+            if let Err(error) = self.look_round(message_would_have_come, round % ROUNDS_PER_CLEANING == 0).await {
                 warn!(%error, "the janitor could not finish its round");
             }
         }
     }
 
-    async fn look_round(&self, clean: bool) -> Result<(), StoreError> {
-        let ended = self.store.end_abandoned_runs(self.abandoned_after_s).await?;
+    async fn look_round(&self, end_abandoned: bool, clean: bool) -> Result<(), StoreError> {
+        let ended = if end_abandoned { self.store.end_abandoned_runs(self.abandoned_after_s).await? } else { 0 };
         if ended > 0 {
             warn!(ended, "runs ended whose worker was lost");
             telemetry::run_abandoned(ended);

@@ -7,14 +7,14 @@
 //! bytes on the queue
 //!   -> SyncRequest       domain/request.rs      parsed and checked, or a Rejection with a reason
 //!   -> Selection         domain/selection.rs    canonical form and selection_hash
-//!   -> Scope             domain/policy_type.rs  the Graph lists that it comes to
+//!   -> Scope             domain/catalog.rs      the Graph lists that it comes to
 //!   -> Admission         store/admission.rs     a lease, or skipped, duplicate, busy, deferred, conflict
 //!   -> pages of objects  graph/pages.rs         one list per collection, followed to its end
 //!   -> InventoryItem     domain/item.rs         classified, named, whitelisted
 //!   -> rows              store/items.rs         one fenced upsert per batch
 //!   -> RunReport         run/collect.rs         outcomes and counters, type by type
 //!   -> run and event     store/runs.rs          ONE transaction: the only truth
-//!   -> ack               consumer.rs            only after that commit
+//!   -> ack               consumer/attend.rs     only after that commit
 //!   -> published event   relay.rs               outbox, publish, confirm, mark
 //! ```
 //!

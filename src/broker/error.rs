@@ -41,8 +41,8 @@ pub enum BrokerError {
         /// The client's own words.
         source: Box<dyn Error + Send + Sync>,
     },
-    /// No queue takes the message.
-    #[error("no queue takes the message: {0}")]
+    /// The message did not get where it should.
+    #[error("{0}")]
     NotTaken(String),
 }
 

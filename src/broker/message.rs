@@ -15,6 +15,7 @@ use crate::domain::request::CLOUDEVENTS_CONTENT_TYPE;
 
 pub(super) const RETRIES: &str = "x-inventoryd-retries";
 pub(super) const DEFERRED_S: &str = "x-inventoryd-deferred-s";
+/// The headers of [`crate::domain::dead_letter::RejectedHeaders`].
 pub(super) const DEAD_ID: &str = "x-dead-id";
 pub(super) const DEAD_REASON: &str = "x-dead-reason";
 pub(super) const DEAD_DETAIL: &str = "x-dead-detail";

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use async_rs::TokioRuntime;
-use lapin::tcp::OwnedTLSConfig;
 
 use crate::config::{BrokerConfig, TopologyConfig, seconds};
 
@@ -19,6 +18,7 @@ mod error;
 mod message;
 mod publisher;
 mod tail;
+mod tls;
 mod topology;
 mod wire;
 
@@ -32,6 +32,7 @@ pub use topology::{Names, Rung, SYNC_REQUESTED};
 
 use address::Address;
 use publisher::Link;
+use tls::Tls;
 use wire::{Opening, Wire};
 
 /// The way to the broker. Cheap to clone; no connection is made before one is needed.
@@ -64,12 +65,11 @@ impl Broker {
     /// Prepares everything that needs no network. `client_name` names this process on the broker.
     ///
     /// # Errors
-    /// If `broker.url` or `broker.ca_file` can't be used.
+    /// If `broker.url` or a file of `[broker]` can't be used.
     pub fn new(config: &BrokerConfig, topology: &TopologyConfig, client_name: &str) -> Result<Self, BrokerError> {
         // The first provider stays for the process. If someone else has installed one, that one is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let cert_chain = config.ca_file.as_deref().map(std::fs::read_to_string).transpose();
-        let cert_chain = cert_chain.map_err(|error| BrokerError::Config(format!("broker.ca_file: {error}")))?;
+        let tls = Tls::read(config)?;
         // One thread of their own for the client's tasks: heartbeats must go out while all workers are busy.
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -80,7 +80,7 @@ impl Broker {
         let spawner = runtime.handle().clone();
         let opening = Opening {
             runtime: TokioRuntime::tokio_with_runtime(runtime),
-            tls: OwnedTLSConfig { identity: None, cert_chain },
+            tls,
             name: client_name.to_owned(),
             connect_limit: seconds(config.connect_timeout_s),
             answer_limit: seconds(config.operation_timeout_s),

@@ -12,14 +12,16 @@ use async_rs::{Tokio, TokioRuntime};
 use futures_util::future::{Either, select};
 use futures_util::io::{AsyncReadExt, AsyncWriteExt};
 use lapin::protocol::{AMQPClass, connection, parse_class};
-use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream, OwnedTLSConfig};
+use lapin::tcp::AsyncTcpStream;
 use lapin::types::AMQPValue;
 use lapin::uri::AMQPUri;
 use lapin::{Channel, Connection, ConnectionProperties};
 
 use super::error::{BrokerError, within};
+use super::tls::{self, Tls};
 
-type Stream = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
+/// The socket to the broker, with or without TLS.
+pub(super) type Stream = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
 
 /// What happens to a connection, as it happens.
 pub(super) type Events = Pin<Box<dyn futures_util::Stream<Item = lapin::Event> + Send>>;
@@ -29,7 +31,7 @@ pub(super) type Events = Pin<Box<dyn futures_util::Stream<Item = lapin::Event> +
 #[derive(Clone)]
 pub(super) struct Opening {
     pub(super) runtime: TokioRuntime,
-    pub(super) tls: OwnedTLSConfig,
+    pub(super) tls: Tls,
     pub(super) name: String,
     pub(super) connect_limit: Duration,
     pub(super) answer_limit: Duration,
@@ -48,7 +50,7 @@ impl Wire {
         let cutter = Cutter::default();
         let (socket, tls, limit) = (cutter.clone_handle(), opening.tls.clone(), opening.connect_limit);
         let connect = async move |uri: AMQPUri, runtime: TokioRuntime| {
-            let stream = within_on(&runtime, limit, uri.connect_with_config_async(tls.as_ref(), &runtime)).await?;
+            let stream = within_on(&runtime, limit, tls.connect(&uri, &runtime)).await?;
             socket.keep(&stream)?;
             Ok(stream)
         };
@@ -90,25 +92,29 @@ impl Wire {
 /// opens a connection of its own; the broker logs one line about it.
 pub(super) async fn server_version(opening: &Opening, uri: &AMQPUri) -> Result<(String, String), BrokerError> {
     let ask = async {
-        let connect = uri.connect_with_config_async(opening.tls.as_ref(), &opening.runtime);
-        let mut stream = within_on(&opening.runtime, opening.connect_limit, connect).await?;
-        stream.write_all(b"AMQP\x00\x00\x09\x01").await?;
-        stream.flush().await?;
-        let mut header = [0; 7];
-        stream.read_exact(&mut header).await?;
-        let length = u32::from_be_bytes([header[3], header[4], header[5], header[6]]);
-        if header[0] != 1 || length > 1 << 17 {
-            return Err(io::Error::other("it does not speak AMQP 0-9-1"));
-        }
-        let mut frame = vec![0; length as usize];
-        stream.read_exact(&mut frame).await?;
-        read_start(&frame).ok_or_else(|| io::Error::other("it does not open as AMQP 0-9-1 brokers do"))
+        let connect = opening.tls.connect(uri, &opening.runtime);
+        let stream = within_on(&opening.runtime, opening.connect_limit, connect).await?;
+        ask_for_start(stream).await.map_err(|error| tls::explain(uri, error))
     };
     let doing = "asking for the broker's version";
     match tokio::time::timeout(opening.connect_limit, ask).await {
         Ok(answer) => answer.map_err(|error| BrokerError::Lost { doing, source: Box::new(error) }),
         Err(_) => Err(BrokerError::TimedOut { doing, after: opening.connect_limit }),
     }
+}
+
+async fn ask_for_start(mut stream: Stream) -> io::Result<(String, String)> {
+    stream.write_all(b"AMQP\x00\x00\x09\x01").await?;
+    stream.flush().await?;
+    let mut header = [0; 7];
+    stream.read_exact(&mut header).await?;
+    let length = u32::from_be_bytes([header[3], header[4], header[5], header[6]]);
+    if header[0] != 1 || length > 1 << 17 {
+        return Err(io::Error::other("it does not speak AMQP 0-9-1"));
+    }
+    let mut frame = vec![0; length as usize];
+    stream.read_exact(&mut frame).await?;
+    read_start(&frame).ok_or_else(|| io::Error::other("it does not open as AMQP 0-9-1 brokers do"))
 }
 
 fn read_start(frame: &[u8]) -> Option<(String, String)> {

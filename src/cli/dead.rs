@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::output::{or_dash, printable, second, table};
 use super::{CliError, Context, Outcome};
-use crate::broker::{Broker, DeadLetter, DeadLetters};
+use crate::broker::{Broker, BrokerError, DeadLetter, DeadLetters};
 use crate::domain::failure::DeadReason;
 
 /// Look at dead letters, replay them or drop them
@@ -124,20 +124,29 @@ async fn show(args: &Show, letters: &mut DeadLetters, context: &mut Context<'_>)
 
 async fn replay(which: &Which, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
     let chosen = choose(which, letters).await?;
-    for letter in &chosen {
-        letters.replay(letter).await?;
-        tell("replayed", letter, context)?;
-    }
-    sum_up("replayed", &chosen, context)
+    one_by_one("replayed", &chosen, context, async |letter| letters.replay(letter).await).await
 }
 
 async fn discard(which: &Which, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
     let chosen = choose(which, letters).await?;
-    for letter in &chosen {
-        letters.discard(letter).await?;
-        tell("dropped", letter, context)?;
+    one_by_one("dropped", &chosen, context, async |letter| letters.discard(letter).await).await
+}
+
+/// Does it to each, and says to which it was done, also when the next one fails.
+async fn one_by_one(
+    what: &str,
+    chosen: &[DeadLetter],
+    context: &mut Context<'_>,
+    mut act: impl AsyncFnMut(&DeadLetter) -> Result<(), BrokerError>,
+) -> Result<(), CliError> {
+    for (done, letter) in chosen.iter().enumerate() {
+        if let Err(error) = act(letter).await {
+            sum_up(what, &chosen[..done], context)?;
+            return Err(error.into());
+        }
+        tell(what, letter, context)?;
     }
-    sum_up("dropped", &chosen, context)
+    sum_up(what, chosen, context)
 }
 
 /// The letters that are meant; nothing is done to any of them unless all that are named are there.

@@ -11,6 +11,7 @@ use super::output::{or_dash, table};
 use super::progress::spinner;
 use super::selection::SelectionArgs;
 use super::{CliError, Context, Outcome, note, tenant};
+use crate::config::{CredentialConfig, CredentialKind};
 use crate::domain::catalog::{Catalog, Listing, Scope};
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::policy_type::PolicyType;
@@ -50,6 +51,7 @@ struct Patient<'a> {
     graph: &'a GraphClient,
     tenant_id: Uuid,
     credential: &'a str,
+    consent_link: Option<String>,
 }
 
 pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
@@ -65,11 +67,19 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
     }
     let scope = scope(&args.selection, &config.graph.catalog()?)?;
     let graph = GraphClient::new(&config.graph).map_err(|error| CliError::Failed(error.to_string()))?;
-    let patient = Patient { graph: &graph, tenant_id: args.tenant, credential: &credential };
+    let consent_link = consent_link(config.graph.authority(), args.tenant, &config.graph.credentials[&credential]);
+    let patient = Patient { graph: &graph, tenant_id: args.tenant, credential: &credential, consent_link };
     let roles = graph.token_roles(args.tenant, &credential).await.map_err(|failure| no_token(&credential, &failure))?;
     let findings = examine(&patient, scope, roles.as_deref()).await;
     report(&patient, &findings, roles.as_deref(), context)?;
     Ok(if findings.iter().all(|finding| finding.works) { Outcome::Done } else { Outcome::Bad })
+}
+
+/// Where an administrator of the tenant grants what the application asks for; none for an identity that is no application of
+/// the configuration's.
+fn consent_link(authority: &str, tenant_id: Uuid, credential: &CredentialConfig) -> Option<String> {
+    let is_application = credential.kind != CredentialKind::ManagedIdentity && !credential.client_id.is_empty();
+    is_application.then(|| format!("{authority}/{tenant_id}/adminconsent?client_id={}", credential.client_id))
 }
 
 /// Every type unless told otherwise.
@@ -148,7 +158,7 @@ fn report(
     if context.out.is_json() {
         return context.out.json(&json!({
             "tenant_id": patient.tenant_id, "credential": patient.credential, "granted_permissions": roles,
-            "missing_permissions": to_grant, "working": working, "types": findings }));
+            "missing_permissions": to_grant, "consent_link": patient.consent_link, "working": working, "types": findings }));
     }
     let header = ["type", "readable", "problem", "grant", "remedy"];
     context.out.line(table(header, findings.iter().map(row)))?;
@@ -157,7 +167,11 @@ fn report(
         return Ok(());
     }
     let to_grant: Vec<&str> = to_grant.into_iter().collect();
-    context.out.line(format_args!("grant with admin consent: {}", to_grant.join(", ")))
+    context.out.line(format_args!("grant with admin consent: {}", to_grant.join(", ")))?;
+    match &patient.consent_link {
+        Some(link) => context.out.line(format_args!("once the application asks for that: {link}")),
+        None => Ok(()),
+    }
 }
 
 fn row(finding: &Finding) -> [String; 5] {
@@ -193,6 +207,16 @@ mod tests {
         assert!(missing(app, &forbidden, Some(&has_it)).is_empty(), "a granted permission is not what is missing");
         assert_eq!(missing(app, &refused(ErrorCode::GraphForbidden, &["X.Read.All"]), Some(&has_it)), ["X.Read.All"]);
         assert!(missing(app, &refused(ErrorCode::GraphThrottled, &[]), None).is_empty());
+    }
+
+    #[test]
+    fn consent_is_granted_to_an_application_of_ours_and_to_no_other() {
+        let mut credential = CredentialConfig { client_id: "app".to_owned(), ..CredentialConfig::default() };
+        let link = consent_link("https://login.example", Uuid::nil(), &credential);
+        let expected = "https://login.example/00000000-0000-0000-0000-000000000000/adminconsent?client_id=app";
+        assert_eq!(link.as_deref(), Some(expected));
+        credential.kind = CredentialKind::ManagedIdentity;
+        assert_eq!(consent_link("https://login.example", Uuid::nil(), &credential), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use schemars::transform::{RecursiveTransform, Transform};
 use schemars::{JsonSchema, Schema};
 
 use super::{CliError, Context, Outcome};
+use crate::domain::dead_letter::DeadLetter;
 use crate::domain::event::CloudEvent;
 use crate::domain::request::SyncRequest;
 
@@ -21,6 +22,8 @@ enum Message {
     Request,
     /// What a subscriber receives
     Event,
+    /// What stands in the dead-letter queue
+    DeadLetter,
 }
 
 pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
@@ -28,8 +31,8 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
     Ok(Outcome::Done)
 }
 
-/// A request is described as the daemon reads it, so that what has a default may be left out; an event as the daemon
-/// writes it, so that a subscriber may rely on what is always there.
+/// A request is described as the daemon reads it, so that what has a default may be left out; an event and a dead letter as
+/// they are written, so that a subscriber may rely on what is always there.
 fn schema(message: Message) -> Schema {
     fn of<T: JsonSchema>(settings: SchemaSettings) -> Schema {
         settings.into_generator().into_root_schema_for::<T>()
@@ -37,6 +40,7 @@ fn schema(message: Message) -> Schema {
     let mut schema = match message {
         Message::Request => of::<SyncRequest>(SchemaSettings::draft2020_12().for_deserialize()),
         Message::Event => of::<CloudEvent>(SchemaSettings::draft2020_12().for_serialize()),
+        Message::DeadLetter => of::<DeadLetter>(SchemaSettings::draft2020_12().for_serialize()),
     };
     RecursiveTransform(join_lines).transform(&mut schema);
     if matches!(message, Message::Request) {
@@ -67,6 +71,7 @@ mod tests {
         for (message, published) in [
             ("request", include_str!("../../config/schemas/request.json")),
             ("event", include_str!("../../config/schemas/event.json")),
+            ("dead-letter", include_str!("../../config/schemas/dead-letter.json")),
         ] {
             let (code, generated) = call(&["schema", message]);
             assert_eq!(code, 0);

@@ -27,6 +27,10 @@ fn check_broker(config: &Config, require: &mut dyn FnMut(bool, &str)) {
         (5..=60).contains(&config.broker.heartbeat_s),
         "broker.heartbeat_s: must be 5 to 60; under 5 a busy host looks dead",
     );
+    require(
+        config.broker.client_key_file.is_none() || config.broker.client_certificate_file.is_some(),
+        "broker.client_key_file: needs broker.client_certificate_file, the certificate that it is the key of",
+    );
     require(config.broker.connect_timeout_s > 0, "broker.connect_timeout_s: must be at least 1");
     require(config.broker.operation_timeout_s > 0, "broker.operation_timeout_s: must be at least 1");
     require(config.consumer.prefetch > 0, "consumer.prefetch: must be 1 to 2000; AMQP reads 0 as no cap at all");
@@ -34,6 +38,7 @@ fn check_broker(config: &Config, require: &mut dyn FnMut(bool, &str)) {
         config.consumer.prefetch <= 2000,
         "consumer.prefetch: must be 1 to 2000, the most that a quorum queue hands out",
     );
+    require(config.consumer.watchdog_s >= 5, "consumer.watchdog_s: must be at least 5; the broker is asked each time");
     require(
         config.topology.delivery_limit >= 3,
         "topology.delivery_limit: must be at least 3; a lost connection counts as a delivery of everything in hand",
@@ -58,8 +63,8 @@ fn check_run(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     require(run.deadline_s > 0, "run.deadline_s: must be at least 1");
     require(run.max_attempts > 0, "run.max_attempts: must be at least 1");
     require(
-        run.abandoned_after_s > 600,
-        "run.abandoned_after_s: must be over 600, the longest retry rung, or runs end whose message is only waiting",
+        run.abandoned_after_s > run.deadline_s.max(600),
+        "run.abandoned_after_s: must be over run.deadline_s and over 600, the longest retry rung, or runs end whose message is only waiting",
     );
     require((1..=64).contains(&run.concurrent_lists), "run.concurrent_lists: must be 1 to 64");
     require((1..=5000).contains(&run.batch_rows), "run.batch_rows: must be 1 to 5000");
@@ -90,6 +95,7 @@ fn check_graph(config: &Config, require: &mut dyn FnMut(bool, &str)) {
         graph.backoff_first_s > 0.0 && graph.backoff_first_s <= graph.backoff_max_s,
         "graph.backoff_first_s: must be over 0 and at most graph.backoff_max_s",
     );
+    require(graph.backoff_max_s <= 3600.0, "graph.backoff_max_s: must be at most 3600");
     require(graph.rate_share > 0.0 && graph.rate_share <= 1.0, "graph.rate_share: must be over 0 and at most 1");
     require(graph.max_pages > 0, "graph.max_pages: must be at least 1");
     require(graph.max_page_bytes >= 65536, "graph.max_page_bytes: must be at least 65536");
@@ -104,12 +110,37 @@ fn check_graph(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     }
 }
 
+/// What the PostgreSQL client takes behind the question mark of an address.
+const DATABASE_PARAMETERS: [&str; 18] = [
+    "sslmode",
+    "ssl-mode",
+    "sslrootcert",
+    "ssl-root-cert",
+    "ssl-ca",
+    "sslcert",
+    "ssl-cert",
+    "sslkey",
+    "ssl-key",
+    "statement-cache-capacity",
+    "host",
+    "hostaddr",
+    "port",
+    "dbname",
+    "user",
+    "password",
+    "application_name",
+    "options",
+];
+
 fn check_store(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     let url = config.database.url.expose_secret();
-    require(
-        url.starts_with("postgres://") || url.starts_with("postgresql://"),
-        "database.url: must begin with postgres://",
-    );
+    let address = url::Url::parse(url).ok().filter(|url| ["postgres", "postgresql"].contains(&url.scheme()));
+    require(address.is_some(), "database.url: must be postgres://USER:PASSWORD@HOST:PORT/DATABASE");
+    for (parameter, _) in address.iter().flat_map(url::Url::query_pairs) {
+        let known = DATABASE_PARAMETERS.contains(&&*parameter) || parameter.starts_with("options[");
+        // The client would log it, with its value: a password perhaps, misspelt.
+        require(known, &format!("database.url: there is no parameter {parameter:?}"));
+    }
     require(config.database.max_connections > 0, "database.max_connections: must be at least 1");
     require(
         config.database.control_connections >= 2,

@@ -17,9 +17,6 @@ use crate::domain::failure::Rejection;
 use crate::run::{Disposition, Incoming, Runner};
 use crate::telemetry;
 
-/// How long a request is kept in hand while the database is away. Given back at once it would come again at once, and
-/// the broker would soon give it up as failing for ever.
-const HOLD: Duration = Duration::from_secs(180);
 /// How long a copy is tried for a retry rung or the dead-letter queue.
 const COPY_PATIENCE: Duration = Duration::from_secs(60);
 /// Before a request goes back that made the code panic.
@@ -36,6 +33,9 @@ enum Onward<'a> {
 pub(super) struct Attendant {
     pub(super) runner: Runner,
     pub(super) publisher: Publisher,
+    /// How long a request is kept in hand while the database is away. Given back at once it would come again at once,
+    /// and the broker would soon give it up as failing for ever.
+    pub(super) hold: Duration,
     /// Who stands on a dead letter as the one who found it wanting.
     pub(super) name: String,
     pub(super) health: Arc<ConsumerHealth>,
@@ -68,11 +68,12 @@ impl Attendant {
             traceparent: delivery.traceparent.as_deref(),
             deferred_s: delivery.deferred_s,
         };
-        let hold = Deadline::after(HOLD);
+        let hold = Deadline::after(self.hold);
         let mut waits = Waits::new(Duration::from_millis(500), Duration::from_secs(15));
         loop {
             let disposition = self.runner.handle(incoming, &self.abort).await;
-            if disposition != Disposition::StoreAway || hold.passed() || !delivery.usable() {
+            let undecided = matches!(disposition, Disposition::StoreAway | Disposition::Defect);
+            if !undecided || hold.passed() || !delivery.usable() {
                 return disposition;
             }
             self.trouble.notify_one();
@@ -100,15 +101,19 @@ impl Attendant {
             Disposition::Deferred(_) => self.park(delivery, Rung::while_deferred(delivery.retries)).await,
             Disposition::Rejected(rejection) => self.bury(delivery, &rejection).await,
             Disposition::HandBack(_) => note_handed_back(delivery.hand_back().await),
-            Disposition::StoreAway => note_handed_back(self.give_up(delivery).await),
+            Disposition::StoreAway | Disposition::Defect if self.is_store_away() => {
+                note_handed_back(delivery.hand_back().await);
+            }
+            // It answers, but not to this: full, perhaps, or a right is missing. Older brokers count what is given back.
+            Disposition::StoreAway => self.park(delivery, Rung::while_busy(delivery.retries)).await,
+            // What fails for ever has to end as a dead letter: the broker is to count.
+            Disposition::Defect => note_handed_back(delivery.fail().await),
         }
     }
 
-    /// With the database away it is nobody's fault. With the database there, the fault may be in the request, and one
-    /// that fails for ever has to end as a dead letter: then the broker is to count.
-    async fn give_up(&self, delivery: &Delivery) -> Result<bool, BrokerError> {
-        let away = *self.gate.borrow() == Some(Paused::StoreAway) || self.drain.is_cancelled();
-        if away { delivery.hand_back().await } else { delivery.fail().await }
+    /// Whether it is nobody's fault: then nothing new is taken, and what is given back does not come again at once.
+    fn is_store_away(&self) -> bool {
+        *self.gate.borrow() == Some(Paused::StoreAway) || self.drain.is_cancelled()
     }
 
     async fn ack(&self, delivery: &Delivery, outcome: &'static str) {

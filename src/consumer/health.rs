@@ -1,7 +1,8 @@
 //! What the rest of the daemon may know of the consumer.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::telemetry;
 
@@ -33,7 +34,7 @@ impl Paused {
 /// How the consumer is, at this moment.
 #[derive(Debug, Default)]
 pub struct ConsumerHealth {
-    subscribed: AtomicBool,
+    subscribed_since: Mutex<Option<Instant>>,
     in_hand: AtomicUsize,
     paused: Mutex<Option<Paused>>,
     problem: Mutex<Option<String>>,
@@ -43,7 +44,13 @@ impl ConsumerHealth {
     /// Whether there is a live subscription that takes requests.
     #[must_use]
     pub fn subscribed(&self) -> bool {
-        self.subscribed.load(Ordering::Relaxed)
+        lock(&self.subscribed_since).is_some()
+    }
+
+    /// How long this replica has been reading the queue without a break.
+    #[must_use]
+    pub fn reading_for(&self) -> Duration {
+        lock(&self.subscribed_since).map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// Requests in hand.
@@ -65,7 +72,9 @@ impl ConsumerHealth {
     }
 
     pub(super) fn set_subscribed(&self, yes: bool) {
-        self.subscribed.store(yes, Ordering::Relaxed);
+        let mut since = lock(&self.subscribed_since);
+        *since = yes.then(|| since.unwrap_or_else(Instant::now));
+        drop(since);
         telemetry::subscribed(yes);
         if yes {
             *lock(&self.problem) = None;

@@ -31,12 +31,6 @@ impl Deadline {
         Self(start + after)
     }
 
-    /// The earlier of two deadlines.
-    #[must_use]
-    pub fn earlier(self, other: Self) -> Self {
-        self.min(other)
-    }
-
     /// What is left, zero once it has passed.
     #[must_use]
     pub fn remaining(self) -> Duration {

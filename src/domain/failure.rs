@@ -181,7 +181,7 @@ impl Failure {
         Self {
             code,
             http_status: Some(http_status),
-            graph_code: graph_code.filter(plain).filter(|text| !text.starts_with("eyJ")).map(str::to_owned),
+            graph_code: graph_code.filter(plain).filter(|text| !text.contains("eyJ")).map(str::to_owned),
             request_id: request_id.filter(|text| uuid::Uuid::try_parse(text).is_ok()).map(str::to_owned),
         }
     }

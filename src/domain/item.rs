@@ -329,6 +329,30 @@ mod tests {
     }
 
     #[test]
+    fn what_graph_will_say_tomorrow_is_kept_as_it_says_it() {
+        let said = json!({
+            "id": "1", "name": "Baseline", "platforms": "windows10,aPlatformOfTomorrow", "technologies": "mdm,appleRemoteManagement",
+            "createdDateTime": "2023-02-23T08:25:45.0780916Z", "lastModifiedDateTime": "2023-02-23T00:25:45-08:00",
+        });
+        let kept = item("settingsCatalogPolicy", &said).unwrap();
+        assert_eq!(kept.platform.as_deref(), Some("windows10,aPlatformOfTomorrow"));
+        let kept = meta(&kept);
+        for property in ["technologies", "createdDateTime", "lastModifiedDateTime"] {
+            assert_eq!(kept[property], said[property], "{property}");
+        }
+    }
+
+    #[test]
+    fn without_a_type_of_its_own_an_object_is_of_the_declared_one() {
+        let raw =
+            RawValue::from_string(json!({ "id": "1", "name": "x", "templateReference": null }).to_string()).unwrap();
+        let policy_type = CATALOG.get("settingsCatalogPolicy").unwrap();
+        let object = RawObject::parse(&raw).unwrap();
+        let claimed = object.classify(CATALOG.collection_of(policy_type)).unwrap();
+        assert_eq!(claimed.key, "settingsCatalogPolicy", "no template is template family none");
+    }
+
+    #[test]
     fn platforms_follow_from_type_names() {
         for (name, platform) in [
             ("windows10GeneralConfiguration", Some("windows")),
@@ -370,12 +394,12 @@ mod tests {
     proptest! {
         #[test]
         fn sanitizing_what_is_stored_changes_nothing(
-            values in prop::collection::vec(json_value(), 12), extra in prop::collection::btree_map("[a-z]{1,9}", json_value(), 0..4),
+            values in prop::collection::vec(json_value(), 3), from in 0_usize..12, extra in prop::collection::btree_map("[a-z]{1,9}", json_value(), 0..4),
         ) {
             let policy_type = CATALOG.get("settingsCatalogPolicy").unwrap();
             let mut object = json!(extra);
             object["id"] = json!("1");
-            for (key, value) in policy_type.meta.iter().zip(values) {
+            for (key, value) in policy_type.meta.iter().cycle().skip(from).zip(values) {
                 object[key] = value;
             }
             let first = item("settingsCatalogPolicy", &object).unwrap();

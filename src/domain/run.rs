@@ -79,7 +79,7 @@ pub struct TypeCounters {
 }
 
 impl TypeCounters {
-    /// Adds what one written batch changed.
+    /// Adds those of another type, or of another batch.
     pub fn add(&mut self, other: &Self) {
         self.items_observed_count += other.items_observed_count;
         self.items_upserted_count += other.items_upserted_count;

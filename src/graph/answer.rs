@@ -147,7 +147,7 @@ impl Told {
 fn is_read_permission(word: &str) -> bool {
     let Some(resource) = word.strip_suffix(".Read.All") else { return false };
     (1..=64).contains(&resource.len())
-        && !resource.starts_with("eyJ")
+        && !resource.contains("eyJ")
         && resource.bytes().all(|b| b.is_ascii_alphabetic() || b == b'-' || b == b'.')
 }
 
@@ -157,6 +157,7 @@ fn owned(value: &Value) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
@@ -252,6 +253,50 @@ mod tests {
         for body in [&b""[..], b"<html>", b"null", br#"{"error":"invalid_client"}"#, br#"{"error":{"code":7}}"#] {
             let failure = Told::read(body).failure(403, None);
             assert_eq!((failure.code, failure.graph_code), (ErrorCode::GraphForbidden, None));
+        }
+    }
+
+    const WORDS: [&str; 14] = [
+        "Forbidden",
+        "eyJhbGciOiJub25lIn0.e30.c2ln",
+        "Bearer ",
+        "https://host/?sig=hidden",
+        "DeviceManagementApps.Read.All",
+        "Could not find a property named",
+        "hidden@example.com",
+        ".Read.All",
+        "{\"Message\":\"",
+        "\"}",
+        "\\u00",
+        "\n",
+        " ",
+        "x",
+    ];
+
+    fn words() -> impl Strategy<Value = String> {
+        prop::collection::vec(prop::sample::select(&WORDS), 0..6).prop_map(|words| words.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_an_error_body_says_only_plain_words_of_it_are_recorded(
+            status in 300_u16..600, code in words(), message in words(), levels in 0..5, id in words(),
+            key in prop::sample::select(&["Message", "message", "other"]),
+            damage in prop::option::of((any::<prop::sample::Index>(), prop::sample::select(b"\"{}\\ \0\xff".to_vec()))),
+        ) {
+            let message = (0..levels).fold(message, |inner, _| json!({ "ErrorCode": code, key: inner }).to_string());
+            let body = json!({"error": {"code": code, "message": message, "innerError": {"request-id": id}}});
+            let mut body = body.to_string().into_bytes();
+            if let Some((at, byte)) = damage {
+                let at = at.index(body.len());
+                body[at] = byte;
+            }
+            let refusal = Told::read(&body).refusal(status, Some(&id));
+            let recorded = format!("{}{:?}", json!(refusal.failure), refusal.permissions);
+            for never in ["eyJ", "://", "@", "sig=", "Bearer", "\\n"] {
+                prop_assert!(!recorded.contains(never), "{never} in {recorded}");
+            }
+            prop_assert!(recorded.len() < 700, "{}", recorded.len());
         }
     }
 }

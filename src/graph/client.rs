@@ -1,6 +1,6 @@
 //! The handle on Graph, and the reader that one run has of it.
 
-use std::collections::BTreeSet;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use super::token::{TokenSource, Tokens};
 use super::transport::Connections;
 use crate::config::GraphConfig;
 use crate::domain::catalog::Collection;
+use crate::domain::clock::Deadline;
 use crate::domain::run::GraphUsage;
 use crate::telemetry;
 
@@ -32,6 +33,13 @@ pub enum GraphError {
     Client(#[source] reqwest::Error),
 }
 
+/// Rings and clouds differ in what they know: what one tenant's Graph refuses another's may take, and this one's may
+/// tomorrow.
+const REFUSED_FOR: Duration = Duration::from_secs(24 * 3_600);
+
+/// A tenant, and version and path of one of its lists.
+type Unselectable = (Uuid, String, String);
+
 /// Microsoft Graph as this process sees it: its connections, tokens and what it has learned. Cheap to clone.
 #[derive(Clone)]
 pub struct GraphClient(pub(super) Arc<Shared>);
@@ -46,8 +54,8 @@ pub(super) struct Shared {
     pub(super) first_wait: Duration,
     pub(super) most_wait: Duration,
     pub(super) max_pages: u32,
-    /// Version and path of the lists whose `$select` was refused.
-    unselectable: Mutex<BTreeSet<(String, String)>>,
+    /// Lists whose `$select` was refused, and until when that is believed.
+    unselectable: Mutex<HashMap<Unselectable, Deadline>>,
 }
 
 impl GraphClient {
@@ -135,17 +143,21 @@ impl GraphReader {
 
     /// Whether a list may be asked with `$select`, as far as this process knows.
     pub(super) fn is_selectable(&self, version: &str, path: &str) -> bool {
-        let key = (version.to_owned(), path.to_owned());
-        !self.shared.unselectable.lock().unwrap_or_else(PoisonError::into_inner).contains(&key)
+        let key = (self.tenant_id, version.to_owned(), path.to_owned());
+        let refused = self.shared.unselectable.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.get(&key).is_none_or(|until| until.passed())
     }
 
-    /// Remembers that this Graph refuses the `$select` of a list.
+    /// Remembers that this tenant's Graph refuses the `$select` of a list.
     pub(super) fn select_refused(&self, version: &str, path: &str) {
-        let key = (version.to_owned(), path.to_owned());
-        self.shared.unselectable.lock().unwrap_or_else(PoisonError::into_inner).insert(key);
+        let key = (self.tenant_id, version.to_owned(), path.to_owned());
+        let mut refused = self.shared.unselectable.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.retain(|_, until| !until.passed());
+        refused.insert(key, Deadline::after(REFUSED_FOR));
+        drop(refused);
         self.spending.select_refused();
         telemetry::graph_select_refused();
-        tracing::warn!(tenant_id = %self.tenant_id, version, path, "$select was refused; asking without it from now on");
+        tracing::warn!(tenant_id = %self.tenant_id, version, path, "$select was refused; asking without it for a day");
     }
 }
 

@@ -37,7 +37,7 @@ enum Missed {
 /// What the tries of one request have used up.
 struct Tries {
     waits: Waits,
-    made: u32,
+    broken: u32,
     scarce: u32,
     token_renewed: bool,
     throttled: Option<Failure>,
@@ -59,10 +59,9 @@ impl GraphReader {
     pub(super) async fn get(&self, request: Request<'_>) -> Result<Parsed, Refusal> {
         let lane = self.shared.throttle.lane(self.tenant_id, request.family);
         let waits = Waits::new(self.shared.first_wait, self.shared.most_wait);
-        let mut tries = Tries { waits, made: 0, scarce: 0, token_renewed: false, throttled: None };
+        let mut tries = Tries { waits, broken: 0, scarce: 0, token_renewed: false, throttled: None };
         loop {
             let permit = self.enter(&lane, &tries).await?;
-            tries.made += 1;
             let missed = match self.try_once(&request).await {
                 Ok(parsed) => {
                     permit.answered();
@@ -167,7 +166,6 @@ impl GraphReader {
 
     /// Waits for the next try, or says why there is none.
     async fn before_next(&self, missed: Missed, lane: &Lane, tries: &mut Tries) -> Result<(), Refusal> {
-        let used_up = tries.made >= self.shared.max_tries;
         match missed {
             Missed::Refused(refusal) => Err(refusal),
             Missed::Token(failure) => {
@@ -178,23 +176,21 @@ impl GraphReader {
                 }
             }
             Missed::Broken { scarce, failure } => {
+                tries.broken += 1;
                 tries.scarce += u32::from(scarce);
                 let wait = full_jitter(tries.waits.next_wait());
                 let too_late = wait >= self.spending.deadline.remaining();
-                if used_up || tries.scarce > SCARCE_RETRIES || too_late {
+                if tries.broken >= self.shared.max_tries || tries.scarce > SCARCE_RETRIES || too_late {
                     return Err(failure.into());
                 }
                 tokio::time::sleep(wait).await;
                 Ok(())
             }
             Missed::Throttled(asked, failure) => {
-                let asked = asked.unwrap_or_else(|| tries.waits.next_wait());
+                let asked = asked.filter(|wait| !wait.is_zero()).unwrap_or_else(|| tries.waits.next_wait());
                 // Calls made while throttled count, and lengthen the penalty: nobody of the tenant goes before that.
                 lane.close(asked);
-                if used_up {
-                    self.spending.gave_up(asked);
-                    return Err(failure.into());
-                }
+                // How often is no matter: the run's budget and deadline say how long it may be waited for.
                 tries.throttled = Some(failure);
                 Ok(())
             }

@@ -27,6 +27,8 @@ pub(super) fn parse(value: &str, date_of_answer: Option<&str>) -> Option<Duratio
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const NOW: &str = "Mon, 23 Nov 2026 10:00:00 GMT";
@@ -62,5 +64,19 @@ mod tests {
             assert_eq!(seconds(value), None, "{value:?}");
         }
         assert_eq!(parse("Mon, 23 Nov 2026 10:00:42 GMT", None), None, "there is no clock to measure a date against");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_it_says_the_wait_is_in_whole_seconds_and_an_hour_at_most(
+            value in prop_oneof![
+                any::<String>(), "-?[0-9.]{0,30}(e[0-9]{1,3})? ?(s|seconds?)?",
+                "(Mon|Tue), [0-3][0-9] (Nov|Feb) [0-9]{4} [0-2][0-9]:[0-6][0-9]:[0-6][0-9] GMT"],
+            date in prop::option::of(Just(NOW)),
+        ) {
+            if let Some(wait) = parse(&value, date) {
+                prop_assert!(wait <= MOST && wait.subsec_nanos() == 0, "{wait:?}");
+            }
+        }
     }
 }

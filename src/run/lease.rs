@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -14,6 +15,9 @@ use crate::domain::clock::Deadline;
 use crate::domain::run::Lease;
 use crate::store::{Renewal, Store};
 use crate::telemetry;
+
+/// A lease whose row a statement of its run has just locked is asked for again so soon.
+const BUSY_AGAIN: Duration = Duration::from_millis(250);
 
 /// Keeps the leases of this process.
 #[derive(Debug, Clone)]
@@ -60,29 +64,45 @@ impl LeaseKeeper {
 
     /// Renews every lease each third of its life, until `stop`.
     pub async fn keep(&self, stop: &CancellationToken) {
-        let mut ticks = tokio::time::interval(seconds(self.lease_s) / 3);
+        let third = seconds(self.lease_s) / 3;
+        let mut ticks = tokio::time::interval(third);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-            self.renew().await;
+            // The next third has leases of its own to ask for.
+            let renewed = timeout(third, self.renew_all());
+            if let Some(Err(_)) = stop.run_until_cancelled(renewed).await {
+                warn!("some leases could not be renewed in time");
+            }
         }
     }
 
-    async fn renew(&self) {
-        let leases: Vec<Lease> = lock(&self.held).keys().copied().collect();
-        if leases.is_empty() {
-            return;
+    async fn renew_all(&self) {
+        let mut leases: Vec<Lease> = lock(&self.held).keys().copied().collect();
+        while !leases.is_empty() {
+            leases = self.renew(&leases).await;
+            if !leases.is_empty() {
+                tokio::time::sleep(BUSY_AGAIN).await;
+            }
         }
+    }
+
+    /// Asks once, and returns those whose rows were locked. A database that hangs must not hold up the next asking.
+    async fn renew(&self, leases: &[Lease]) -> Vec<Lease> {
         let asked = Instant::now();
-        match self.store.renew_leases(&leases, &self.owner, self.lease_s).await {
-            Ok(renewal) => {
+        let renewal = self.store.renew_leases(leases, &self.owner, self.lease_s);
+        match timeout(seconds(self.lease_s) / 6, renewal).await {
+            Ok(Ok(renewal)) => {
                 if renewal.least_left_s.is_finite() {
                     telemetry::lease_headroom(Duration::from_secs_f64(renewal.least_left_s.max(0.0)));
                 }
-                self.apply(&leases, &renewal, Deadline::from_start(asked, self.trusted_for()));
+                self.apply(leases, &renewal, Deadline::from_start(asked, self.trusted_for()));
+                return renewal.busy;
             }
             // Nothing is known: each worker stops itself at its own deadline.
-            Err(error) => warn!(%error, leases = leases.len(), "leases could not be renewed"),
+            Ok(Err(error)) => warn!(%error, leases = leases.len(), "leases could not be renewed"),
+            Err(_) => warn!(leases = leases.len(), "leases could not be renewed: the database does not answer"),
         }
+        Vec::new()
     }
 
     fn apply(&self, asked: &[Lease], renewal: &Renewal, until: Deadline) {

@@ -50,8 +50,10 @@ pub enum Disposition {
     Rejected(Rejection),
     /// Somebody else is to have it.
     HandBack(HandBackReason),
-    /// The database is away: nothing can be decided.
+    /// The database is away, or takes no writes: nothing can be decided.
     StoreAway,
+    /// The database refuses what this request comes to, and would again.
+    Defect,
 }
 
 /// Why a message goes back to the queue.
@@ -160,7 +162,7 @@ impl Recipe {
         match self.store.admit(&self.rules, &applicant).await {
             Ok(Admission::Admitted(admitted)) => self.run(admitted, &scope, abort).await,
             Ok(admission) => turned_away(&admission),
-            Err(error) => store_away(&error),
+            Err(error) => undecided(&error),
         }
     }
 
@@ -190,7 +192,7 @@ impl Recipe {
                 if !error.is_defect() {
                     self.leases.orphan(lease);
                 }
-                store_away(&error)
+                undecided(&error)
             }
         }
     }
@@ -244,13 +246,14 @@ fn turned_away(admission: &Admission) -> Disposition {
     }
 }
 
-fn store_away(error: &StoreError) -> Disposition {
+fn undecided(error: &StoreError) -> Disposition {
     if error.is_defect() {
-        error!(%error, "the database refuses what this version writes");
+        error!(%error, "the database refuses what this request comes to");
+        Disposition::Defect
     } else {
         warn!(%error, "the database is away");
+        Disposition::StoreAway
     }
-    Disposition::StoreAway
 }
 
 fn record_end(report: &RunReport, granted: Instant) {

@@ -81,14 +81,14 @@ impl StoreError {
         }
     }
 
-    /// Whether the same statement would fail again on a healthy database: a defect, not an outage.
+    /// Whether the same data would be refused again by a healthy database: a defect, not an outage.
     #[must_use]
     pub fn is_defect(&self) -> bool {
         match self {
             Self::Row(_) => true,
-            // Classes of SQLSTATE: 21 cardinality, 22 data, 23 constraint, 42 syntax or rights.
+            // Classes of SQLSTATE: 21 cardinality, 22 data, 23 constraint. Rights and the schema (42) can be mended.
             Self::Database(sqlx::Error::Database(error)) => {
-                error.code().is_some_and(|code| ["21", "22", "23", "42"].iter().any(|class| code.starts_with(class)))
+                error.code().is_some_and(|code| ["21", "22", "23"].iter().any(|class| code.starts_with(class)))
             }
             _ => false,
         }

@@ -1,9 +1,12 @@
 //! Admission: every row of its table, through the real queue.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 use inventoryd::config::WhenFull;
+use inventoryd::domain::request::SyncRequest;
 
 use crate::sim::Rule;
 use crate::support::daemon::Replica;
@@ -206,15 +209,23 @@ async fn a_lost_worker_of_the_same_selection_makes_way() {
     events.event_of(&theirs).await;
 }
 
+/// A running run of `mobileApp` whose worker is gone since an hour.
+async fn orphan(world: &World, selection_hash: &str) {
+    let (tenant, run) = (world.tenant, Uuid::now_v7());
+    world
+        .execute(&format!(
+            "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
+                    lease_owner, lease_expires_at, daemon_version)
+             values ('{tenant}', '{run}', 'orphan', '{selection_hash}', '{{\"policy_types\": [\"mobileApp\"]}}', 'running',
+                     'gone', clock_timestamp() - interval '1 hour', 'x')"
+        ))
+        .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_without_worker_and_message_is_ended_by_the_janitor() {
     let world = World::new().await;
-    world.execute(&format!(
-        "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
-                lease_owner, lease_expires_at, daemon_version)
-         values ('{}', '{}', 'orphan', 'h', '{{\"policy_types\": [\"mobileApp\"]}}', 'running', 'gone', clock_timestamp() - interval '5 s', 'x')",
-        world.tenant, Uuid::now_v7(),
-    )).await;
+    orphan(&world, "h").await;
     let mut config = world.config();
     config.run.abandoned_after_s = 1;
     let _replica = Replica::with(config).await;
@@ -222,4 +233,23 @@ async fn a_run_without_worker_and_message_is_ended_by_the_janitor() {
     let run = world.ended("orphan").await;
     assert_eq!((&run["status"], &run["error_codes"]), (&json!("failed"), &json!(["worker_lost"])));
     events.event_of(&run).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_message_nobody_has_read_for_long_is_taken_over_and_not_ended() {
+    let world = World::new().await;
+    let body = world.request("orphan", &["mobileApp"]).to_string();
+    let request = SyncRequest::parse(None, body.as_bytes()).unwrap();
+    orphan(&world, &request.selection.hash()).await;
+    let mut config = world.config();
+    config.run.abandoned_after_s = 1;
+    let replica = Replica::with(config).await;
+    replica.daemon().stop().quiet.send_replace(true);
+    eventually("quiet", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
+    world.publish(&world.request("orphan", &["mobileApp"])).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(world.runs("orphan").await[0]["status"], "running", "the janitor waits for the message to be read");
+    replica.daemon().stop().quiet.send_replace(false);
+    let run = world.ended("orphan").await;
+    assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(2)));
 }

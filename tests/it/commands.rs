@@ -134,6 +134,10 @@ async fn doctor_names_what_to_grant() {
     let found = call(&world, &[&examine[..], &["mobileApp,deviceShellScript", "--json"]].concat()).await;
     assert_eq!((found.code, &found.json()["working"]), (1, &json!(1)));
     assert_eq!(found.json()["missing_permissions"], json!(["DeviceManagementApps.Read.All"]));
+    let link = format!("{}/{tenant}/adminconsent?client_id=", world.sim.base_url());
+    assert!(found.json()["consent_link"].as_str().unwrap().starts_with(&link), "{found:?}");
+    let shown = call(&world, &[&examine[..], &["mobileApp"]].concat()).await.out;
+    assert!(shown.contains("consent: DeviceManagementApps.Read.All") && shown.contains(&link), "{shown}");
     assert_eq!(call(&world, &[&examine[..], &["deviceShellScript"]].concat()).await.code, 0);
 }
 

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::sim::Rule;
 use crate::support::daemon::{Process, Replica};
-use crate::support::holds::{STEPS, Step, held, hold_at};
+use crate::support::holds::{STEPS, Step, held, hold_at, hold_in_the_commit_of, let_go};
 use crate::support::proxy::Proxy;
 use crate::support::world::World;
 use crate::support::{eventually, truths, within};
@@ -22,7 +22,7 @@ async fn running(world: &World, key: &str) {
     .await;
 }
 
-/// Kills a worker at `step` and lets another replica finish; twice, because a step may be met again on the way back.
+/// Kills a worker at `step` and lets another replica finish.
 async fn killed_at(step: &Step) {
     let world = World::new().await;
     truths::keep_history(&world).await;
@@ -41,11 +41,41 @@ async fn killed_at(step: &Step) {
     assert!(run["attempt"].as_i64().unwrap() <= 2, "{}: {run}", step.name);
 }
 
-macro_rules! kill_at_every_step {
-    ($($name:ident = $index:literal;)+) => {
+/// Takes a worker through `step` and lets it hear nothing of that, so that it goes there again.
+async fn done_twice(step: &Step) {
+    let world = World::new().await;
+    truths::keep_history(&world).await;
+    hold_in_the_commit_of(&world, step, 0.7).await;
+    let database = Proxy::before(world.database_address()).await;
+    let mut config = world.config();
+    config.database.url = world.database_through(&database).into();
+    let _replica = Replica::with(config).await;
+    let events = world.subscribe().await;
+    world.publish(&world.request("run", &["mobileApp", "deviceShellScript"])).await;
+    held(&world).await;
+    database.freeze_replies(true);
+    let_go(&world).await;
+    database.cut();
+    database.freeze_replies(false);
+    truths::hold(&world, &["run".to_owned()], &events).await;
+    let run = &world.runs("run").await[0];
+    assert_eq!(run["status"], "success", "{}: {run}", step.name);
+    assert_eq!(run["items_observed_count"], 24, "{}: counted once, however often it was done: {run}", step.name);
+    assert_eq!(world.count("select count(*) from inventory_items").await, 24);
+    assert_eq!(events.distinct().len(), 1, "{}", step.name);
+    assert!(run["attempt"].as_i64().unwrap() <= 2, "{}: {run}", step.name);
+}
+
+macro_rules! every_step {
+    ($($killed:ident $twice:ident = $index:literal;)+) => {
         $(#[tokio::test(flavor = "multi_thread")]
-        async fn $name() {
+        async fn $killed() {
             killed_at(&STEPS[$index]).await;
+        }
+
+        #[tokio::test(flavor = "multi_thread")]
+        async fn $twice() {
+            done_twice(&STEPS[$index]).await;
         })+
 
         #[test]
@@ -55,21 +85,20 @@ macro_rules! kill_at_every_step {
     };
 }
 
-kill_at_every_step! {
-    killed_while_admitting = 0;
-    killed_while_writing_items = 1;
-    killed_while_finishing_a_type = 2;
-    killed_while_ending_the_run = 3;
-    killed_while_writing_the_event = 4;
-    killed_while_claiming_the_event = 5;
-    killed_while_marking_the_event = 6;
+every_step! {
+    killed_while_admitting admitted_twice = 0;
+    killed_while_writing_items items_written_twice = 1;
+    killed_while_finishing_a_type type_finished_twice = 2;
+    killed_while_ending_the_run run_ended_twice = 3;
+    killed_while_writing_the_event event_written_twice = 4;
+    killed_while_claiming_the_event event_claimed_twice = 5;
+    killed_while_marking_the_event event_marked_twice = 6;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_mid_page_and_between_pages() {
-    let world = World::new().await;
+    let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
     truths::keep_history(&world).await;
-    world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 60).unwrap();
     world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1,
         "action": { "kind": "slow_body", "chunk_bytes": 64, "pause_ms": 100 } })));
     let victim = Process::start(&world, "victim", &[("RUN__BATCH_ROWS", "10")]);
@@ -114,9 +143,8 @@ async fn killed_between_the_commit_and_the_ack() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
-    let world = World::new().await;
+    let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
     truths::keep_history(&world).await;
-    world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 60).unwrap();
     world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1, "action": { "kind": "slow", "delay_ms": 3_000 } })));
     let zombie = Process::start(&world, "zombie", &[]);
     world.publish(&world.request("run", &["mobileApp"])).await;

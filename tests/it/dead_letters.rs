@@ -10,7 +10,7 @@ use crate::support::daemon::Replica;
 use crate::support::world::World;
 use crate::support::{binary, eventually};
 
-fn header(letter: &BasicGetMessage, name: &str) -> Option<String> {
+pub(crate) fn header(letter: &BasicGetMessage, name: &str) -> Option<String> {
     let headers = letter.properties.headers().as_ref()?;
     match headers.inner().get(name)? {
         AMQPValue::LongString(text) => Some(String::from_utf8_lossy(text.as_bytes()).into_owned()),

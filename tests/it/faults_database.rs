@@ -161,6 +161,58 @@ async fn a_pool_of_one_connection_serves_eight_runs_and_their_leases() {
     assert!(world.count("select count(*) from renewals").await > 0, "leases were renewed beside the work");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn leases_are_renewed_between_the_statements_that_lock_their_rows() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(14_000));
+    let mut config = world.config();
+    config.run.lease_s = 6;
+    let _replica = Replica::with(config).await;
+    world.publish(&world.request("run", &["mobileApp"])).await;
+    eventually("it runs", || async { world.runs("run").await.pop() }).await;
+    // As statements of a large run would, with little time between them.
+    let locking = async {
+        loop {
+            let mut held = world.db.begin().await.unwrap();
+            sqlx::query("select from inventory_sync_runs for share").execute(&mut *held).await.unwrap();
+            sleep(Duration::from_millis(800)).await;
+            held.rollback().await.unwrap();
+            sleep(Duration::from_millis(300)).await;
+        }
+    };
+    let run = tokio::select! {
+        run = world.ended("run") => run,
+        () = locking => unreachable!("it goes on for ever"),
+    };
+    assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(1)), "no lease was lost: {run}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_full_makes_requests_wait_and_dead_letters_none() {
+    let world = World::new().await;
+    truths::keep_history(&world).await;
+    world
+        .execute(
+            "create function full_disk() returns trigger language plpgsql as $$ begin
+               raise exception 'could not extend file' using errcode = 'disk_full'; end $$;
+             create trigger full_disk before insert on inventory_sync_runs for each row execute function full_disk();",
+        )
+        .await;
+    let mut config = world.config();
+    config.consumer.broker_timeout_s = config.run.deadline_s + 6;
+    let _replica = Replica::with(config).await;
+    let events = world.subscribe().await;
+    let (keys, requests) = requests(&world, "k", 4, &["mobileApp"]).await;
+    for request in &requests {
+        world.publish(request).await;
+    }
+    eventually("they wait on the ladder", || async { (world.depth("inventory.retry.5s").await > 0).then_some(()) })
+        .await;
+    world.execute("drop trigger full_disk on inventory_sync_runs").await;
+    truths::hold_and_succeed(&world, &keys, &events).await;
+    nothing_is_dead(&world).await;
+}
+
 fn rules() -> AdmissionRules {
     AdmissionRules {
         owner: "me".to_owned(),

@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use crate::sim::Rule;
 use crate::support::daemon::{Process, Replica};
-use crate::support::holds::held;
+use crate::support::holds::{WRITING_THE_EVENT, held, hold_in_the_commit_of};
 use crate::support::proxy::Proxy;
 use crate::support::scheduler::requests;
 use crate::support::servers;
@@ -45,8 +45,8 @@ async fn ended_at_least(world: &World, count: i64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn graphs_wire_cut_mid_page_at_random() {
-    let world = new_world().await;
-    world.sim.set_size(None, Some("deviceAppManagement/mobileApps"), 60).unwrap();
+    let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
+    truths::keep_history(&world).await;
     world.sim.add_rule(rule(json!({ "action": { "kind": "slow_body", "chunk_bytes": 1_024, "pause_ms": 10 } })));
     let graph = Proxy::before(world.sim.address()).await;
     let through = format!("https://{}", graph.address);
@@ -76,23 +76,10 @@ async fn graphs_wire_cut_mid_page_at_random() {
     assert!(whole >= 20, "most lists survive: {whole} of 40");
 }
 
-/// Holds the transaction that ends a run inside its commit.
-async fn hold_in_the_commit(world: &World) {
-    world
-        .execute(
-            "create sequence hold_once;
-             create function hold() returns trigger language plpgsql as $$ begin
-               if nextval('hold_once') = 1 then perform pg_sleep(2); end if; return null; end $$;
-             create constraint trigger hold after insert on outbox_events deferrable initially deferred
-               for each row execute function hold();",
-        )
-        .await;
-}
-
 /// Cuts a worker off its database inside the commit that ends its run; it never learns what became of it.
 async fn cut_mid_commit(lands: bool) {
     let world = new_world().await;
-    hold_in_the_commit(&world).await;
+    hold_in_the_commit_of(&world, WRITING_THE_EVENT, 2.0).await;
     let database = Proxy::before(world.database_address()).await;
     let victim = Process::start(&world, "victim", &[("DATABASE__URL", &world.database_through(&database))]);
     let events = world.subscribe().await;

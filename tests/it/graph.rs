@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::sim::Rule;
 use crate::support::daemon::Replica;
@@ -16,8 +17,7 @@ fn rule(value: Value) -> Rule {
 
 /// A run of one type under one rule.
 async fn under(rule_value: Value) -> (World, Value) {
-    let world = World::new().await;
-    world.sim.set_size(None, Some(APPS), 60).unwrap();
+    let world = World::with_three_pages(APPS).await;
     world.sim.add_rule(rule(rule_value));
     let replica = Replica::start(&world).await;
     let run = world.sync("run", &["mobileApp"]).await;
@@ -54,7 +54,7 @@ async fn throttled_for_ever_ends_within_its_budget_and_says_when_to_come_back() 
         .add_rule(rule(json!({ "path": APPS, "action": { "kind": "status", "status": 429, "retry_after": "2" } })));
     let mut config = world.config();
     config.graph.throttle_budget_s = 5;
-    config.graph.max_tries = 20;
+    config.graph.max_tries = 1;
     let _replica = Replica::with(config).await;
     let events = world.subscribe().await;
     let begun = Instant::now();
@@ -75,8 +75,10 @@ async fn what_breaks_once_is_read_again() {
         json!({ "kind": "status", "status": 500 }),
         json!({ "kind": "slow_body", "chunk_bytes": 512, "pause_ms": 5 }),
     ] {
-        let (_, run) = under(json!({ "path": APPS, "page": 2, "times": 1, "action": action })).await;
+        let (world, run) = under(json!({ "path": APPS, "page": 2, "times": 1, "action": action })).await;
         assert_eq!((&run["status"], &run["items_observed_count"]), (&json!("success"), &json!(60)), "{action}: {run}");
+        let tries = world.sim.requests().iter().filter(|request| request.page == 2).count();
+        assert_eq!(tries, if action["kind"] == "slow_body" { 1 } else { 2 }, "{action}");
     }
 }
 
@@ -144,6 +146,14 @@ async fn a_refused_select_is_left_out_once_and_remembered() {
     assert_eq!(kept, 0, "what comes without $select is still sanitized");
     let second = world.sync("second", &["mobileApp"]).await;
     assert_eq!((&second["graph_requests_count"], &second["graph_select_refused_count"]), (&json!(1), &json!(0)));
+    let other = Uuid::new_v4();
+    world.register(other, None).await;
+    world.publish(&World::request_of(other, "other", &["mobileApp"])).await;
+    let other = world.ended("other").await;
+    assert_eq!(
+        other["graph_select_refused_count"], 1,
+        "another tenant's Graph is asked with it: it may be another ring"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -173,12 +183,17 @@ async fn a_run_past_its_deadline_ends_with_what_it_has() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn graph_is_spoken_to_as_it_wants() {
-    let world = World::new().await;
+    let world = World::with_three_pages(APPS).await;
     let _replica = Replica::start(&world).await;
     world.sync("run", &["mobileApp"]).await;
     let requests = world.sim.requests();
     let graph: Vec<_> = requests.iter().filter(|request| request.path.ends_with("mobileApps")).collect();
     assert!(graph.iter().all(|request| request.http_version.contains('2')), "{graph:?}");
     assert!(graph.iter().all(|request| uuid::Uuid::try_parse(&request.client_request_id).is_ok()));
+    assert_eq!(graph.iter().map(|request| request.page).collect::<Vec<_>>(), [1, 2, 3]);
+    assert!(
+        graph.iter().all(|request| request.prefer == "include-unknown-enum-members"),
+        "a link does not carry headers: every page is asked for with them"
+    );
     assert!(graph[0].query.contains("$select=") || graph[0].query.contains("%24select="), "{}", graph[0].query);
 }

@@ -1,7 +1,7 @@
 //! The Graph client against the simulator, over real HTTPS.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -88,7 +88,7 @@ impl World {
 }
 
 pub fn temporary_file(name: &str, text: &str) -> PathBuf {
-    let path = std::env::temp_dir().join(format!("inventoryd-{}-{name}", Uuid::new_v4()));
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", Uuid::new_v4()));
     std::fs::write(&path, text).unwrap();
     path
 }
@@ -377,6 +377,32 @@ async fn nothing_goes_on_after_the_deadline() {
     let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
     assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
     assert!(started.elapsed() < Duration::from_secs(2));
+}
+
+#[tokio::test]
+async fn a_turn_that_comes_after_the_deadline_is_not_waited_for() {
+    let world = World::with(SimConfig::default(), &[("intune_per_20s", "20")]).await;
+    world.sim.set_size(Some(TENANT), Some(PLAIN), 25 * 30).unwrap();
+    let reader = world.client().reader(TENANT, "default", budget(2, 2));
+    let started = Instant::now();
+    let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
+    assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    let asked = world.sim.requests().len();
+    assert!((1..8).contains(&asked), "it was asked at its pace until then: {asked}");
+}
+
+#[tokio::test]
+async fn after_a_503_graph_is_asked_over_another_connection() {
+    for (status, other) in [(503, true), (429, false)] {
+        let world = World::start().await;
+        world.sim.set_size(Some(TENANT), Some(PLAIN), 60).unwrap();
+        world.rule(Rule::status(status, Some("1")).path(PLAIN).page(2).times(1));
+        world.read(PLAIN).await.unwrap();
+        let requests = world.sim.requests();
+        let over: Vec<u64> = requests.iter().filter(|request| request.page == 2).map(|r| r.connection).collect();
+        assert_eq!((over.len(), over[0] != over[1]), (2, other), "{status}: {requests:?}");
+    }
 }
 
 #[tokio::test]

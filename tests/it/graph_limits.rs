@@ -7,6 +7,7 @@ use futures_util::future::join_all;
 use crate::graph_client::{PLAIN, TENANT, World, budget, read};
 use crate::sim::{Limits, RetryAfterForm, Rule, SimConfig};
 
+const DEVICES: &str = "deviceManagement/deviceHealthScripts";
 const POLICIES: &str = "identity/conditionalAccess/policies";
 
 fn limited(limits: Limits) -> SimConfig {
@@ -30,6 +31,17 @@ async fn under_its_own_pace_it_is_never_throttled_and_hardly_slower_than_allowed
     let shortest = Duration::from_secs(4);
     let took = begun.elapsed();
     assert!(took >= shortest.mul_f64(0.95) && took < shortest.mul_f64(1.25), "{took:?}");
+}
+
+#[tokio::test]
+async fn the_devices_family_has_a_limit_of_its_own() {
+    let world = World::with(SimConfig::default(), &[("intune_per_20s", "1"), ("devices_per_20s", "100")]).await;
+    world.sim.set_size(Some(TENANT), Some(DEVICES), 25 * 20).unwrap();
+    let begun = Instant::now();
+    assert_eq!(world.read(DEVICES).await.unwrap().len(), 500);
+    // 4 at once, and 16 more at 4 a second: neither without a pace nor at that of the others.
+    let took = begun.elapsed();
+    assert!(took > Duration::from_secs(3) && took < Duration::from_secs(8), "{took:?}");
 }
 
 #[tokio::test]

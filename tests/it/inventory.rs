@@ -49,14 +49,16 @@ async fn a_renamed_object_is_changed_and_a_new_one_created() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn repeated_ids_across_pages_are_one_item() {
-    let world = World::new().await;
+    const POLICIES: &str = "deviceManagement/configurationPolicies";
+    let world = World::with_three_pages(POLICIES).await;
     let _replica = Replica::start(&world).await;
-    world.sim.set_size(None, None, 60).unwrap();
-    world.sim.add_rule(rule("deviceManagement/configurationPolicies", Action::DuplicateIds { count: 3 }));
+    world.sim.add_rule(rule(POLICIES, Action::DuplicateIds { count: 3 }));
     let run = world.sync("overlap", &["settingsCatalogPolicy"]).await;
     assert_eq!(run["status"], "success");
     let items = world.count("select count(*) from inventory_items").await;
     assert_eq!(run["items_observed_count"], items, "distinct objects, however often they came");
+    let sent = world.sim.state().tenants[&world.tenant].objects;
+    assert_eq!(sent, 66, "Graph gave some of them twice");
 }
 
 #[tokio::test(flavor = "multi_thread")]

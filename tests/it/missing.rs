@@ -137,3 +137,18 @@ async fn a_suspicious_drop_lowers_the_confidence_of_its_type() {
     assert_eq!(dropped.len(), 1);
     assert_eq!(dropped[0]["policy_type"], "mobileApp");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_complete_list_has_not_found_does_not_come_back_with_an_incomplete_one() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    let current = async || world.count("select count(*) from inventory_items_current").await;
+    world.sync("first", &["mobileApp", "deviceShellScript"]).await;
+    assert_eq!(current().await, 24);
+    world.sim.delete_objects(world.tenant, APPS, Which::Count(2)).unwrap();
+    world.sync("second", &["mobileApp", "deviceShellScript"]).await;
+    assert_eq!(current().await, 22);
+    world.sim.add_rule(rule(json!({ "path": APPS, "action": { "kind": "forbidden" } })));
+    let third = world.sync("third", &["mobileApp", "deviceShellScript"]).await;
+    assert_eq!((&third["status"], current().await), (&json!("partial"), 22));
+}

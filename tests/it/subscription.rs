@@ -17,6 +17,7 @@ use super::broker::{Rig, event, next};
 use crate::sim::Rule;
 use crate::support::daemon::Replica;
 use crate::support::eventually;
+use crate::support::proxy::Proxy;
 use crate::support::servers::Server;
 use crate::support::world::World;
 
@@ -194,4 +195,29 @@ async fn quiet_takes_nothing_new_and_goes_on_with_what_is_in_hand() {
     assert_eq!(world.ended("during").await["status"], "success");
     assert_eq!(world.runs("before").await.len(), 1);
     replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_would_wait_too_long_behind_old_runs_is_left_to_another_replica() {
+    let world = World::new().await;
+    world.execute("update tenants set max_concurrent_runs = 100").await;
+    let apps = json!({ "path": "deviceAppManagement/mobileApps", "action": { "kind": "slow", "delay_ms": 25_000 } });
+    world.sim.add_rule(serde_json::from_value::<Rule>(apps).unwrap());
+    let wire = Proxy::before(world.amqp_address()).await;
+    let mut config = world.config();
+    config.broker.url = world.amqp_through(&wire).into();
+    config.consumer.prefetch = 1;
+    config.consumer.broker_timeout_s = config.run.deadline_s + 6;
+    let busy = Replica::with(config).await;
+    world.publish(&world.request("long", &["mobileApp"])).await;
+    eventually("it is at work", || async { world.runs("long").await.pop() }).await;
+    wire.cut();
+    // Its own message comes again, waits for the permit of the run, and has to go back before the next can come.
+    let next = world.request("short", &["deviceShellScript"]);
+    world.publish(&next).await;
+    eventually("the session is rebuilt", || async { busy.daemon().health().subscribed().then_some(()) }).await;
+    let _idle = Replica::start(&world).await;
+    assert_eq!(world.ended("short").await["status"], "success");
+    assert_eq!(world.runs("long").await[0]["status"], "running", "and did not wait for it");
+    assert_eq!(world.ended("long").await["status"], "success");
 }

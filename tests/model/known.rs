@@ -31,8 +31,9 @@ fn an_orderly_stop_costs_no_run_its_life() {
     assert!(broken(ONE_WORKER.promising(Promise::HandedBackRunGoesOn)).is_empty());
 }
 
-/// `run.abandoned_after_s` outlasts the retry ladder, but not a queue that nobody has read for so long, as after a night
-/// without replicas: the first round of the janitor may come before the message does.
+/// `run.abandoned_after_s` outlasts the retry ladder, but not a queue in which a message waits for so long. A janitor whose
+/// replica has not read the queue for that time ends nothing, so that a night without replicas does no harm; this model
+/// does not count how long a worker has been reading, and a queue that is read may be as long.
 #[test]
 fn a_message_that_waits_too_long_finds_its_run_ended() {
     let design = Design { requests: 1, ..ONE_WORKER }.promising(Promise::WaitingRunGoesOn);

@@ -177,6 +177,8 @@ fn record(request: &Request, ids: &CallIds, tenant: Option<Uuid>) -> RequestReco
         status: 0,
         client_request_id: if sent_id { ids.client.clone() } else { String::new() },
         http_version: format!("{:?}", request.version()),
+        connection: request.extensions().get::<Connection>().map_or(0, |connection| connection.number),
+        prefer: text(request.headers(), "prefer"),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The listener: TLS, HTTP/2 or HTTP/1.1 by ALPN, and a handle on each connection so that a rule can cut it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -19,14 +20,23 @@ use tower_service::Service;
 
 use super::{Shared, admin, graph};
 
-/// Lets a request cut the connection that it came on.
-#[derive(Clone, Debug, Default)]
-pub struct Connection(Arc<Notify>);
+/// The connection that a request came on.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// No two have the same.
+    pub number: u64,
+    cut: Arc<Notify>,
+}
 
 impl Connection {
+    fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self { number: NEXT.fetch_add(1, Ordering::Relaxed), cut: Arc::default() }
+    }
+
     /// Cuts it, without a word to the client.
     pub fn cut(&self) {
-        self.0.notify_one();
+        self.cut.notify_one();
     }
 }
 
@@ -57,8 +67,8 @@ async fn serve_connection(stream: TcpStream, acceptor: TlsAcceptor, router: Rout
     // Pages are written whole: waiting for more to send would only add delay.
     let _ = stream.set_nodelay(true);
     let Ok(tls) = acceptor.accept(stream).await else { return };
-    let connection = Connection::default();
-    let cut = Arc::clone(&connection.0);
+    let connection = Connection::new();
+    let cut = Arc::clone(&connection.cut);
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(connection.clone());
         router.clone().call(request)

@@ -31,6 +31,10 @@ pub struct RequestRecord {
     pub client_request_id: String,
     /// `HTTP/1.1` or `HTTP/2.0`.
     pub http_version: String,
+    /// Number of the connection that it came on.
+    pub connection: u64,
+    /// Its `Prefer` header.
+    pub prefer: String,
 }
 
 /// Counters of one tenant.

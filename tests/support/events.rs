@@ -31,8 +31,13 @@ impl Drop for Subscriber {
 }
 
 impl Subscriber {
-    /// Binds a queue of its own to every event; the exchange is made as the daemon makes it.
+    /// Binds a queue of its own to every event.
     pub async fn new(amqp_url: &str, prefix: &str) -> Self {
+        Self::bound(amqp_url, prefix, "run.completed.#").await
+    }
+
+    /// Binds a queue of its own to the events that `binding` takes.
+    pub async fn bound(amqp_url: &str, prefix: &str, binding: &str) -> Self {
         let connection =
             Connection::connect(amqp_url, ConnectionProperties::default()).await.expect("the broker answers");
         let channel = connection.create_channel().await.expect("a channel opens");
@@ -47,7 +52,7 @@ impl Subscriber {
         let exchange = format!("{prefix}inventory.events");
         let (name, options) = (queue.name().clone(), QueueBindOptions::default());
         channel
-            .queue_bind(name.clone(), exchange.into(), "run.completed.#".into(), options, FieldTable::default())
+            .queue_bind(name.clone(), exchange.into(), binding.into(), options, FieldTable::default())
             .await
             .expect("the exchange is there");
         let options = BasicConsumeOptions { no_ack: true, ..Default::default() };

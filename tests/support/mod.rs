@@ -1,8 +1,11 @@
 //! The harness: real servers of its own, a world for every test, waits with deadlines.
 
+pub mod certificates;
+pub mod clients;
 pub mod daemon;
 pub mod events;
 pub mod holds;
+pub mod pooler;
 pub mod proxy;
 pub mod scheduler;
 pub mod servers;
@@ -22,6 +25,11 @@ pub fn binary() -> PathBuf {
         || std::env::current_exe().expect("it has a path").ancestors().nth(2).expect("a folder").join("inventoryd"),
         PathBuf::from,
     )
+}
+
+/// The folder that Cargo builds into; what tests make to stay lies there too.
+pub fn target() -> PathBuf {
+    binary().ancestors().nth(2).expect("binaries lie in target/<profile>").to_owned()
 }
 
 /// Asks again and again until there is an answer, or fails with `what` after [`PATIENCE`].

@@ -6,6 +6,10 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use tokio::task::spawn_blocking;
+use uuid::Uuid;
+
+use super::certificates::Authority;
+use super::target;
 
 /// A server in a folder of its own.
 #[derive(Debug, Clone)]
@@ -40,9 +44,21 @@ impl Server {
         self.instance("start", &[]);
     }
 
+    /// The address at which a RabbitMQ that was started with TLS speaks it.
+    pub fn tls_url(&self) -> String {
+        let port = |file: &str| std::fs::read_to_string(self.folder.join(file)).expect("it was started with TLS");
+        let (plain, tls) = (port("port"), port("tls_port"));
+        self.url.replace("amqp://", "amqps://").replace(plain.trim(), tls.trim())
+    }
+
     /// Has a RabbitMQ node evaluate Erlang.
     pub fn eval(&self, erlang: &str) -> String {
         self.instance("eval", &[erlang])
+    }
+
+    /// Has `psql` do something in a database.
+    pub fn psql(&self, database: &str, arguments: &[&str]) -> String {
+        self.instance("psql", &[&["-d", database], arguments].concat())
     }
 
     /// Has `rabbitmqctl` do something.
@@ -62,6 +78,13 @@ impl Private {
     /// Starts `kind` under a name that no other test has.
     pub async fn start(kind: &'static str, name: &'static str) -> Self {
         Self(spawn_blocking(move || Server::begin(kind, name, false, &[])).await.expect("it starts"))
+    }
+
+    /// Starts `kind` with TLS, and the authority's certificates in `ca.pem`, `server.pem` and `server.key`.
+    pub async fn start_with_tls(kind: &'static str, name: &'static str, authority: &Authority) -> Self {
+        let folder = path(authority.folder()).to_owned();
+        let begin = move || Server::begin(kind, name, false, &["--tls", &folder]);
+        Self(spawn_blocking(begin).await.expect("it starts"))
     }
 
     /// Starts a RabbitMQ node as a member of the cluster that `other` is in.
@@ -94,10 +117,20 @@ impl Drop for Private {
 
 /// The library that gives a process another clock; installed if it is missing, and none where that can't be done.
 pub fn faketime() -> Option<PathBuf> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/instance");
-    let _ = Command::new(script).args(["packages", "faketime"]).status();
+    install("faketime");
     let folders = std::fs::read_dir("/usr/lib").ok()?.flatten();
     folders.map(|folder| folder.path().join("faketime/libfaketimeMT.so.1")).find(|library| library.exists())
+}
+
+/// Installs what `deploy/instance` knows by this name, if it is missing and can be had.
+pub fn install(name: &str) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/instance");
+    let _ = Command::new(script).args(["packages", name]).status();
+}
+
+/// A port that nothing listens on and nobody else is given.
+pub fn free_port() -> u16 {
+    instance(&["free-port"], true).parse().expect("it is a number")
 }
 
 /// The PostgreSQL that all tests share, each with a database of its own.
@@ -112,6 +145,17 @@ pub fn rabbitmq() -> &'static Server {
     SHARED.get_or_init(|| Server::start("rabbitmq", "rabbitmq"))
 }
 
+/// The shared RabbitMQ's address with a virtual host that nothing else is in.
+pub async fn virtual_host() -> String {
+    let make = || {
+        let (server, name) = (rabbitmq(), format!("v{}", Uuid::new_v4().simple()));
+        server.ctl(&["-q", "add_vhost", &name]);
+        server.ctl(&["-q", "set_permissions", "-p", &name, "guest", ".*", ".*", ".*"]);
+        server.url.replace("%2f", &name)
+    };
+    spawn_blocking(make).await.expect("it is made")
+}
+
 /// Runs `deploy/instance` and gives what it prints.
 fn instance(arguments: &[&str], fast: bool) -> String {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/instance");
@@ -121,10 +165,6 @@ fn instance(arguments: &[&str], fast: bool) -> String {
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "deploy/instance {arguments:?}: {stdout}{stderr}");
     stdout.trim().to_owned()
-}
-
-fn target() -> PathBuf {
-    super::binary().ancestors().nth(2).expect("binaries lie in target/<profile>").to_owned()
 }
 
 fn path(folder: &Path) -> &str {

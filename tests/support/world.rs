@@ -59,6 +59,15 @@ impl World {
         Self::on(config, &postgres, &rabbitmq).await
     }
 
+    /// A world with sixty objects in the list `path`, of which Graph gives 25 a page, whatever is asked for.
+    pub async fn with_three_pages(path: &str) -> Self {
+        let mut config = SimConfig::default();
+        config.page_sizes.top_caps.insert(path.to_owned(), 25);
+        let world = Self::with_sim(config).await;
+        world.sim.set_size(None, Some(path), 60).expect("the simulator has the list");
+        world
+    }
+
     /// A world on servers that the test has started for itself.
     pub async fn on(config: SimConfig, postgres: &str, rabbitmq: &str) -> Self {
         let sim = Sim::start(config).await.expect("the simulator starts");
@@ -212,6 +221,19 @@ impl World {
         let name = format!("{}{queue}", self.prefix);
         let options = lapin::options::BasicGetOptions { no_ack: true };
         self.channel.basic_get(name.into(), options).await.expect("the queue is there")
+    }
+
+    /// Gives the messages of a queue back again and again, until the broker gives them up.
+    pub async fn give_up(&self, queue: &str) {
+        let name = format!("{}{queue}", self.prefix);
+        let get = async || {
+            let options = lapin::options::BasicGetOptions { no_ack: false };
+            self.channel.basic_get(name.as_str().into(), options).await.expect("the queue is there")
+        };
+        while let Some(message) = get().await {
+            let back = lapin::options::BasicNackOptions { requeue: true, ..Default::default() };
+            message.delivery.acker.nack(back).await.expect("it goes back");
+        }
     }
 
     /// A subscriber to every event of this world.

@@ -1,0 +1,106 @@
+//! What is past its days: deleted in bounded batches, and nothing that is still needed.
+
+use serde_json::json;
+use uuid::Uuid;
+
+use crate::dead_letters::header;
+use crate::support::daemon::Replica;
+use crate::support::eventually;
+use crate::support::world::World;
+
+/// Ended runs with a type and a published event each, `days` old, under the keys `{key}-1` to `{key}-{count}`.
+async fn old_runs(world: &World, key: &str, count: u32, days: u32) {
+    let tenant = world.tenant;
+    world
+        .execute(&format!(
+            "with ended as (
+               insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
+                      daemon_version, started_at, finished_at)
+               select '{tenant}', gen_random_uuid(), '{key}-' || n, '{key}', '{{}}', 'success', 'x', at, at
+                 from generate_series(1, {count}) n,
+                      lateral (select clock_timestamp() - interval '{days} days' + n * interval '1 s' as at) at
+               returning tenant_id, id, finished_at),
+             typed as (
+               insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
+                      items_upserted_count, items_created_count, items_changed_count, errors_count)
+               select tenant_id, id, 'mobileApp', 'complete', 0, 0, 0, 0, 0 from ended)
+             insert into outbox_events (tenant_id, id, routing_key, payload, sent_at)
+             select tenant_id, id, 'x', '{{}}', finished_at from ended"
+        ))
+        .await;
+}
+
+/// Notes how many rows each statement deletes.
+async fn count_deletions(world: &World) {
+    world
+        .execute(
+            "create table deletions (rows bigint not null);
+             create function note_deletions() returns trigger language plpgsql as $$ begin
+               insert into deletions select count(*) from deleted; return null; end $$;
+             create trigger note after delete on inventory_sync_runs referencing old table as deleted
+               for each statement execute function note_deletions();
+             create trigger note after delete on outbox_events referencing old table as deleted
+               for each statement execute function note_deletions();",
+        )
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_past_its_days_goes_in_batches_and_what_is_needed_stays() {
+    let world = World::new().await;
+    old_runs(&world, "busy", 2_500, 100).await;
+    old_runs(&world, "quiet", 3, 400).await;
+    old_runs(&world, "young", 1, 89).await;
+    let unsent = "update outbox_events set sent_at = null, claimed_until = clock_timestamp() + interval '1 hour'
+                   where id = (select id from inventory_sync_runs where idempotency_key = 'busy-7')";
+    world.execute(unsent).await;
+    world
+        .execute(&format!(
+            "insert into inventory_items select '{}', 'mobileApp', 'old', 'Old', 'apps', null, '{{}}', at, at, at, '{}'
+               from (select clock_timestamp() - interval '3 years' as at) at",
+            world.tenant,
+            Uuid::nil()
+        ))
+        .await;
+    count_deletions(&world).await;
+    let mut config = world.config();
+    config.run.abandoned_after_s = 1;
+    let _replica = Replica::with(config).await;
+
+    let kept = eventually("the old ones are gone", || async {
+        let kept = world.rows("select idempotency_key as key from inventory_sync_runs order by 1").await;
+        (kept.len() <= 4).then_some(kept)
+    })
+    .await;
+    assert_eq!(
+        kept,
+        [json!({"key": "busy-2500"}), json!({"key": "busy-7"}), json!({"key": "quiet-3"}), json!({"key": "young-1"})],
+        "the latest of each selection, whatever its age, one whose event is not published, and one within its days"
+    );
+    assert_eq!(world.count("select count(*) from inventory_sync_run_types").await, 4, "types go with their run");
+    eventually("published events of more than a week ago are gone", || async {
+        (world.count("select count(*) from outbox_events").await == 1).then_some(())
+    })
+    .await;
+    assert_eq!(world.count("select count(*) from inventory_items where external_id = 'old'").await, 1);
+    let most = world.count("select max(rows) from deletions").await;
+    assert_eq!(most, 1_000, "no statement deletes more, so that none holds locks for long");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_remembered_as_long_as_its_run_and_no_longer() {
+    let world = World::new().await;
+    old_runs(&world, "key", 2, 100).await;
+    old_runs(&world, "fresh", 1, 1).await;
+    let mut config = world.config();
+    config.run.abandoned_after_s = 1;
+    let _replica = Replica::with(config).await;
+    eventually("the first key's run is gone", || async { world.runs("key-1").await.is_empty().then_some(()) }).await;
+    world.publish(&world.request("key-1", &["mobileApp"])).await;
+    let again = eventually("it makes a run again", || async { world.runs("key-1").await.pop() }).await;
+    assert_ne!(again["selection_hash"], json!("key"));
+    world.publish(&world.request("fresh-1", &["mobileApp"])).await;
+    let letter =
+        eventually("one that is remembered is held against its selection", || world.take("inventory.dead")).await;
+    assert_eq!(header(&letter, "x-dead-reason").as_deref(), Some("idempotency_conflict"));
+}

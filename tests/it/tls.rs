@@ -1,0 +1,111 @@
+//! TLS to the broker and to the database, with certificates made here: the right ones work through a whole run, wrong ones
+//! are refused in words that say what is wrong.
+
+use inventoryd::broker::Broker;
+use inventoryd::config::Config;
+use inventoryd::store::Store;
+
+use crate::sim::SimConfig;
+use crate::support::certificates::Authority;
+use crate::support::daemon::Replica;
+use crate::support::servers::{self, Private};
+use crate::support::world::World;
+
+const HOST: &str = "inventory.test";
+
+/// What a broker with this configuration has against connecting.
+async fn refusal(world: &World, variables: &[(&str, &str)]) -> String {
+    let config = configured(world, variables);
+    let broker = match Broker::new(&config.broker, &config.topology, "test") {
+        Ok(broker) => broker,
+        Err(error) => return error.to_string(),
+    };
+    broker.ensure_topology().await.expect_err("it is refused").to_string()
+}
+
+fn configured(world: &World, variables: &[(&str, &str)]) -> Config {
+    let mut all = world.variables();
+    all.extend(variables.iter().map(|(key, value)| (format!("INVENTORYD__{key}"), (*value).to_owned())));
+    Config::load_with(None, all).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn amqps_wants_the_right_authority_the_right_name_and_our_certificate() {
+    let (ours, foreign) = (Authority::new("rabbitmq-tls"), Authority::new("rabbitmq-tls-foreign"));
+    ours.issue("server", HOST);
+    ours.issue("client", "inventoryd");
+    foreign.issue("client", "inventoryd");
+    let server = Private::start_with_tls("rabbitmq", "rabbitmq-tls", &ours).await;
+    let (postgres, rabbitmq) = (servers::postgres().url.clone(), server.url.clone());
+    let world = World::on(SimConfig::default(), &postgres, &rabbitmq).await;
+
+    let url = server.tls_url();
+    let (ca, client, key) = (ours.file("ca.pem"), ours.file("client.pem"), ours.file("client.key"));
+    let right = [
+        ("BROKER__URL", url.as_str()),
+        ("BROKER__CA_FILE", &ca),
+        ("BROKER__CLIENT_CERTIFICATE_FILE", &client),
+        ("BROKER__CLIENT_KEY_FILE", &key),
+        ("BROKER__SERVER_NAME", HOST),
+    ];
+    let replica = Replica::with(configured(&world, &right)).await;
+    assert_eq!(world.sync("encrypted", &["mobileApp"]).await["status"], "success");
+    replica.stop().await;
+
+    let but = |key: &'static str, value: &str| -> Vec<(&'static str, String)> {
+        right.iter().map(|(name, was)| (*name, if *name == key { value } else { was }.to_owned())).collect()
+    };
+    let (foreign_ca, foreign_client, foreign_key) =
+        (foreign.file("ca.pem"), foreign.file("client.pem"), foreign.file("client.key"));
+    let mut stranger = but("BROKER__CLIENT_CERTIFICATE_FILE", &foreign_client);
+    stranger[3].1 = foreign_key;
+    let mut nobody = but("BROKER__CLIENT_CERTIFICATE_FILE", "");
+    nobody[3].1 = String::new();
+    for (variables, expected) in [
+        (but("BROKER__CA_FILE", &foreign_ca), "UnknownIssuer"),
+        (but("BROKER__CA_FILE", ""), "UnknownIssuer"),
+        (but("BROKER__SERVER_NAME", "other.test"), "not valid for name \"other.test\""),
+        (but("BROKER__SERVER_NAME", ""), "not valid for name \"127.0.0.1\""),
+        (nobody, "see broker.client_certificate_file"),
+        (stranger, "see broker.client_certificate_file"),
+        (but("BROKER__CA_FILE", &key), "broker.ca_file: "),
+        (but("BROKER__CLIENT_KEY_FILE", &client), "broker.client_key_file: "),
+        (
+            but("BROKER__CLIENT_CERTIFICATE_FILE", "/no/such.pem"),
+            "broker.client_certificate_file: /no/such.pem: No such",
+        ),
+    ] {
+        let variables: Vec<(&str, &str)> = variables.iter().map(|(key, value)| (*key, value.as_str())).collect();
+        let refused = refusal(&world, &variables).await;
+        assert!(refused.contains(expected), "{expected} is not in {refused}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgresql_is_verified_to_its_name() {
+    let (ours, foreign) = (Authority::new("postgres-tls"), Authority::new("postgres-tls-foreign"));
+    ours.issue("server", "localhost");
+    let server = Private::start_with_tls("postgres", "postgres-tls", &ours).await;
+    let rabbitmq = servers::rabbitmq().url.clone();
+    let world = World::on(SimConfig::default(), &server.url, &rabbitmq).await;
+    let verified = |host: &str, ca: &Authority| {
+        let url = world.database_url.replace("127.0.0.1", host);
+        format!("{url}?sslmode=verify-full&sslrootcert={}", ca.file("ca.pem"))
+    };
+    let replica = Replica::with(configured(&world, &[("DATABASE__URL", &verified("localhost", &ours))])).await;
+    assert_eq!(world.sync("encrypted", &["mobileApp"]).await["status"], "success");
+    let plain = "select count(*) from pg_stat_activity join pg_stat_ssl using (pid)
+                  where datname = current_database() and application_name = 'inventoryd' and not ssl";
+    assert_eq!(world.count(plain).await, 0, "no connection of the daemon is in the clear");
+    replica.stop().await;
+
+    for (url, expected) in [
+        (verified("localhost", &foreign), "UnknownIssuer"),
+        (verified("127.0.0.1", &ours), "not valid for name \"127.0.0.1\""),
+    ] {
+        let config = configured(&world, &[("DATABASE__URL", &url)]);
+        let store = Store::connect(&config.database, "test").unwrap();
+        let refused = store.ping().await.unwrap_err().to_string();
+        assert!(refused.contains(expected), "{expected} is not in {refused}");
+    }
+}
