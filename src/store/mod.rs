@@ -121,7 +121,7 @@ impl Store {
             ])
             .log_statements(LevelFilter::Trace)
             .log_slow_statements(LevelFilter::Debug, Duration::from_secs(5));
-        let pool = |connections| {
+        let pool = |options: &PgConnectOptions, connections| {
             PgPoolOptions::new()
                 .max_connections(connections)
                 .acquire_timeout(seconds(config.acquire_timeout_s))
@@ -139,8 +139,9 @@ impl Store {
                 .connect_lazy_with(options.clone())
         };
         Ok(Self {
-            work: pool(config.max_connections),
-            control: pool(config.control_connections),
+            // Every statement of a run goes by keys: one plan is as good as another, and planning takes longer than doing.
+            work: pool(&options.clone().options([("plan_cache_mode", "force_generic_plan")]), config.max_connections),
+            control: pool(&options, config.control_connections),
             event_committed: Arc::new(Notify::new()),
             deployment: deployment.into(),
         })
