@@ -9,6 +9,7 @@ use serde_json::value::RawValue;
 
 use super::catalog::Collection;
 
+use super::platform::platform_of_type;
 use super::policy_type::{Discriminator, PlatformRule, PolicyType};
 use super::properties::{BorrowedText, Properties, scalar_text};
 
@@ -212,33 +213,6 @@ fn holds_jwt(text: &str) -> bool {
     })
 }
 
-/// The platform that a derived type's name begins with. No prefix belongs to two platforms.
-const PLATFORM_PREFIXES: &[(&str, &str)] = &[
-    ("win", "windows"),
-    ("officesuite", "windows"),
-    ("microsoftstore", "windows"),
-    ("editionupgrade", "windows"),
-    ("sharedpc", "windows"),
-    ("ios", "iOS"),
-    ("ipad", "iOS"),
-    ("managedios", "iOS"),
-    ("depios", "iOS"),
-    ("macos", "macOS"),
-    ("depmacos", "macOS"),
-    ("deptvos", "tvOS"),
-    ("depvisionos", "visionOS"),
-    ("android", "android"),
-    ("managedandroid", "android"),
-    ("aosp", "aosp"),
-    ("apple", "apple"),
-    ("depenrollment", "apple"),
-];
-
-fn platform_of_type(odata_type: &str) -> Option<&'static str> {
-    let name = odata_type.strip_prefix("#microsoft.graph.")?.to_ascii_lowercase();
-    PLATFORM_PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix)).map(|(_, platform)| *platform)
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -350,21 +324,6 @@ mod tests {
         let object = RawObject::parse(&raw).unwrap();
         let claimed = object.classify(CATALOG.collection_of(policy_type)).unwrap();
         assert_eq!(claimed.key, "settingsCatalogPolicy", "no template is template family none");
-    }
-
-    #[test]
-    fn platforms_follow_from_type_names() {
-        for (name, platform) in [
-            ("windows10GeneralConfiguration", Some("windows")),
-            ("iosVppApp", Some("iOS")),
-            ("managedAndroidStoreApp", Some("android")),
-            ("macOSLobApp", Some("macOS")),
-            ("webApp", None),
-            ("aospDeviceOwnerCompliancePolicy", Some("aosp")),
-            ("win32LobApp", Some("windows")),
-        ] {
-            assert_eq!(platform_of_type(&format!("#microsoft.graph.{name}")), platform, "{name}");
-        }
     }
 
     /// Any JSON, with the kinds of text that a sanitizer must notice among it.

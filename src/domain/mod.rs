@@ -6,6 +6,7 @@ pub mod dead_letter;
 pub mod event;
 pub mod failure;
 pub mod item;
+mod platform;
 pub mod policy_type;
 mod properties;
 pub mod request;
