@@ -21,7 +21,7 @@ const LAST_FLUSH: Duration = Duration::from_secs(2);
 /// Batches of one round; between rounds the gauges are looked at.
 const MOST_BATCHES: usize = 25;
 /// After a round that sent something, what ends within this time is published together: each round is two commits.
-const GATHER: Duration = Duration::from_millis(10);
+const GATHER: Duration = Duration::from_millis(50);
 const GAUGES_EVERY: Duration = Duration::from_secs(5);
 const WARN_EVERY: Duration = Duration::from_secs(60);
 

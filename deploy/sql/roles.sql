@@ -48,7 +48,7 @@ alter view inventory_items_current set (security_invoker = true);
 revoke all on tenants, inventory_fleet, inventory_sync_runs, inventory_sync_run_types, inventory_items, outbox_events,
               daemon_replicas, tenant_gates, inventory_latest_runs, inventory_items_current
     from public, inventoryd_daemon, inventoryd_reader;
-revoke all on function inventory_missing, inventory_missing_of_run from public;
+revoke all on function inventory_missing, inventory_missing_of_run, inventory_admit_at_once from public;
 
 -- What the daemon does and nothing else: it deletes no tenant and no item. The types of a run go with their run.
 grant select, insert, update         on tenants, inventory_items, tenant_gates to inventoryd_daemon;
@@ -56,7 +56,7 @@ grant select, insert, update, delete on inventory_sync_runs, outbox_events, daem
 grant select, insert                 on inventory_sync_run_types to inventoryd_daemon;
 grant select, update                 on inventory_fleet to inventoryd_daemon;
 grant select on inventory_latest_runs, inventory_items_current to inventoryd_daemon;
-grant execute on function inventory_missing, inventory_missing_of_run to inventoryd_daemon;
+grant execute on function inventory_missing, inventory_missing_of_run, inventory_admit_at_once to inventoryd_daemon;
 
 -- Readers have no business with the outbox: events are for subscribers.
 grant select on tenants, inventory_sync_runs, inventory_sync_run_types, inventory_items, inventory_latest_runs,

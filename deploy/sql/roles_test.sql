@@ -73,7 +73,9 @@ insert into tenants (tenant_id, display_name) values
 begin;
 select tenant_id from tenants where tenant_id = 'aaaaaaaa-0000-4000-8000-000000000001' for update \g /dev/null
 select only_row from inventory_fleet for update \g /dev/null
-commit;
+select equal('default', inventory_admit_at_once('aaaaaaaa-0000-4000-8000-000000000001', gen_random_uuid(), 'at once', 'hash', '{}',
+             'here', 60, 2, null, null, null, '0'), 'the credential of a request that is admitted') \g /dev/null
+rollback;
 insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status, lease_owner,
         lease_expires_at, daemon_version, started_at)
     select tenant_id, gen_random_uuid(), 'key', 'hash', '{}', 'running', 'here', now() + interval '1 minute', '0', now()

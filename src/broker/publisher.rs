@@ -24,7 +24,7 @@ use crate::domain::failure::Rejection;
 use crate::telemetry;
 
 /// Messages that are published before the first confirm is awaited.
-const BATCH: usize = 256;
+const BATCH: usize = 512;
 const WAITING_JOBS: usize = 64;
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);

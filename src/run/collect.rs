@@ -1,26 +1,22 @@
-//! Reading a selection: list, classify, sanitize, write; each type to its own end.
+//! Reading a selection: lists side by side, written in batches; each type to its own end.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
-use tokio::sync::mpsc;
 use tracing::{Instrument, info, warn};
 
 use super::RunSettings;
+use super::list::{List, ListEnd, Seen};
 use crate::domain::catalog::{Listing, Scope};
-use crate::domain::failure::{ErrorCode, Failure};
-use crate::domain::item::{InventoryItem, RawObject};
-
+use crate::domain::failure::Failure;
+use crate::domain::item::InventoryItem;
 use crate::domain::policy_type::PolicyType;
 use crate::domain::run::{GraphUsage, Lease, RunReport, TypeCounters, TypeOutcome};
-use crate::graph::{GraphReader, Page, PageObject};
+use crate::graph::GraphReader;
 use crate::store::{FinishRules, LastType, Store, StoreError};
 use crate::telemetry::{self, spans};
-
-/// Pages that may wait between the wire and the database, so that the next one travels while one is written.
-const PAGES_AHEAD: usize = 2;
 
 /// Reads the selection of one run.
 pub(super) struct Collector<'a> {
@@ -28,18 +24,17 @@ pub(super) struct Collector<'a> {
     lease: Lease,
     reader: GraphReader,
     settings: RunSettings,
-    unclassified: AtomicI64,
+    unclassified: Arc<AtomicI64>,
     charged: Mutex<GraphUsage>,
     /// Lists that are not read to their end yet.
     unread: AtomicUsize,
 }
 
-/// What has been seen of one type of a list so far.
-struct Tally {
+/// What has come of one type of a list so far.
+struct Share {
     policy_type: Arc<PolicyType>,
-    counters: TypeCounters,
     pending: Vec<InventoryItem>,
-    failure: Option<Failure>,
+    written: TypeCounters,
 }
 
 /// A list that was read to its end, or to its failure.
@@ -52,7 +47,7 @@ enum Read {
 
 impl<'a> Collector<'a> {
     pub(super) fn new(store: &'a Store, lease: Lease, reader: GraphReader, settings: RunSettings) -> Self {
-        let (unclassified, unread) = (AtomicI64::new(0), AtomicUsize::new(0));
+        let (unclassified, unread) = (Arc::default(), AtomicUsize::new(0));
         Self { store, lease, reader, settings, unclassified, charged: Mutex::default(), unread }
     }
 
@@ -107,78 +102,45 @@ impl<'a> Collector<'a> {
     /// Reads one list to its end, or to its failure, and records how its types have ended; the last one leaves that to
     /// the end of the run.
     async fn read(&self, listing: Listing) -> Result<Read, StoreError> {
-        let mut tallies: Vec<Tally> = listing.selected.iter().map(Tally::new).collect();
-        let span = spans::list(&listing.collection.path);
-        let read = self.copy(&listing, &mut tallies).instrument(span.clone()).await?;
-        if let Err(failure) = &read {
-            spans::failed(&span, failure.code);
-            let (path, code) = (&listing.collection.path, failure.code);
+        let mut shares: Vec<Share> = listing.selected.iter().map(Share::new).collect();
+        let path = listing.collection.path.clone();
+        let span = spans::list(&path);
+        let mut list = span.in_scope(|| List::read(&self.reader, listing, Arc::clone(&self.unclassified)));
+        while let Some(found) = list.next_page().await {
+            for (index, item) in found {
+                shares[index].pending.push(item);
+            }
+            self.write(&mut shares, self.settings.batch_rows).instrument(span.clone()).await?;
+        }
+        let ListEnd { seen, failure } = list.end().await;
+        if let Some(failure) = &failure {
+            let code = failure.code;
+            spans::failed(&span, code);
             warn!(path, %code, http_status = failure.http_status, request_id = failure.request_id, "list not read to its end");
         }
-        let ended_by = read.as_ref().err();
         if self.unread.fetch_sub(1, Ordering::Relaxed) == 1 {
-            return Ok(Read::Last(tallies.into_iter().map(|tally| tally.last(ended_by)).collect()));
+            let last = shares.into_iter().zip(seen).map(|(share, seen)| share.last(seen, failure.as_ref()));
+            return Ok(Read::Last(last.collect()));
         }
-        self.write(&mut tallies, 1).instrument(span).await?;
-        let mut outcomes: Vec<TypeOutcome> = tallies.into_iter().map(|tally| tally.outcome(ended_by)).collect();
+        self.write(&mut shares, 1).instrument(span).await?;
+        let ended = shares.iter().zip(seen).map(|(share, seen)| share.outcome(seen, failure.as_ref()));
+        let mut outcomes: Vec<TypeOutcome> = ended.collect();
         self.finish(&mut outcomes).await?;
         Ok(Read::Recorded(outcomes))
     }
 
-    /// Moves a list from Graph to the database, page after page, but for what does not fill a batch; the outer error is
-    /// the database's, the inner Graph's.
-    async fn copy(&self, listing: &Listing, tallies: &mut [Tally]) -> Result<Result<(), Failure>, StoreError> {
-        let (sender, mut receiver) = mpsc::channel::<Page>(PAGES_AHEAD);
-        let mut pages = self.reader.pages(&listing.collection);
-        let fetch = async move {
-            while let Some(page) = pages.next().await? {
-                if sender.send(page).await.is_err() {
-                    break;
-                }
-            }
-            Ok(())
-        };
-        let write = async move {
-            while let Some(page) = receiver.recv().await {
-                self.take(listing, &page, tallies);
-                self.write(tallies, self.settings.batch_rows).await?;
-            }
-            Ok(())
-        };
-        let (fetched, written) = tokio::join!(fetch, write);
-        written.map(|()| fetched)
-    }
-
-    /// Sorts the objects of a page to the types that they belong to.
-    fn take(&self, listing: &Listing, page: &Page, tallies: &mut [Tally]) {
-        for object in &page.objects {
-            let Ok(raw) = RawObject::parse(&object.raw) else {
-                // Whose it is can't be told: the type that takes the rest answers for it.
-                tallies.last_mut().expect("a listing has a selected type").bad_object(None);
-                continue;
-            };
-            let Some(claimed) = raw.classify(&listing.collection) else {
-                self.unclassified.fetch_add(i64::from(object.first_sight), Ordering::Relaxed);
-                continue;
-            };
-            if let Some(tally) = tallies.iter_mut().find(|tally| tally.policy_type.key == claimed.key) {
-                tally.observe(&raw, object);
-            }
-        }
-    }
-
     /// Writes the pending items of every type that has `at_least` so many.
-    async fn write(&self, tallies: &mut [Tally], at_least: usize) -> Result<(), StoreError> {
-        for tally in tallies.iter_mut().filter(|tally| tally.pending.len() >= at_least) {
-            for batch in tally.pending.chunks(self.settings.batch_rows) {
-                let span = spans::upsert(&tally.policy_type.key, batch.len());
-                let written = self.store.upsert_items(&self.lease, &tally.policy_type, batch).instrument(span).await?;
-                tally.counters.items_upserted_count += written.upserted;
-                tally.counters.items_created_count += written.created;
-                tally.counters.items_changed_count += written.changed;
+    async fn write(&self, shares: &mut [Share], at_least: usize) -> Result<(), StoreError> {
+        for share in shares.iter_mut().filter(|share| share.pending.len() >= at_least) {
+            for batch in share.pending.chunks(self.settings.batch_rows) {
+                let span = spans::upsert(&share.policy_type.key, batch.len());
+                let written = self.store.upsert_items(&self.lease, &share.policy_type, batch).instrument(span).await?;
+                share.written.items_upserted_count += written.upserted;
+                share.written.items_created_count += written.created;
+                share.written.items_changed_count += written.changed;
                 telemetry::items_upserted(written.upserted.unsigned_abs());
             }
-            tally.pending.clear();
+            share.pending.clear();
         }
         Ok(())
     }
@@ -223,46 +185,26 @@ fn unfinished(listing: &Listing, finished: &BTreeMap<String, TypeOutcome>) -> Op
     (!selected.is_empty()).then(|| Listing { collection: Arc::clone(&listing.collection), selected })
 }
 
-impl Tally {
+impl Share {
     fn new(policy_type: &Arc<PolicyType>) -> Self {
-        Self {
-            policy_type: Arc::clone(policy_type),
-            counters: TypeCounters::default(),
-            pending: Vec::new(),
-            failure: None,
-        }
+        Self { policy_type: Arc::clone(policy_type), pending: Vec::new(), written: TypeCounters::default() }
     }
 
-    fn observe(&mut self, raw: &RawObject<'_>, object: &PageObject) {
-        match raw.observe(&self.policy_type) {
-            Ok(item) => {
-                self.counters.items_observed_count += i64::from(object.first_sight);
-                self.pending.push(item);
-            }
-            Err(bad) => self.bad_object(bad.external_id.as_deref()),
-        }
-    }
-
-    /// One bad object is one error of its type, not its end.
-    fn bad_object(&mut self, external_id: Option<&str>) {
-        warn!(policy_type = self.policy_type.key, external_id, "an object without a usable id is left out");
-        self.counters.errors_count += 1;
-        self.failure.get_or_insert_with(|| ErrorCode::GraphBadResponse.into());
-    }
-
-    fn last(mut self, ended_by: Option<&Failure>) -> LastType {
+    fn last(mut self, seen: Seen, ended_by: Option<&Failure>) -> LastType {
         let (policy_type, items) = (Arc::clone(&self.policy_type), std::mem::take(&mut self.pending));
-        LastType { policy_type, items, outcome: self.outcome(ended_by) }
+        LastType { policy_type, items, outcome: self.outcome(seen, ended_by) }
     }
 
-    fn outcome(self, ended_by: Option<&Failure>) -> TypeOutcome {
+    fn outcome(&self, seen: Seen, ended_by: Option<&Failure>) -> TypeOutcome {
+        let mut counters = seen.counters;
+        counters.add(&self.written);
         match ended_by {
-            Some(failure) => TypeOutcome::failed(&self.policy_type.key, self.counters, failure.clone()),
+            Some(failure) => TypeOutcome::failed(&self.policy_type.key, counters, failure.clone()),
             None => TypeOutcome {
                 policy_type: self.policy_type.key.clone(),
                 complete: true,
-                counters: self.counters,
-                failure: self.failure,
+                counters,
+                failure: seen.failure,
                 suspicious_drop: false,
             },
         }

@@ -2,6 +2,7 @@
 
 mod collect;
 mod lease;
+mod list;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
-//! Admission: one transaction that decides what becomes of a request, serialised per tenant by its `tenants` row.
+//! Admission: one transaction that decides what becomes of a request, serialised per tenant by its `tenants` row. Where
+//! nothing stands in the way it is one statement.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,6 +9,7 @@ use sqlx::PgConnection;
 use tracing::warn;
 use uuid::Uuid;
 
+use super::runs::RunRow;
 use super::transaction::Transaction;
 use super::{Store, StoreError, run_types, runs};
 use crate::config::WhenFull;
@@ -118,6 +120,9 @@ impl Store {
     /// # Errors
     /// If the database is away; then nothing was decided.
     pub async fn admit(&self, rules: &AdmissionRules, applicant: &Applicant<'_>) -> Result<Admission, StoreError> {
+        if let Some(admitted) = self.in_time(self.admit_at_once(rules, applicant)).await? {
+            return Ok(Admission::Admitted(admitted));
+        }
         let announced = AtomicBool::new(false);
         let case =
             Case { rules, applicant, deployment: &self.deployment, granted: Instant::now(), announced: &announced };
@@ -132,6 +137,37 @@ impl Store {
             self.event_committed.notify_one();
         }
         Ok(admission)
+    }
+
+    /// Admits a request that nothing stands in the way of, in one round trip; any other is left to the full decision.
+    async fn admit_at_once(
+        &self,
+        rules: &AdmissionRules,
+        applicant: &Applicant<'_>,
+    ) -> Result<Option<Admitted>, StoreError> {
+        if rules.fleet_max_runs > 0 {
+            return Ok(None);
+        }
+        let (granted, request) = (Instant::now(), applicant.request);
+        let lease = Lease { tenant_id: request.tenant_id, run_id: Uuid::now_v7(), attempt: 1 };
+        let credential = sqlx::query_scalar!(
+            "select inventory_admit_at_once($1, $2, $3, $4, $5::text::jsonb, $6, $7, $8, $9, $10, $11, $12)",
+            lease.tenant_id,
+            lease.run_id,
+            request.idempotency_key,
+            applicant.selection_hash,
+            request.selection.canonical_json(),
+            rules.owner,
+            rules.lease_s as f64,
+            i64::from(rules.tenant_max_runs),
+            request.correlation_id,
+            request.requested_by,
+            applicant.traceparent,
+            env!("CARGO_PKG_VERSION")
+        )
+        .fetch_one(&self.work)
+        .await?;
+        Ok(credential.map(|credential| Admitted { lease, granted, credential, finished: BTreeMap::new() }))
     }
 }
 
@@ -227,17 +263,23 @@ impl Case<'_> {
     async fn skip(&self, db: &mut PgConnection, code: ErrorCode) -> Result<Admission, StoreError> {
         let (run_id, tenant_id) = (Uuid::now_v7(), self.applicant.request.tenant_id);
         insert_run(db, run_id, self.applicant, None).await?;
-        sqlx::query!(
-            "update inventory_sync_runs set had_errors = true, error_codes = array[$3], finished_at = started_at
-              where tenant_id = $1 and id = $2",
+        let run = sqlx::query_as!(
+            RunRow,
+            r#"update inventory_sync_runs set had_errors = true, error_codes = array[$3], finished_at = started_at
+                where tenant_id = $1 and id = $2
+               returning selection_hash, selection_payload, idempotency_key, correlation_id, requested_by, traceparent, status,
+                  had_errors, error_codes, items_observed_count, items_upserted_count, items_created_count,
+                  items_changed_count, errors_count, graph_requests_count, graph_throttled_count, graph_throttle_wait_ms,
+                  items_unclassified_count, graph_select_refused_count, retry_after_s, attempt, started_at, finished_at,
+                  daemon_version, '{}'::text[] as "suspicious!", 0::bigint as "missing_high!", 0::bigint as "missing_low!""#,
             tenant_id,
             run_id,
             code.as_str()
         )
-        .execute(&mut *db)
+        .fetch_one(&mut *db)
         .await?;
         self.announced.store(true, Ordering::Relaxed);
-        runs::announce(db, self.deployment, (tenant_id, run_id), Vec::new()).await?;
+        runs::announce(db, self.deployment, (tenant_id, run_id), (run, Vec::new())).await?;
         Ok(Admission::Skipped(code))
     }
 }

@@ -127,7 +127,7 @@ impl Store {
             ])
             .log_statements(LevelFilter::Trace)
             .log_slow_statements(LevelFilter::Debug, Duration::from_secs(5));
-        let pool = |connections| {
+        let pool = |options: &PgConnectOptions, connections| {
             PgPoolOptions::new()
                 .max_connections(connections)
                 .acquire_timeout(seconds(config.acquire_timeout_s))
@@ -145,9 +145,10 @@ impl Store {
                 .connect_lazy_with(options.clone())
         };
         Ok(Self {
-            work: pool(config.max_connections),
-            control: pool(config.control_connections),
-            leases: pool(1),
+            // Every statement of a run goes by keys: one plan is as good as another, and planning takes longer than doing.
+            work: pool(&options.clone().options([("plan_cache_mode", "force_generic_plan")]), config.max_connections),
+            control: pool(&options, config.control_connections),
+            leases: pool(&options, 1),
             patience: seconds(config.acquire_timeout_s + config.statement_timeout_s),
             event_committed: Arc::new(Notify::new()),
             deployment: deployment.into(),

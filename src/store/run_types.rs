@@ -6,28 +6,45 @@ use sqlx::{PgConnection, PgExecutor};
 use uuid::Uuid;
 
 use super::StoreError;
-use super::runs::{SuspiciousDrop, unreadable};
+use super::runs::{Ending, RunRow, SuspiciousDrop, unreadable};
 use crate::domain::failure::Failure;
 use crate::domain::run::{GraphUsage, Lease, TypeCounters, TypeOutcome};
 
-/// Records types that have ended, and adds to the run what was spent on Graph since the last time. One statement: its
-/// first part is the fence of the rest.
+/// What goes with types that have ended.
+pub(super) struct Recording<'a> {
+    pub(super) lease: &'a Lease,
+    /// What was spent on Graph since the last time.
+    pub(super) usage: &'a GraphUsage,
+    pub(super) drop_rule: SuspiciousDrop,
+    /// The end of the run, if these types are its last.
+    pub(super) ending: Option<&'a Ending>,
+}
+
+/// Records types that have ended, and ends the run with them if they are the last. One statement: its first part is the
+/// fence of the rest. What is missing is counted as `inventory_missing_of_run` would, once all of it is there.
 pub(super) async fn record(
     db: impl PgExecutor<'_>,
-    lease: &Lease,
+    Recording { lease, usage, drop_rule, ending }: Recording<'_>,
     outcomes: &mut [TypeOutcome],
-    usage: &GraphUsage,
-    drop_rule: SuspiciousDrop,
-) -> Result<(), StoreError> {
+) -> Result<RunRow, StoreError> {
     let Columns { names, complete, failures, codes, counters: [observed, upserted, created, changed, errors] } =
         Columns::of(outcomes);
-    let recorded = sqlx::query!(
+    let totals = ending.map(|ending| ending.totals);
+    let run = sqlx::query_as!(
+        RunRow,
         r#"with fence as (
              update inventory_sync_runs set graph_requests_count = graph_requests_count + $4,
                     graph_throttled_count = graph_throttled_count + $5, graph_throttle_wait_ms = graph_throttle_wait_ms + $6,
                     items_unclassified_count = items_unclassified_count + $7,
-                    graph_select_refused_count = graph_select_refused_count + $8
-              where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running' returning selection_hash),
+                    graph_select_refused_count = graph_select_refused_count + $8, status = coalesce($20, status),
+                    finished_at = case when $20::text is not null then clock_timestamp() end,
+                    had_errors = coalesce($21, had_errors), error_codes = coalesce($22, error_codes),
+                    error_context = coalesce($23, error_context), retry_after_s = $24,
+                    items_observed_count = coalesce($25, items_observed_count),
+                    items_upserted_count = coalesce($26, items_upserted_count),
+                    items_created_count = coalesce($27, items_created_count),
+                    items_changed_count = coalesce($28, items_changed_count), errors_count = coalesce($29, errors_count)
+              where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running' returning *),
            previous as (
              select o.name as policy_type, p.observed
                from fence, unnest($11::text[]) o(name),
@@ -50,9 +67,23 @@ pub(super) async fn record(
                                   $17::bigint[], $18::bigint[], $19::bigint[])
                            o(name, complete, failure, code, observed, upserted, created, changed, errors)
              on conflict (tenant_id, run_id, policy_type) do nothing
-             returning policy_type, suspicious_drop)
-           select exists (select from fence) as "fenced!",
-                  array(select policy_type from recorded where suspicious_drop) as "suspicious!""#,
+             returning policy_type, suspicious_drop),
+           covered as (
+             select policy_type, suspicious_drop from recorded
+              union all select policy_type, suspicious_drop from inventory_sync_run_types where tenant_id = $1 and run_id = $2),
+           missing as (
+             select r.status = 'success' and not r.had_errors and not c.suspicious_drop as for_sure
+               from fence r, covered c join inventory_items i on i.tenant_id = $1 and i.policy_type = c.policy_type
+              where r.finished_at is not null and i.last_seen_at < r.started_at)
+           select r.selection_hash, r.selection_payload, r.idempotency_key, r.correlation_id, r.requested_by, r.traceparent,
+                  r.status, r.had_errors, r.error_codes, r.items_observed_count, r.items_upserted_count,
+                  r.items_created_count, r.items_changed_count, r.errors_count, r.graph_requests_count,
+                  r.graph_throttled_count, r.graph_throttle_wait_ms, r.items_unclassified_count,
+                  r.graph_select_refused_count, r.retry_after_s, r.attempt, r.started_at, r.finished_at, r.daemon_version,
+                  array(select policy_type from recorded where suspicious_drop) as "suspicious!",
+                  (select count(*) from missing where for_sure) as "missing_high!",
+                  (select count(*) from missing where not for_sure) as "missing_low!"
+             from fence r"#,
         lease.tenant_id,
         lease.run_id,
         lease.attempt,
@@ -71,17 +102,25 @@ pub(super) async fn record(
         &upserted,
         &created,
         &changed,
-        &errors
+        &errors,
+        ending.map(|ending| ending.status.as_str()),
+        ending.map(Ending::had_errors),
+        ending.map(|ending| ending.error_codes.as_slice()),
+        ending.map(|ending| &ending.error_context),
+        ending.and_then(|ending| ending.retry_after_s),
+        totals.map(|totals| totals.items_observed_count),
+        totals.map(|totals| totals.items_upserted_count),
+        totals.map(|totals| totals.items_created_count),
+        totals.map(|totals| totals.items_changed_count),
+        totals.map(|totals| totals.errors_count)
     )
-    .fetch_one(db)
-    .await?;
-    if !recorded.fenced {
-        return Err(StoreError::LeaseLost);
-    }
+    .fetch_optional(db)
+    .await?
+    .ok_or(StoreError::LeaseLost)?;
     for outcome in outcomes {
-        outcome.suspicious_drop = recorded.suspicious.contains(&outcome.policy_type);
+        outcome.suspicious_drop = run.suspicious.contains(&outcome.policy_type);
     }
-    Ok(())
+    Ok(run)
 }
 
 /// Outcomes as PostgreSQL takes many of them at once.

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use sqlx::PgConnection;
+use time::OffsetDateTime;
 use tracing::warn;
 use uuid::Uuid;
 
 use super::items::Written;
+use super::run_types::Recording;
 use super::transaction::Transaction;
 use super::{Store, StoreError, items, run_types};
 use crate::domain::event::{RunCompleted, rfc3339};
@@ -23,6 +25,11 @@ pub struct SuspiciousDrop {
     pub share: f64,
     /// ... and that run had at least so many objects.
     pub min_items: i64,
+}
+
+impl SuspiciousDrop {
+    /// Where nothing is listed, nothing drops.
+    const NEVER: Self = Self { share: 0.0, min_items: i64::MAX };
 }
 
 /// What the end of a run goes by.
@@ -66,7 +73,9 @@ impl Store {
         usage: &GraphUsage,
         drop_rule: SuspiciousDrop,
     ) -> Result<(), StoreError> {
-        run_types::record(&self.work, lease, outcomes, usage, drop_rule).await
+        let recording = Recording { lease, usage, drop_rule, ending: None };
+        run_types::record(&self.work, recording, outcomes).await?;
+        Ok(())
     }
 
     /// Ends a run: the last of its objects and types, its row and its event in one transaction, the only truth.
@@ -92,12 +101,15 @@ impl Store {
             }
             outcomes.push(ended.outcome);
         }
-        run_types::record(&mut *transaction, lease, &mut outcomes, &report.usage, rules.suspicious_drop).await?;
+        let recorded = report.outcomes.len();
         report.outcomes.append(&mut outcomes);
+        let ending = Ending::of(report);
+        let (usage, drop_rule) = (&report.usage, rules.suspicious_drop);
+        let recording = Recording { lease, usage, drop_rule, ending: Some(&ending) };
+        let run = run_types::record(&mut *transaction, recording, &mut report.outcomes[recorded..]).await?;
         report.outcomes.sort_by(|one, other| one.policy_type.cmp(&other.policy_type));
-        let (tenant_id, run_id) = (lease.tenant_id, lease.run_id);
-        end(&mut transaction, tenant_id, run_id, &Ending::of(report)).await?;
-        announce(&mut transaction, &self.deployment, (tenant_id, run_id), report.outcomes.clone()).await?;
+        let types = report.outcomes.clone();
+        announce(&mut transaction, &self.deployment, (lease.tenant_id, lease.run_id), (run, types)).await?;
         transaction.commit().await?;
         self.event_committed.notify_one();
         Ok(())
@@ -153,12 +165,13 @@ impl Store {
     }
 }
 
-struct Ending {
-    status: RunStatus,
-    totals: TypeCounters,
-    error_codes: Vec<String>,
-    error_context: Value,
-    retry_after_s: Option<i32>,
+/// How a run ends.
+pub(super) struct Ending {
+    pub(super) status: RunStatus,
+    pub(super) totals: TypeCounters,
+    pub(super) error_codes: Vec<String>,
+    pub(super) error_context: Value,
+    pub(super) retry_after_s: Option<i32>,
 }
 
 impl Ending {
@@ -171,41 +184,57 @@ impl Ending {
             retry_after_s: report.retry_after_s,
         }
     }
+
+    pub(super) fn had_errors(&self) -> bool {
+        self.totals.errors_count > 0 || !self.error_codes.is_empty()
+    }
 }
 
-async fn end(db: &mut PgConnection, tenant_id: Uuid, run_id: Uuid, ending: &Ending) -> Result<(), StoreError> {
-    let totals = &ending.totals;
-    let ended = sqlx::query!(
-        "update inventory_sync_runs set status = $3, had_errors = $4, error_codes = $5, error_context = $6,
-                items_observed_count = $7, items_upserted_count = $8, items_created_count = $9,
-                items_changed_count = $10, errors_count = $11, retry_after_s = $12, finished_at = clock_timestamp()
-          where tenant_id = $1 and id = $2 and status = 'running'",
-        tenant_id,
-        run_id,
-        ending.status.as_str(),
-        totals.errors_count > 0 || !ending.error_codes.is_empty(),
-        &ending.error_codes,
-        ending.error_context,
-        totals.items_observed_count,
-        totals.items_upserted_count,
-        totals.items_created_count,
-        totals.items_changed_count,
-        totals.errors_count,
-        ending.retry_after_s
-    )
-    .execute(db)
-    .await?
-    .rows_affected();
-    if ended == 1 { Ok(()) } else { Err(StoreError::LeaseLost) }
+/// What the event of a run says of it.
+pub(super) struct RunRow {
+    pub(super) selection_hash: String,
+    pub(super) selection_payload: Value,
+    pub(super) idempotency_key: String,
+    pub(super) correlation_id: Option<String>,
+    pub(super) requested_by: Option<String>,
+    pub(super) traceparent: Option<String>,
+    pub(super) status: String,
+    pub(super) had_errors: bool,
+    pub(super) error_codes: Vec<String>,
+    pub(super) items_observed_count: i64,
+    pub(super) items_upserted_count: i64,
+    pub(super) items_created_count: i64,
+    pub(super) items_changed_count: i64,
+    pub(super) errors_count: i64,
+    pub(super) graph_requests_count: i64,
+    pub(super) graph_throttled_count: i64,
+    pub(super) graph_throttle_wait_ms: i64,
+    pub(super) items_unclassified_count: i64,
+    pub(super) graph_select_refused_count: i64,
+    pub(super) retry_after_s: Option<i32>,
+    pub(super) attempt: i32,
+    pub(super) started_at: OffsetDateTime,
+    pub(super) finished_at: Option<OffsetDateTime>,
+    pub(super) daemon_version: String,
+    /// Types of which far fewer objects were listed than before.
+    pub(super) suspicious: Vec<String>,
+    pub(super) missing_high: i64,
+    pub(super) missing_low: i64,
 }
 
-/// Ends a run whose worker is lost. What its types had counted by then stays counted.
+/// Ends a run whose worker is lost, and whose row is locked. What its types had counted by then stays counted.
 pub(super) async fn end_lost(
     db: &mut PgConnection,
     deployment: &str,
     tenant_id: Uuid,
     run_id: Uuid,
 ) -> Result<(), StoreError> {
+    let attempt = sqlx::query_scalar!(
+        "select attempt from inventory_sync_runs where tenant_id = $1 and id = $2",
+        tenant_id,
+        run_id
+    );
+    let lease = Lease { tenant_id, run_id, attempt: attempt.fetch_one(&mut *db).await? };
     let outcomes = run_types::of_run(db, tenant_id, run_id).await?;
     let report = RunReport { outcomes, usage: GraphUsage::default(), retry_after_s: None };
     let mut ending = Ending { status: RunStatus::Failed, ..Ending::of(&report) };
@@ -213,8 +242,10 @@ pub(super) async fn end_lost(
     ending.error_codes.push(ErrorCode::WorkerLost.as_str().to_owned());
     ending.error_codes.sort();
     ending.error_codes.dedup();
-    end(db, tenant_id, run_id, &ending).await?;
-    announce(db, deployment, (tenant_id, run_id), report.outcomes).await
+    let (usage, drop_rule) = (&report.usage, SuspiciousDrop::NEVER);
+    let recording = Recording { lease: &lease, usage, drop_rule, ending: Some(&ending) };
+    let run = run_types::record(&mut *db, recording, &mut []).await?;
+    announce(db, deployment, (tenant_id, run_id), (run, report.outcomes)).await
 }
 
 pub(super) fn unreadable(error: impl std::fmt::Display) -> StoreError {
@@ -226,19 +257,9 @@ pub(super) async fn announce(
     db: &mut PgConnection,
     deployment: &str,
     (tenant_id, run_id): (Uuid, Uuid),
-    types: Vec<TypeOutcome>,
+    (run, types): (RunRow, Vec<TypeOutcome>),
 ) -> Result<(), StoreError> {
-    let run = sqlx::query!(
-        r#"select r.*, finished_at as "ended_at!", m.high as "missing_high!", m.low as "missing_low!"
-             from inventory_sync_runs r,
-                  (select count(*) filter (where confidence = 'high') as high, count(*) filter (where confidence = 'low') as low
-                     from inventory_missing_of_run($1, $2)) m
-            where r.tenant_id = $1 and r.id = $2"#,
-        tenant_id,
-        run_id
-    )
-    .fetch_one(&mut *db)
-    .await?;
+    let ended_at = run.finished_at.ok_or_else(|| unreadable("a run that has ended has no end"))?;
     let error_codes: Result<Vec<ErrorCode>, _> = run.error_codes.iter().map(|code| code.parse()).collect();
     let completed = RunCompleted {
         run_id,
@@ -267,7 +288,7 @@ pub(super) async fn announce(
         },
         types,
         started_at: rfc3339(run.started_at),
-        finished_at: rfc3339(run.ended_at),
+        finished_at: rfc3339(ended_at),
         attempt: run.attempt,
         missing_high_count: run.missing_high,
         missing_low_count: run.missing_low,

@@ -84,11 +84,11 @@ async fn world(rig: &Rig, name: &str, items: u64, runs: u64) -> Outcome<World> {
                     items_upserted_count, items_created_count, items_changed_count, errors_count)
              select tenant_id, id, 'mobileApp', 'complete', {OWN_ITEMS}, {OWN_ITEMS}, 0, 0, 0
                from inventory_sync_runs where tenant_id = '{own}';
-             set synchronous_commit = on;
-             vacuum analyze;",
+             set synchronous_commit = on;",
             others = TENANTS - 1,
         ))
         .await?;
+    world.execute("vacuum analyze").await?;
     Ok(world)
 }
 

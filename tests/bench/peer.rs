@@ -64,7 +64,7 @@ pub async fn measure(rig: &Rig) -> Outcome<Vec<Line>> {
         items: runs * 10,
     };
     let (run_rounds, run_cpu) = small_runs.compare(rig, &celery, |work| work.runs).await?;
-    let third = Target::RatioAtMost(1.0 / 3.0);
+    let third = Target::RatioAtMost(0.333);
     Ok(vec![
         Line::new("peer_celery_items", "items/s", Target::RatioAtLeast(3.0), item_rounds)
             .note(format!("one run, {} objects", per_list * TYPES)),

@@ -182,7 +182,29 @@ impl Report {
         let file = rig.folder.join("report.json");
         fs::write(&file, serde_json::to_string_pretty(self)?)?;
         println!("rounds: {}", file.display());
+        let file = rig.folder.join("report.md");
+        fs::write(&file, self.markdown(rig.rounds))?;
+        println!("for README: {}", file.display());
         Ok(())
+    }
+
+    /// The table as README has it.
+    fn markdown(&self, rounds: usize) -> String {
+        let mut text = String::from("| line | what | measured | target | met |\n|---|---|---|---|---|\n");
+        for line in &self.lines {
+            let measured = match (line.ratio, line.ours) {
+                (Some(_), _) => {
+                    let [ratio, least, most] = [line.ratio, line.ratio_min, line.ratio_max].map(shown);
+                    let [ours, raw] = [line.ours, line.raw].map(shown);
+                    format!("{ratio} x ({least} to {most}); {ours} beside {raw} {}", line.unit)
+                }
+                (None, Some(_)) => format!("{} {}", shown(line.ours), line.unit),
+                (None, None) => "-".to_owned(),
+            };
+            let met = line.met.map_or("-", |met| if met { "yes" } else { "no" });
+            text.push_str(&format!("| `{}` | {} | {measured} | {} | {met} |\n", line.name, line.note, line.target));
+        }
+        text + &format!("\n{}, {}, {} sizes, {rounds} rounds.\n", self.machine, self.date, self.scale)
     }
 }
 

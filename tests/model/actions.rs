@@ -8,13 +8,13 @@ use crate::state::{Phase, Relay, Renewal, Settle, State, Worker};
 pub enum Action {
     /// `consumer.rs`: `Pump::attend` hands a delivery to a worker, which asks for admission.
     Deliver(usize, u8),
-    /// `store/admission.rs`: `Store::admit` commits.
+    /// `store/admission.rs`: `Store::admit` commits, at once or after the full decision.
     Admit(usize),
     /// `run/mod.rs`: `Recipe::run` begins, `LeaseKeeper::hold` sets the worker's own deadline.
     Begin(usize),
     /// `store/items.rs`: `upsert_items`
     Write(usize),
-    /// `store/runs.rs`: `finish_run` commits.
+    /// `store/runs.rs`: `finish_run` commits, with what the last list has left to write.
     Finish(usize),
     /// `run/lease.rs`: `LeaseKeeper::renew` notes the time and sends its statement.
     AskRenewal(usize),
