@@ -1,17 +1,21 @@
 //! The daemon as a whole: builds its parts, starts them, and stops them in the order in which they need each other.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{error, info, warn};
 
 use crate::backoff::{Waits, full_jitter};
 use crate::broker::{Broker, BrokerError};
 use crate::config::{Config, ConfigError, seconds};
 use crate::consumer::{Consumer, ConsumerHealth};
+use crate::domain::clock::Heartbeat;
 use crate::fleet::Fleet;
 use crate::graph::{GraphClient, GraphError};
 use crate::http::{self, Consuming, Figures, HttpState};
@@ -22,6 +26,8 @@ use crate::store::{Store, StoreError};
 
 mod systemd;
 
+/// What the parts beside the consumer have to end in, and the connections to the database after them.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 /// Longest wait between two looks for a database that is away at the start.
 const MOST_PATIENT: Duration = Duration::from_secs(15);
 /// Without a beat of the consumer's for so long, `/livez` calls this process stuck, and systemd is told nothing more.
@@ -66,7 +72,6 @@ impl Daemon {
         let owner = replica_name();
         let catalog = config.graph.catalog()?;
         let store = Store::connect(&config.database, &config.telemetry.deployment)?;
-        wait_for_schema(&store).await?;
         let broker = Broker::new(&config.broker, &config.topology, &format!("inventoryd {owner}"))?;
         let graph = GraphClient::new(&config.graph)?;
         let fleet = Fleet::new(store.clone(), graph.clone(), &owner);
@@ -77,7 +82,10 @@ impl Daemon {
         let janitor = Janitor::new(store.clone(), &config);
         let (stop, health) = (Stop::default(), consumer.health());
         let parts = Parts { consumer, relay, janitor, fleet, runner, store };
+        // Before the wait for the database: an orchestrator that gets no answers would start this again and again.
         let answers = http_server(&config, metrics, &owner, &parts, &stop).await?;
+        let answers = AbortOnDropHandle::new(tokio::spawn(answers));
+        wait_for_schema(&parts.store, health.heartbeat()).await?;
         info!(replica = owner, version = env!("CARGO_PKG_VERSION"), "started");
         let ended = tokio::spawn(parts.run(stop.clone(), answers));
         Ok(Self { stop, health, ended })
@@ -127,42 +135,43 @@ struct Parts {
 impl Parts {
     /// Runs until the consumer has stopped, then lets go of what it needed: leases are kept until the last run has
     /// settled, events are published until the last one has left, and the answers over HTTP end last.
-    async fn run(self, stop: Stop, answers: impl Future<Output = ()> + Send + 'static) {
-        let late = CancellationToken::new();
-        let very_late = CancellationToken::new();
-        let leases = self.runner.leases();
-        let keep_leases = tokio::spawn(background(late.clone(), async move |stop| leases.keep(&stop).await));
-        let health = self.consumer.health();
-        let reading_for = move || health.reading_for();
-        let clean =
-            tokio::spawn(background(late.clone(), async move |stop| self.janitor.run(&stop, reading_for).await));
-        let keep_in_step = tokio::spawn(background(late.clone(), async move |stop| self.fleet.run(&stop).await));
-        let publish = tokio::spawn(background(late.clone(), async move |stop| self.relay.run(&stop).await));
-        let answer = tokio::spawn(background(very_late.clone(), async move |stop| {
-            stop.run_until_cancelled(answers).await;
-        }));
+    async fn run(self, stop: Stop, answers: AbortOnDropHandle<()>) {
         let (health, draining) = (self.consumer.health(), stop.drain.clone());
-        let tell = tokio::spawn(background(very_late.clone(), async move |stop| {
-            stop.run_until_cancelled(systemd::tell(&health, &draining)).await;
-        }));
-        self.consumer.run(stop).await;
+        let tell = AbortOnDropHandle::new(tokio::spawn(async move { systemd::tell(&health, &draining).await }));
+        let late = CancellationToken::new();
+        let mut beside = JoinSet::new();
+        let (leases, stopping) = (self.runner.leases(), late.clone());
+        beside.spawn(async move { leases.keep(&stopping).await });
+        let (health, stopping) = (self.consumer.health(), late.clone());
+        beside.spawn(async move { self.janitor.run(&stopping, || health.reading_for()).await });
+        let stopping = late.clone();
+        beside.spawn(async move { self.fleet.run(&stopping).await });
+        let stopping = late.clone();
+        beside.spawn(async move { self.relay.run(&stopping).await });
+
+        let mut consuming = pin!(self.consumer.run(stop.clone()));
+        tokio::select! {
+            () = &mut consuming => {}
+            // Without one of them the others would only seem to work.
+            Some(ended) = beside.join_next() => {
+                error!(panicked = ended.is_err(), "a part of the daemon has ended by itself; stopping");
+                stop.drain.cancel();
+                consuming.await;
+            }
+        }
         info!("nothing is in hand any more");
         late.cancel();
-        for part in [keep_leases, clean, keep_in_step, publish] {
-            let _ = part.await;
+        let last_words = async { while beside.join_next().await.is_some() {} };
+        if timeout(LAST_WORDS, last_words).await.is_err() {
+            warn!("some parts did not end in time; another replica, or the next start, carries on");
         }
-        very_late.cancel();
-        for part in [answer, tell] {
-            let _ = part.await;
+        drop((answers, tell));
+        // A connection whose server does not answer would be waited for.
+        if timeout(LAST_WORDS, self.store.close()).await.is_err() {
+            warn!("the connections to the database are left to close by themselves");
         }
-        self.store.close().await;
         info!("stopped");
     }
-}
-
-/// A part that works until it is told to stop.
-async fn background(stop: CancellationToken, work: impl AsyncFnOnce(CancellationToken)) {
-    work(stop).await;
 }
 
 /// The name that this replica signs leases with.
@@ -174,17 +183,17 @@ fn replica_name() -> String {
 }
 
 /// Waits for a database that is away; one that refuses, or has another schema, does not get better by waiting.
-async fn wait_for_schema(store: &Store) -> Result<(), StoreError> {
+async fn wait_for_schema(store: &Store, heartbeat: &Heartbeat) -> Result<(), StoreError> {
     let mut waits = Waits::new(seconds(1), MOST_PATIENT);
     loop {
-        match store.check_schema().await {
-            Ok(()) => return Ok(()),
-            Err(error) if error.is_refusal() => return Err(error),
-            Err(error) => {
-                warn!(%error, "waiting for the database");
-                systemd::say("waiting for the database");
-            }
+        heartbeat.beat();
+        match timeout(MOST_PATIENT, store.check_schema()).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) if error.is_refusal() => return Err(error),
+            Ok(Err(error)) => warn!(%error, "waiting for the database"),
+            Err(_) => warn!("waiting for the database: it does not answer"),
         }
+        systemd::say("waiting for the database");
         tokio::time::sleep(full_jitter(waits.next_wait())).await;
     }
 }

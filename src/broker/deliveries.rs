@@ -11,7 +11,7 @@ use lapin::types::{FieldTable, ShortString};
 use lapin::{Acker, BasicProperties, Channel};
 
 use super::error::{BrokerError, within};
-use super::message::{DEFERRED_S, Original, RETRIES, read_number, read_text};
+use super::message::{DEFERRED_S, Original, RETRIES, is_traceparent, is_tracestate, read_number, read_text};
 use super::wire::Wire;
 use crate::telemetry;
 
@@ -145,8 +145,8 @@ impl Delivery {
         Self {
             content_type: text(properties.content_type()),
             correlation_id: text(properties.correlation_id()),
-            traceparent: read_text(&properties, "traceparent"),
-            tracestate: read_text(&properties, "tracestate"),
+            traceparent: read_text(&properties, "traceparent").filter(|text| is_traceparent(text)),
+            tracestate: read_text(&properties, "tracestate").filter(|text| is_tracestate(text)),
             retries: u32::try_from(read_number(&properties, RETRIES)).unwrap_or(u32::MAX),
             deferred_s: read_number(&properties, DEFERRED_S),
             redelivered: delivery.redelivered,

@@ -207,6 +207,19 @@ fn text_table<const N: usize>(entries: [(&str, Option<&str>); N]) -> FieldTable 
     table
 }
 
+/// Whether a text is a W3C `traceparent` of today's version. Whatever else a publisher writes there goes no further: it
+/// would stand in the run's row and in its event.
+pub(super) fn is_traceparent(text: &str) -> bool {
+    let parts: Vec<&str> = text.split('-').collect();
+    let hex = |part: &str| part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    parts.iter().map(|part| part.len()).eq([2, 32, 16, 2]) && parts.into_iter().all(hex)
+}
+
+/// Whether a text may be a W3C `tracestate`: printable, and no longer than others have to carry on.
+pub(super) fn is_tracestate(text: &str) -> bool {
+    text.len() <= 512 && text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
+}
+
 /// A text as a header has it, if it is there and UTF-8.
 pub(super) fn read_text(properties: &BasicProperties, name: &str) -> Option<String> {
     value_text(properties.headers().as_ref()?.inner().get(name)?)
@@ -300,6 +313,15 @@ mod tests {
         assert_eq!(replay.body, original.body);
         assert_ne!(replay.message_id, "m-1");
         assert_eq!(replay.properties.message_id().as_ref().unwrap().as_str(), replay.message_id);
+    }
+
+    #[test]
+    fn only_a_trace_context_counts_as_one() {
+        assert!(is_traceparent("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
+        for other in ["", "00-1-2-01", "a\0b", "00-4BF92F3577B34DA6A3CE929D0E0E4736-00F067AA0BA902B7-01"] {
+            assert!(!is_traceparent(other), "{other:?}");
+        }
+        assert!(is_tracestate("vendor=1,other=x y") && !is_tracestate("a\0b") && !is_tracestate(&"x".repeat(513)));
     }
 
     #[test]

@@ -251,8 +251,7 @@ impl Case<'_> {
         if found.others >= tenant.max_runs {
             return Ok(Some(ErrorCode::ConcurrencyLimitTenant));
         }
-        let full = fleet_is_full(db, self.rules.fleet_max_runs).await?;
-        Ok(full.then_some(ErrorCode::ConcurrencyLimitGlobal))
+        Ok(fleet_is_full(db, self.rules.fleet_max_runs).await?.then_some(ErrorCode::ConcurrencyLimitGlobal))
     }
 
     async fn end_lost(&self, db: &mut PgConnection, run_id: Uuid) -> Result<(), StoreError> {

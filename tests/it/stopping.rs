@@ -1,12 +1,13 @@
 //! Stopping in order: what is in hand is finished or handed back, and the process ends within its budget.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::sim::Rule;
 use crate::support::daemon::{Process, Replica};
 use crate::support::eventually;
+use crate::support::proxy::Proxy;
 use crate::support::world::World;
 
 fn slow(delay_ms: u64) -> Rule {
@@ -72,4 +73,46 @@ async fn a_second_signal_does_not_wait() {
     process.signal("TERM");
     assert!(process.ended(Duration::from_secs(8)).await.success(), "{}", process.log());
     assert_eq!(world.depth("inventory.sync.requests").await, 1, "the request is back in the queue");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_hangs_does_not_hold_up_the_end() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(1_500));
+    let wire = Proxy::before(world.database_address()).await;
+    let mut config = world.config();
+    config.database.url = world.database_through(&wire).into();
+    config.consumer.drain_s = 3;
+    let replica = Replica::with(config).await;
+    world.publish(&world.request("run", &["mobileApp"])).await;
+    running(&world, "run").await;
+    wire.freeze(true);
+    let begun = Instant::now();
+    replica.stop().await;
+    // 3 s for what is in hand, 2 to hand it back, 3 for the parts beside it, 3 for the connections.
+    assert!(begun.elapsed() < Duration::from_secs(14), "{:?}", begun.elapsed());
+    wire.cut();
+    let _heir = Replica::start(&world).await;
+    assert_eq!(world.ended("run").await["status"], "success");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_away_at_the_start_is_waited_for_by_a_process_that_answers() {
+    let world = World::new().await;
+    let wire = Proxy::before(world.database_address()).await;
+    wire.refuse(true);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let listen = format!("127.0.0.1:{port}");
+    let settings = [("HTTP__LISTEN", listen.as_str()), ("DATABASE__URL", &world.database_through(&wire))];
+    let _replica = Process::start(&world, "patient", &settings);
+    let client = reqwest::Client::new();
+    let status = async |path: &str| {
+        let answer = client.get(format!("http://{listen}{path}")).send().await.ok()?;
+        Some(answer.status().as_u16())
+    };
+    eventually("it lives", || async { (status("/livez").await == Some(200)).then_some(()) }).await;
+    assert_eq!(status("/readyz").await, Some(503));
+    wire.refuse(false);
+    eventually("it is ready", || async { (status("/readyz").await == Some(200)).then_some(()) }).await;
+    world.sync("run", &["mobileApp"]).await;
 }
