@@ -11,7 +11,7 @@ use super::{CliError, note};
 use crate::domain::catalog::Catalog;
 use crate::domain::run::{RunStatus, TypeOutcome};
 use crate::domain::selection::Selection;
-use crate::store::{RunDetails, Store};
+use crate::store::{ClosedGate, RunDetails, Store};
 
 /// How often the database is asked. What a run has observed so far is counted there, which is not free.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -27,7 +27,8 @@ pub(super) async fn follow(at: &Follow<'_>, run_id: Uuid) -> Result<Option<RunDe
     let Some(mut details) = at.store.show_run(run_id).await? else { return Ok(None) };
     let mut bars = Bars::new(&details.run.selection, at.catalog);
     while details.run.status == RunStatus::Running {
-        bars.show(&details);
+        let gates = at.store.closed_gates().await?;
+        bars.show(&details, throttled(&gates, details.run.tenant_id));
         tokio::time::sleep(LOOK_EVERY).await;
         let Some(newer) = at.store.show_run(run_id).await? else { return Ok(None) };
         details = newer;
@@ -65,7 +66,7 @@ impl Bars {
         Self { all, total, reading: BTreeMap::new(), ended: BTreeSet::new(), quiet }
     }
 
-    fn show(&mut self, details: &RunDetails) {
+    fn show(&mut self, details: &RunDetails, throttled: Option<String>) {
         self.end_types(details);
         let mut observed = 0;
         for (policy_type, count) in &details.observed_so_far {
@@ -82,10 +83,11 @@ impl Bars {
         }
         let run = &details.run;
         self.total.set_message(format!(
-            "{} objects  attempt {} on {}",
+            "{} objects  attempt {} on {}{}",
             HumanCount(unsigned(observed)),
             run.attempt,
-            run.lease_owner.as_deref().unwrap_or("nobody")
+            run.lease_owner.as_deref().unwrap_or("nobody"),
+            throttled.unwrap_or_default()
         ));
     }
 
@@ -117,6 +119,12 @@ impl Bars {
         }
         self.total.finish_and_clear();
     }
+}
+
+/// Whether Graph has asked for patience with the tenant, and for how long.
+fn throttled(gates: &[ClosedGate], tenant_id: Uuid) -> Option<String> {
+    let longest = gates.iter().filter(|gate| gate.tenant_id == tenant_id).map(|gate| gate.left_s).reduce(f64::max)?;
+    Some(format!("  throttled for {longest:.0} s"))
 }
 
 fn unsigned(count: i64) -> u64 {
@@ -153,6 +161,15 @@ mod tests {
         assert!(line.contains("✗ mobileApp") && line.ends_with("12,345 objects  graph_throttled"), "{line}");
         let complete = TypeOutcome { complete: true, failure: None, ..failed };
         assert!(type_line(&complete).ends_with("12,345 objects"));
+    }
+
+    #[test]
+    fn the_longest_gate_of_the_tenant_is_shown() {
+        let gate =
+            |tenant: u128, left_s| ClosedGate { tenant_id: Uuid::from_u128(tenant), family: String::new(), left_s };
+        let gates = [gate(1, 2.0), gate(1, 7.4), gate(2, 60.0)];
+        assert_eq!(throttled(&gates, Uuid::from_u128(1)).as_deref(), Some("  throttled for 7 s"));
+        assert_eq!(throttled(&gates, Uuid::from_u128(3)), None);
     }
 
     #[test]
