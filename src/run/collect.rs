@@ -105,7 +105,7 @@ impl<'a> Collector<'a> {
         let mut shares: Vec<Share> = listing.selected.iter().map(Share::new).collect();
         let path = listing.collection.path.clone();
         let span = spans::list(&path);
-        let mut list = span.in_scope(|| List::read(&self.reader, listing, Arc::clone(&self.unclassified)));
+        let mut list = List::read(&self.reader, listing, Arc::clone(&self.unclassified), span.clone());
         while let Some(found) = list.next_page().await {
             for (index, item) in found {
                 shares[index].pending.push(item);

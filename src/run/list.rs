@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{Instrument, warn};
+use tracing::{Instrument, Span, warn};
 
 use crate::domain::catalog::Listing;
 use crate::domain::failure::{ErrorCode, Failure};
@@ -42,12 +42,14 @@ pub(super) struct Seen {
 }
 
 impl List {
-    /// Begins to read. Objects that no policy type claims are counted in `unclassified`.
-    pub(super) fn read(reader: &GraphReader, listing: Listing, unclassified: Arc<AtomicI64>) -> Self {
+    /// Begins to read, within `span`. Objects that no policy type claims are counted in `unclassified`.
+    pub(super) fn read(reader: &GraphReader, listing: Listing, unclassified: Arc<AtomicI64>, span: Span) -> Self {
         let (sender, pages) = mpsc::channel(PAGES_AHEAD);
         let seen = listing.selected.iter().map(|_| Seen::default()).collect();
         let reading = Reading { seen, unclassified, pages: reader.pages(&listing.collection), listing };
-        Self { pages, end: AbortOnDropHandle::new(tokio::spawn(reading.work(sender).in_current_span())) }
+        // Log lines pass over the list's span, and look for the run's among those that are entered, not among its parents.
+        let work = reading.work(sender).instrument(span).in_current_span();
+        Self { pages, end: AbortOnDropHandle::new(tokio::spawn(work)) }
     }
 
     /// The objects of the next page, or nothing after the last.

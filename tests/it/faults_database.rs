@@ -219,7 +219,8 @@ fn rules() -> AdmissionRules {
         lease_s: 600,
         max_attempts: 5,
         tenant_max_runs: 1_000_000,
-        fleet_max_runs: 0,
+        // A limit, so that the decision takes a transaction.
+        fleet_max_runs: 1_000_000,
         when_full: WhenFull::Skip,
         defer_max_s: 0,
     }
