@@ -193,6 +193,7 @@ async fn wait_for_schema(store: &Store, heartbeat: &Heartbeat) -> Result<(), Sto
             Ok(Err(error)) => warn!(%error, "waiting for the database"),
             Err(_) => warn!("waiting for the database: it does not answer"),
         }
+        heartbeat.beat();
         systemd::say("waiting for the database");
         tokio::time::sleep(full_jitter(waits.next_wait())).await;
     }

@@ -121,8 +121,6 @@ pub struct Delivery {
     pub body: Vec<u8>,
     /// The content type.
     pub content_type: Option<String>,
-    /// The correlation id.
-    pub correlation_id: Option<String>,
     /// W3C trace context.
     pub traceparent: Option<String>,
     /// W3C trace state.
@@ -144,7 +142,6 @@ impl Delivery {
         let text = |value: &Option<ShortString>| value.as_ref().map(ToString::to_string);
         Self {
             content_type: text(properties.content_type()),
-            correlation_id: text(properties.correlation_id()),
             traceparent: read_text(&properties, "traceparent").filter(|text| is_traceparent(text)),
             tracestate: read_text(&properties, "tracestate").filter(|text| is_tracestate(text)),
             retries: u32::try_from(read_number(&properties, RETRIES)).unwrap_or(u32::MAX),

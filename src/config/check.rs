@@ -145,7 +145,7 @@ fn check_store(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     require(config.database.max_connections > 0, "database.max_connections: must be at least 1");
     require(
         config.database.control_connections >= 2,
-        "database.control_connections: must be at least 2: leases must not wait for the outbox",
+        "database.control_connections: must be at least 2: health must not wait for the outbox",
     );
     require(config.database.acquire_timeout_s > 0, "database.acquire_timeout_s: must be at least 1");
     require(config.database.statement_timeout_s > 0, "database.statement_timeout_s: must be at least 1");

@@ -1,7 +1,8 @@
 //! PostgreSQL: named transactions over the inventory, the runs and the outbox. Only here is sqlx.
 //!
 //! Three pools: `work` for what runs write, `control` for health, the outbox and the janitor, and one connection for
-//! leases, so that neither a starved worker nor a busy relay can cost a run its lease. No function holds one connection while it asks for another.
+//! leases, so that neither a starved worker nor a busy relay can cost a run its lease. No function holds one connection
+//! while it asks for another.
 
 mod admission;
 mod fleet;
@@ -132,7 +133,7 @@ impl Store {
                 .max_connections(connections)
                 .acquire_timeout(seconds(config.acquire_timeout_s))
                 // A connection that was in use a moment ago is not asked whether it is still there: that would be a round
-                // trip for every statement. If it has just gone, the statement says so, and is tried again as a whole.
+                // trip for every statement. If it has just gone, the statement fails, and what it belongs to is tried again.
                 .test_before_acquire(false)
                 .before_acquire(|connection, lent| {
                     Box::pin(async move {
