@@ -6,13 +6,13 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
 use super::crowd::{Crowd, Permit};
-use super::pace::{Limit, Pace};
+use super::pace::{Allowance, Limit, Pace};
 use super::spending::Spending;
 use crate::backoff::full_jitter;
 use crate::config::GraphConfig;
@@ -77,6 +77,7 @@ pub(super) struct Throttle {
     devices: Limit,
     conditional_access: Limit,
     share: f64,
+    born: Instant,
     replicas: AtomicU32,
     least_spread: Duration,
     lanes: Mutex<HashMap<(Uuid, Family), Arc<Lane>>>,
@@ -108,6 +109,7 @@ impl Throttle {
             devices: Limit { most: config.devices_per_20s, window: Duration::from_secs(20) },
             conditional_access: Limit { most: config.conditional_access_per_s, window: Duration::from_secs(1) },
             share: config.rate_share,
+            born: Instant::now(),
             replicas: AtomicU32::new(1),
             least_spread: Duration::from_secs_f64(config.backoff_first_s),
             lanes: Mutex::default(),
@@ -126,7 +128,7 @@ impl Throttle {
                 family,
                 gate: Mutex::default(),
                 crowd: Arc::clone(crowds.entry(tenant_id).or_default()),
-                pace: Pace::new(self.quota(family)),
+                pace: Pace::new(self.allowance(family), self.born),
                 least_spread: self.least_spread,
                 changes: self.changes.clone(),
             })
@@ -134,14 +136,14 @@ impl Throttle {
         Arc::clone(lane)
     }
 
-    fn quota(&self, family: Family) -> Option<governor::Quota> {
+    fn allowance(&self, family: Family) -> Option<Allowance> {
         let limit = match family {
             Family::Intune => self.intune,
             Family::Devices => self.devices,
             Family::ConditionalAccess => self.conditional_access,
             Family::Graph => return None,
         };
-        limit.quota(self.share, self.replicas.load(Ordering::Relaxed))
+        limit.allowance(self.share, self.replicas.load(Ordering::Relaxed))
     }
 
     /// Divides the limits by the number of replicas that share them.
@@ -151,7 +153,7 @@ impl Throttle {
             return;
         }
         for lane in self.lanes.lock().unwrap_or_else(PoisonError::into_inner).values() {
-            lane.pace.set(self.quota(lane.family));
+            lane.pace.set(self.allowance(lane.family));
         }
     }
 
@@ -296,10 +298,10 @@ mod tests {
             assert_eq!(Family::of(throttle), family, "{throttle}");
         }
         let throttle = throttle();
-        assert!(throttle.quota(Family::Graph).is_none());
+        assert!(throttle.allowance(Family::Graph).is_none());
+        let in_window = |family| throttle.allowance(family).unwrap().in_window;
+        assert_eq!((in_window(Family::Intune), in_window(Family::Devices)), (Some(800), Some(1_600)));
         throttle.set_replicas(4);
-        let four = throttle.quota(Family::Intune).unwrap().replenish_interval();
-        throttle.set_replicas(1);
-        assert_eq!(four, throttle.quota(Family::Intune).unwrap().replenish_interval() * 4);
+        assert_eq!((in_window(Family::Intune), in_window(Family::Devices)), (Some(200), Some(400)));
     }
 }
