@@ -50,8 +50,8 @@ impl<'a> RawObject<'a> {
     ///
     /// # Errors
     /// If it is not a JSON object.
-    pub fn parse(raw: &'a RawValue) -> Result<Self, BadObject> {
-        serde_json::from_str(raw.get()).map_err(|_| BadObject { external_id: None })
+    pub fn parse(text: &'a str) -> Result<Self, BadObject> {
+        serde_json::from_str(text).map_err(|_| BadObject { external_id: None })
     }
 
     /// The text of a property: a string as it is, numbers and booleans as they are written.
@@ -226,8 +226,7 @@ mod tests {
     static CATALOG: LazyLock<Catalog> = LazyLock::new(Catalog::built_in);
 
     fn item(key: &str, object: &Value) -> Result<InventoryItem, BadObject> {
-        let raw = RawValue::from_string(object.to_string()).unwrap();
-        RawObject::parse(&raw)?.observe(CATALOG.get(key).unwrap())
+        RawObject::parse(&object.to_string())?.observe(CATALOG.get(key).unwrap())
     }
 
     fn meta(item: &InventoryItem) -> Value {
@@ -284,14 +283,9 @@ mod tests {
             let listing = format!("{}/{}", policy_type.api_version, policy_type.path);
             assert_eq!(fixture["collection"], listing, "{}", policy_type.key);
             let collection = CATALOG.collection_of(policy_type);
-            let raws: Vec<Box<RawValue>> = fixture["objects"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|o| RawValue::from_string(o.to_string()).unwrap())
-                .collect();
-            let items: Vec<Value> = raws.iter().filter_map(|raw| {
-                let object = RawObject::parse(raw).unwrap();
+            let items: Vec<Value> = fixture["objects"].as_array().unwrap().iter().filter_map(|object| {
+                let text = object.to_string();
+                let object = RawObject::parse(&text).unwrap();
                 let claimed = object.classify(collection)?;
                 let item = object.observe(claimed).unwrap();
                 Some(json!({ "external_id": item.external_id, "policy_type": claimed.key, "display_name": item.display_name,
@@ -317,10 +311,9 @@ mod tests {
 
     #[test]
     fn without_a_type_of_its_own_an_object_is_of_the_declared_one() {
-        let raw =
-            RawValue::from_string(json!({ "id": "1", "name": "x", "templateReference": null }).to_string()).unwrap();
+        let text = json!({ "id": "1", "name": "x", "templateReference": null }).to_string();
         let policy_type = CATALOG.get("settingsCatalogPolicy").unwrap();
-        let object = RawObject::parse(&raw).unwrap();
+        let object = RawObject::parse(&text).unwrap();
         let claimed = object.classify(CATALOG.collection_of(policy_type)).unwrap();
         assert_eq!(claimed.key, "settingsCatalogPolicy", "no template is template family none");
     }

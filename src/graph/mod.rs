@@ -22,6 +22,7 @@ mod transport;
 mod walk;
 
 pub use client::{GraphClient, GraphError, GraphReader};
+pub use page::ObjectText;
 pub use pages::{Page, PageObject, Pages};
 pub use probe::ProbeFailure;
 pub use spending::RunBudget;

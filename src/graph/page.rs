@@ -1,6 +1,9 @@
 //! One answer of a list, taken apart straight from its bytes.
 
 use std::borrow::Cow;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
@@ -10,9 +13,36 @@ use serde_json::value::RawValue;
 #[derive(Debug)]
 pub(super) struct Parsed {
     /// Each object, with its id if it has one.
-    pub(super) objects: Vec<(Box<RawValue>, Option<String>)>,
+    pub(super) objects: Vec<(ObjectText, Option<String>)>,
     /// The next link, exactly as it was given.
     pub(super) next: Option<String>,
+}
+
+/// The JSON text of an object, where it stands in the answer: it is not copied.
+#[derive(Clone)]
+pub struct ObjectText {
+    answer: Arc<String>,
+    range: Range<usize>,
+}
+
+impl ObjectText {
+    /// `part` is a part of `answer`.
+    fn of(answer: &Arc<String>, part: &str) -> Self {
+        let begin = part.as_ptr().addr() - answer.as_ptr().addr();
+        Self { answer: Arc::clone(answer), range: begin..begin + part.len() }
+    }
+
+    /// The text, as Graph wrote it.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.answer[self.range.clone()]
+    }
+}
+
+impl fmt::Debug for ObjectText {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.as_str().fmt(formatter)
+    }
 }
 
 /// Why an answer can't be read.
@@ -40,21 +70,30 @@ struct Envelope<'a> {
 }
 
 /// Reads one page of a collection whose objects have their id in `id_property`.
-pub(super) fn collection(body: &[u8], id_property: &str) -> Result<Parsed, Unreadable> {
-    let envelope: Envelope<'_> = serde_json::from_slice(body)?;
-    let objects = envelope.value.ok_or(Unreadable::NotAPage)?;
-    let objects = objects.into_iter().map(|raw| (raw.to_owned(), id_of(raw.get(), id_property))).collect();
+pub(super) fn collection(body: Vec<u8>, id_property: &str) -> Result<Parsed, Unreadable> {
+    let answer = text(body)?;
+    let envelope: Envelope<'_> = serde_json::from_str(&answer)?;
+    let objects = envelope.value.ok_or(Unreadable::NotAPage)?.into_iter().map(RawValue::get);
+    let objects = objects.map(|object| (ObjectText::of(&answer, object), id_of(object, id_property))).collect();
     Ok(Parsed { objects, next: envelope.next })
 }
 
 /// Reads the answer of a singleton: one object, which need not have an id.
-pub(super) fn singleton(body: &[u8], id_property: &str) -> Result<Parsed, Unreadable> {
-    let raw: Box<RawValue> = serde_json::from_slice(body)?;
-    if !raw.get().starts_with('{') {
+pub(super) fn singleton(body: Vec<u8>, id_property: &str) -> Result<Parsed, Unreadable> {
+    let answer = text(body)?;
+    let object = serde_json::from_str::<&RawValue>(&answer)?.get();
+    if !object.starts_with('{') {
         return Err(Unreadable::NotAPage);
     }
-    let id = id_of(raw.get(), id_property);
-    Ok(Parsed { objects: vec![(raw, id)], next: None })
+    let objects = vec![(ObjectText::of(&answer, object), id_of(object, id_property))];
+    Ok(Parsed { objects, next: None })
+}
+
+fn text(body: Vec<u8>) -> Result<Arc<String>, Unreadable> {
+    String::from_utf8(body).map(Arc::new).map_err(|error| match error.utf8_error().error_len() {
+        None => Unreadable::Cut,
+        Some(_) => Unreadable::NotAPage,
+    })
 }
 
 /// The id of an object, read no further than up to it.
@@ -118,22 +157,22 @@ mod tests {
     use crate::domain::item::RawObject;
 
     fn ids(body: &str) -> Vec<Option<String>> {
-        collection(body.as_bytes(), "id").unwrap().objects.into_iter().map(|(_, id)| id).collect()
+        collection(body.into(), "id").unwrap().objects.into_iter().map(|(_, id)| id).collect()
     }
 
     #[test]
     fn objects_keep_their_bytes_and_ids_are_found_wherever_they_stand() {
         let body = r#"{"@odata.count":0,"value":[{"a":{"id":"no"},"id":"1", "x":1.50},{"id":7},{"id":null},{"b":1}]}"#;
         assert_eq!(ids(body), [Some("1".to_owned()), Some("7".to_owned()), None, None]);
-        let parsed = collection(body.as_bytes(), "id").unwrap();
-        assert_eq!(parsed.objects[0].0.get(), r#"{"a":{"id":"no"},"id":"1", "x":1.50}"#);
+        let parsed = collection(body.into(), "id").unwrap();
+        assert_eq!(parsed.objects[0].0.as_str(), r#"{"a":{"id":"no"},"id":"1", "x":1.50}"#);
         assert_eq!(parsed.next, None);
     }
 
     #[test]
     fn escaped_ids_and_other_id_properties_are_read() {
         assert_eq!(ids(r#"{"value":[{"id":"aäb\"c"}]}"#), [Some("aäb\"c".to_owned())]);
-        let parsed = collection(br#"{"value":[{"id":"1","version":"2"}]}"#, "version").unwrap();
+        let parsed = collection(br#"{"value":[{"id":"1","version":"2"}]}"#.into(), "version").unwrap();
         assert_eq!(parsed.objects[0].1.as_deref(), Some("2"));
     }
 
@@ -141,27 +180,27 @@ mod tests {
     fn the_next_link_is_taken_as_it_stands() {
         let link = "https://h/beta/x?$skiptoken=%255Bcosmosdb%255D";
         let body = format!(r#"{{"@odata.nextLink":"{link}","value":[]}}"#);
-        assert_eq!(collection(body.as_bytes(), "id").unwrap().next.as_deref(), Some(link));
+        assert_eq!(collection(body.into(), "id").unwrap().next.as_deref(), Some(link));
     }
 
     #[test]
     fn what_was_cut_is_told_from_what_is_no_page() {
         let whole = r#"{"value":[{"id":"1"},{"id":"2"}]}"#;
         for end in 0..whole.len() {
-            assert_eq!(collection(&whole.as_bytes()[..end], "id").unwrap_err(), Unreadable::Cut, "{end}");
+            assert_eq!(collection(whole[..end].into(), "id").unwrap_err(), Unreadable::Cut, "{end}");
         }
         for body in ["<html>", "[]", "7", r#"{"value":7}"#, r#"{"value":{}}"#, r#"{"values":[]}"#, r#"{"value":null}"#]
         {
-            assert_eq!(collection(body.as_bytes(), "id").unwrap_err(), Unreadable::NotAPage, "{body}");
+            assert_eq!(collection(body.into(), "id").unwrap_err(), Unreadable::NotAPage, "{body}");
         }
     }
 
     #[test]
     fn a_singleton_is_one_object_with_or_without_an_id() {
-        assert_eq!(singleton(br#"{"id":"1"}"#, "id").unwrap().objects[0].1.as_deref(), Some("1"));
-        assert_eq!(singleton(br#"{"a":1}"#, "id").unwrap().objects[0].1, None);
-        assert_eq!(singleton(b"[]", "id").unwrap_err(), Unreadable::NotAPage);
-        assert_eq!(singleton(b"", "id").unwrap_err(), Unreadable::Cut);
+        assert_eq!(singleton(br#"{"id":"1"}"#.into(), "id").unwrap().objects[0].1.as_deref(), Some("1"));
+        assert_eq!(singleton(br#"{"a":1}"#.into(), "id").unwrap().objects[0].1, None);
+        assert_eq!(singleton(b"[]".into(), "id").unwrap_err(), Unreadable::NotAPage);
+        assert_eq!(singleton(Vec::new(), "id").unwrap_err(), Unreadable::Cut);
     }
     static CATALOG: LazyLock<Catalog> = LazyLock::new(Catalog::built_in);
     const PAGE: &str = r##"{"@odata.context":"c","@odata.count":2,"@odata.nextLink":"https://h/beta/x?$skip=2","value":[
@@ -182,12 +221,13 @@ mod tests {
             if cut {
                 body.truncate(end.index(body.len()));
             }
-            let _ = singleton(&body, "id");
-            let Ok(parsed) = collection(&body, "id") else { return Ok(()) };
+            let _ = singleton(body.clone(), "id");
+            let Ok(parsed) = collection(body.clone(), "id") else { return Ok(()) };
             let app = CATALOG.types().find(|one| one.key == "mobileApp").unwrap();
-            for (raw, _) in &parsed.objects {
-                prop_assert!(body.windows(raw.get().len()).any(|bytes| bytes == raw.get().as_bytes()));
-                let Ok(object) = RawObject::parse(raw) else { continue };
+            for (text, _) in &parsed.objects {
+                let text = text.as_str();
+                prop_assert!(body.windows(text.len()).any(|bytes| bytes == text.as_bytes()));
+                let Ok(object) = RawObject::parse(text) else { continue };
                 if let Ok(item) = object.observe(app) {
                     prop_assert!(!item.external_id.is_empty());
                 }

@@ -3,15 +3,12 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use serde_json::value::RawValue;
-
 use super::answer::{Refusal, Why};
 use super::client::GraphReader;
-use super::page::{self, Parsed};
+use super::page::{self, ObjectText, Parsed};
 use super::walk::{Met, Walk};
 use crate::domain::catalog::Collection;
 use crate::domain::failure::Failure;
-
 use crate::domain::policy_type::Shape;
 
 /// One page of a list.
@@ -25,7 +22,7 @@ pub struct Page {
 #[derive(Debug)]
 pub struct PageObject {
     /// Its JSON text.
-    pub raw: Box<RawValue>,
+    pub text: ObjectText,
     /// Whether its id was not seen before in this listing: pages overlap when a list changes while it is read. An
     /// object without an id is always new.
     pub first_sight: bool,
@@ -129,14 +126,14 @@ impl Pages {
 fn page(parent: &str, parsed: Parsed, walk: &mut Walk, seen: &mut Met) -> Result<Page, Refusal> {
     let (mut ids, mut new_ids) = (0, 0);
     let mut objects = Vec::with_capacity(parsed.objects.len());
-    for (raw, id) in parsed.objects {
+    for (text, id) in parsed.objects {
         let first_sight = id.as_deref().is_none_or(|id| {
             let first_sight = seen.first_time((parent, id));
             ids += 1;
             new_ids += usize::from(first_sight);
             first_sight
         });
-        objects.push(PageObject { raw, first_sight });
+        objects.push(PageObject { text, first_sight });
     }
     walk.check_progress(objects.is_empty(), ids, new_ids)?;
     Ok(Page { objects })

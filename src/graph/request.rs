@@ -21,7 +21,7 @@ use crate::telemetry::{self, spans};
 const SCARCE_RETRIES: u32 = 2;
 
 /// How an answer is read.
-pub(super) type Read<'a> = &'a (dyn Fn(&[u8]) -> Result<Parsed, Unreadable> + Send + Sync);
+pub(super) type Read<'a> = &'a (dyn Fn(Vec<u8>) -> Result<Parsed, Unreadable> + Send + Sync);
 
 /// What a try came to, if not to an answer.
 enum Missed {
@@ -149,7 +149,7 @@ impl GraphReader {
         if answer.status == 200 {
             logged.good(request_id);
             telemetry::graph_request("ok");
-            return read(&answer.body).map_err(|unreadable| {
+            return read(answer.body).map_err(|unreadable| {
                 let failure = Failure::from_graph(ErrorCode::GraphBadResponse, 200, None, request_id);
                 match unreadable {
                     Unreadable::Cut => Missed::Broken { scarce: false, failure },

@@ -106,7 +106,7 @@ impl<'a> Collector<'a> {
         let path = listing.collection.path.clone();
         let span = spans::list(&path);
         let mut list = List::read(&self.reader, listing, Arc::clone(&self.unclassified), span.clone());
-        while let Some(found) = list.next_page().await {
+        while let Some(found) = list.next_part().await {
             for (index, item) in found {
                 shares[index].pending.push(item);
             }

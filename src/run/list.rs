@@ -11,14 +11,16 @@ use crate::domain::catalog::Listing;
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::item::{InventoryItem, RawObject};
 use crate::domain::run::TypeCounters;
-use crate::graph::{GraphReader, Page, PageObject, Pages};
+use crate::graph::{GraphReader, PageObject, Pages};
 
-/// Pages that may wait between the wire and the database.
-const PAGES_AHEAD: usize = 2;
+/// Objects that go to the database together; pages may have ten thousand.
+const PART_OBJECTS: usize = 100;
+/// Parts that may wait between the wire and the database.
+const PARTS_AHEAD: usize = 2;
 
 /// A list while it is read; dropped, it is read no further.
 pub(super) struct List {
-    pages: mpsc::Receiver<Vec<Found>>,
+    parts: mpsc::Receiver<Vec<Found>>,
     end: AbortOnDropHandle<ListEnd>,
 }
 
@@ -44,20 +46,20 @@ pub(super) struct Seen {
 impl List {
     /// Begins to read, within `span`. Objects that no policy type claims are counted in `unclassified`.
     pub(super) fn read(reader: &GraphReader, listing: Listing, unclassified: Arc<AtomicI64>, span: Span) -> Self {
-        let (sender, pages) = mpsc::channel(PAGES_AHEAD);
+        let (sender, parts) = mpsc::channel(PARTS_AHEAD);
         let seen = listing.selected.iter().map(|_| Seen::default()).collect();
         let reading = Reading { seen, unclassified, pages: reader.pages(&listing.collection), listing };
         // Log lines pass over the list's span, and look for the run's among those that are entered, not among its parents.
         let work = reading.work(sender).instrument(span).in_current_span();
-        Self { pages, end: AbortOnDropHandle::new(tokio::spawn(work)) }
+        Self { parts, end: AbortOnDropHandle::new(tokio::spawn(work)) }
     }
 
-    /// The objects of the next page, or nothing after the last.
-    pub(super) async fn next_page(&mut self) -> Option<Vec<Found>> {
-        self.pages.recv().await
+    /// The objects of the next page or of a part of it, or nothing after the last.
+    pub(super) async fn next_part(&mut self) -> Option<Vec<Found>> {
+        self.parts.recv().await
     }
 
-    /// How it has ended, once there are no more pages.
+    /// How it has ended, once there are no more parts.
     pub(super) async fn end(self) -> ListEnd {
         match self.end.await {
             Ok(end) => end,
@@ -79,9 +81,12 @@ impl Reading {
         loop {
             match self.pages.next().await {
                 Ok(Some(page)) => {
-                    let found = self.take(&page);
-                    if sender.send(found).await.is_err() {
-                        return ListEnd { seen: self.seen, failure: None };
+                    let mut objects = page.objects.into_iter();
+                    while objects.len() > 0 {
+                        let found = self.take(objects.by_ref().take(PART_OBJECTS));
+                        if sender.send(found).await.is_err() {
+                            return ListEnd { seen: self.seen, failure: None };
+                        }
                     }
                 }
                 Ok(None) => return ListEnd { seen: self.seen, failure: None },
@@ -90,11 +95,11 @@ impl Reading {
         }
     }
 
-    /// Sorts the objects of a page to the types that they belong to.
-    fn take(&mut self, page: &Page) -> Vec<Found> {
-        let mut found = Vec::with_capacity(page.objects.len());
-        for object in &page.objects {
-            let Ok(raw) = RawObject::parse(&object.raw) else {
+    /// Sorts objects to the types that they belong to.
+    fn take(&mut self, objects: impl ExactSizeIterator<Item = PageObject>) -> Vec<Found> {
+        let mut found = Vec::with_capacity(objects.len());
+        for object in objects {
+            let Ok(raw) = RawObject::parse(object.text.as_str()) else {
                 // Whose it is can't be told: the type that takes the rest answers for it.
                 self.bad_object(self.seen.len() - 1, None);
                 continue;
@@ -104,16 +109,16 @@ impl Reading {
                 continue;
             };
             if let Some(index) = self.listing.selected.iter().position(|selected| selected.key == claimed.key) {
-                found.extend(self.observe(index, &raw, object).map(|item| (index, item)));
+                found.extend(self.observe(index, &raw, object.first_sight).map(|item| (index, item)));
             }
         }
         found
     }
 
-    fn observe(&mut self, index: usize, raw: &RawObject<'_>, object: &PageObject) -> Option<InventoryItem> {
+    fn observe(&mut self, index: usize, raw: &RawObject<'_>, first_sight: bool) -> Option<InventoryItem> {
         match raw.observe(&self.listing.selected[index]) {
             Ok(item) => {
-                self.seen[index].counters.items_observed_count += i64::from(object.first_sight);
+                self.seen[index].counters.items_observed_count += i64::from(first_sight);
                 Some(item)
             }
             Err(bad) => {

@@ -108,8 +108,9 @@ pub async fn read(reader: &GraphReader, collection: &Arc<Collection>) -> Result<
 }
 
 pub fn ids(objects: &[PageObject]) -> BTreeSet<String> {
-    let id =
-        |object: &PageObject| serde_json::from_str::<serde_json::Value>(object.raw.get()).unwrap()["id"].to_string();
+    let id = |object: &PageObject| {
+        serde_json::from_str::<serde_json::Value>(object.text.as_str()).unwrap()["id"].to_string()
+    };
     objects.iter().map(id).collect()
 }
 
