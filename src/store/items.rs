@@ -33,15 +33,16 @@ impl Store {
     }
 }
 
-/// One statement checks the lease, removes repeated ids, writes and counts. Its `order by` makes two batches take their
-/// row locks in the same order, so that they can't deadlock. A batch that waited behind a later one does not set back when
-/// an item was last seen.
+/// One statement checks the lease, writes and counts. It gets every id once, and in order: two batches take their row
+/// locks in the same order, so that they can't deadlock. A batch that waited behind a later one does not set back when an
+/// item was last seen.
 pub(super) async fn upsert(
     db: impl PgExecutor<'_>,
     lease: &Lease,
     policy_type: &PolicyType,
     items: &[InventoryItem],
 ) -> Result<Written, StoreError> {
+    let items = once_and_in_order(items);
     let ids: Vec<&str> = items.iter().map(|item| item.external_id.as_str()).collect();
     let names: Vec<Option<&str>> = items.iter().map(|item| item.display_name.as_deref()).collect();
     let platforms: Vec<Option<&str>> = items.iter().map(|item| item.platform.as_deref()).collect();
@@ -54,9 +55,7 @@ pub(super) async fn upsert(
              insert into inventory_items as i (tenant_id, policy_type, external_id, display_name, category, platform,
                     meta_jsonb, first_seen_at, last_changed_at, last_seen_at, last_seen_run_id)
              select $1, $4, u.id, u.name, $5, u.platform, u.meta::jsonb, now(), now(), now(), $2
-               from fence, (select distinct on (id) id, name, platform, meta
-                              from unnest($6::text[], $7::text[], $8::text[], $9::text[]) x(id, name, platform, meta)
-                             order by id) u
+               from fence, unnest($6::text[], $7::text[], $8::text[], $9::text[]) u(id, name, platform, meta)
              on conflict (tenant_id, policy_type, external_id) do update set
                display_name = excluded.display_name, category = excluded.category, platform = excluded.platform,
                meta_jsonb = excluded.meta_jsonb,
@@ -88,4 +87,33 @@ pub(super) async fn upsert(
         return Err(StoreError::LeaseLost);
     }
     Ok(Written { upserted: row.upserted, created: row.created, changed: row.changed })
+}
+
+/// The database could do this too, by its collation and several times as slowly. Of two with the same id the later one
+/// was observed last.
+fn once_and_in_order(items: &[InventoryItem]) -> Vec<&InventoryItem> {
+    let mut items: Vec<&InventoryItem> = items.iter().rev().collect();
+    items.sort_by(|one, other| one.external_id.cmp(&other.external_id));
+    items.dedup_by(|later, earlier| later.external_id == earlier.external_id);
+    items
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_repeated_id_the_last_observation_is_kept() {
+        let item = |id: &str, name: &str| InventoryItem {
+            external_id: id.to_owned(),
+            display_name: Some(name.to_owned()),
+            platform: None,
+            meta: "{}".to_owned(),
+        };
+        let items = [item("b", "first"), item("a", "only"), item("b", "second"), item("B", "other"), item("b", "last")];
+        let kept = once_and_in_order(&items);
+        let kept: Vec<_> =
+            kept.iter().map(|item| (&*item.external_id, item.display_name.as_deref().unwrap())).collect();
+        assert_eq!(kept, [("B", "other"), ("a", "only"), ("b", "last")]);
+    }
 }
