@@ -59,6 +59,7 @@ impl Ingest {
         // Once before anything counts: the simulator has its pages, both tables have their rows.
         ingest.run().await?;
         Rows::read(&ingest.world).await?.upsert(&mut ingest.bare, tenant).await?;
+        ingest.world.analyze().await?;
         Ok(ingest)
     }
 

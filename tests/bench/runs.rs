@@ -32,6 +32,7 @@ pub async fn measure(rig: &Rig) -> Outcome<Vec<Line>> {
     // Tokens and pages are there before anything counts.
     ours(&world, &lists, "warm", TENANTS).await?;
     bare.round(&world, TENANTS).await?;
+    world.analyze().await?;
     let (mut rounds, mut cpu) = (Vec::new(), Vec::new());
     for round in 0..rig.rounds {
         let raw = bare.round(&world, count).await?;
