@@ -116,6 +116,9 @@ impl<'a> RawObject<'a> {
     fn display_name(&self, property: &str) -> Option<String> {
         let name = self.text(property)?;
         // PostgreSQL has no text with NUL in it.
+        if name.len() <= MAX_DISPLAY_NAME_CHARS && !name.contains('\0') {
+            return (!name.is_empty()).then(|| name.into_owned());
+        }
         let kept: String = name.chars().filter(|c| *c != '\0').take(MAX_DISPLAY_NAME_CHARS).collect();
         (!kept.is_empty()).then_some(kept)
     }
