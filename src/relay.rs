@@ -131,10 +131,8 @@ impl Relay {
             let spans: Vec<Span> = batch.iter().map(|event| spans::publish(event.traceparent.as_deref())).collect();
             let publish = self.publisher.publish(batch.into_iter().map(outgoing).collect());
             let publish = async { publish.await.into_iter().zip(spans).map(end_span).collect::<Vec<Fate>>() };
-            let database = async {
-                self.settle(&published).await?;
-                if more_may_be_due { self.claim().await } else { Ok(Vec::new()) }
-            };
+            let claim = async { if more_may_be_due { self.claim().await } else { Ok(Vec::new()) } };
+            let database = async { tokio::try_join!(self.settle(&published), claim).map(|((), next)| next) };
             let (fates, next) = tokio::join!(publish, database);
             let unroutable = fates.iter().filter(|fate| **fate == Fate::Unroutable).count();
             all_sent &= fates.iter().all(|fate| *fate == Fate::Confirmed);

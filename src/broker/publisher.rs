@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::stream::FuturesUnordered;
-use futures_util::{FutureExt, StreamExt};
+use futures_util::{FutureExt, StreamExt, TryFutureExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{Channel, Confirmation, Event};
 use tokio::sync::{mpsc, oneshot};
@@ -25,6 +25,8 @@ use crate::telemetry;
 
 /// Messages that are published before the first confirm is awaited.
 const BATCH: usize = 512;
+/// Messages that the connection is given at once.
+const SENT_TOGETHER: usize = 64;
 const WAITING_JOBS: usize = 64;
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -342,16 +344,22 @@ impl Link {
     pub(super) async fn publish(&mut self, names: &Names, batch: &[Outgoing]) -> Vec<Fate> {
         let deadline = Deadline::after(self.limit);
         let mut fates = vec![Fate::Refused; batch.len()];
-        let mut confirms = FuturesUnordered::new();
-        for (index, message) in batch.iter().enumerate() {
-            fates[index] = Fate::Unknown;
-            let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-            let exchange = message.target.exchange(names);
-            let (key, properties) = (message.routing_key.clone(), message.properties.clone());
-            let publish = self.channel.basic_publish(exchange, key, options, &message.body, properties);
-            match timeout(deadline.remaining(), publish).await {
-                Ok(Ok(confirm)) => confirms.push(confirm.map(move |confirmation| (index, confirmation))),
-                Ok(Err(_)) | Err(_) => {
+        let (mut sending, mut confirms) = (FuturesUnordered::new(), FuturesUnordered::new());
+        let mut rest = batch.iter().enumerate();
+        loop {
+            // Given one by one, each would wake the connection's thread and wait for it.
+            for (index, message) in rest.by_ref().take(SENT_TOGETHER - sending.len()) {
+                fates[index] = Fate::Unknown;
+                let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+                let exchange = message.target.exchange(names);
+                let (key, properties) = (message.routing_key.clone(), message.properties.clone());
+                let publish = self.channel.basic_publish(exchange, key, options, &message.body, properties);
+                sending.push(publish.map_ok(move |confirm| confirm.map(move |confirmation| (index, confirmation))));
+            }
+            match timeout(deadline.remaining(), sending.next()).await {
+                Ok(Some(Ok(confirm))) => confirms.push(confirm),
+                Ok(None) => break,
+                Ok(Some(Err(_))) | Err(_) => {
                     self.clean = false;
                     break;
                 }

@@ -44,6 +44,28 @@ async fn ended_at_least(world: &World, count: i64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_event_that_one_replica_can_not_publish_is_anothers_long_before_its_claim_ends() {
+    let world = new_world().await;
+    world.sim.add_rule(slow(1_500));
+    let events = world.subscribe().await;
+    let broker = Proxy::before(world.amqp_address()).await;
+    let mut cut_off = world.config();
+    cut_off.broker.url = world.amqp_through(&broker).into();
+    cut_off.outbox.claim_s = 600;
+    let _cut_off = Replica::with(cut_off).await;
+    world.publish(&world.request("run", ONE_TYPE)).await;
+    running(&world, "run").await;
+    broker.refuse(true);
+    broker.cut();
+    let run = world.ended("run").await;
+    let claims = "select count(*) from outbox_events where sent_at is null and claimed_until is null and claims = 0";
+    eventually("the event is given back", || async { (world.count(claims).await == 1).then_some(()) }).await;
+    let _other = Replica::start(&world).await;
+    assert_eq!(events.event_of(&run).await["id"], run["id"]);
+    truths::hold_and_succeed(&world, &["run".to_owned()], &events).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn graphs_wire_cut_mid_page_at_random() {
     let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
     truths::keep_history(&world).await;
