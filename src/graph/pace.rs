@@ -124,7 +124,8 @@ impl Sent {
     /// that is replaced does not take the same window twice.
     fn by_a_predecessor(allowance: Allowance, born: Instant) -> Self {
         let mut sent = Self::default();
-        let (Some(begin), Some(most)) = (born.checked_sub(allowance.window), allowance.in_window) else { return sent };
+        let begin = born.checked_sub(counts_for(allowance.window));
+        let (Some(begin), Some(most)) = (begin, allowance.in_window) else { return sent };
         let most = most - allowance.speed.burst_size().get();
         let step = allowance.window / most.max(1);
         for number in 0..most {
@@ -143,13 +144,18 @@ impl Sent {
 
     /// How long a window is still full that allows `most`.
     fn full_for(&mut self, most: u32, window: Duration, now: Instant) -> Option<Duration> {
-        let counts_for = SLOT + window + OVERTAKING;
+        let counts_for = counts_for(window);
         while let Some((_, count)) = self.slots.pop_front_if(|(begun, _)| *begun + counts_for <= now) {
             self.all -= count;
         }
         let (oldest, _) = self.slots.front()?;
         (self.all >= most).then(|| (*oldest + counts_for).saturating_duration_since(now))
     }
+}
+
+/// How long a slot is counted from its beginning.
+fn counts_for(window: Duration) -> Duration {
+    SLOT + window + OVERTAKING
 }
 
 #[cfg(test)]
@@ -235,7 +241,7 @@ mod tests {
         (0..500).for_each(|_| sent.count(now));
         let in_window = |replicas| INTUNE.allowance(1.0, replicas).unwrap().in_window.unwrap();
         assert_eq!(sent.full_for(in_window(1), INTUNE.window, now), None);
-        let forgotten = SLOT + INTUNE.window + OVERTAKING;
+        let forgotten = counts_for(INTUNE.window);
         assert_eq!(sent.full_for(in_window(2), INTUNE.window, now), Some(forgotten));
         assert_eq!(sent.full_for(in_window(2), INTUNE.window, now + forgotten), None);
         assert_eq!(sent.all, 0);
