@@ -132,13 +132,12 @@ impl Relay {
             let publish = self.publisher.publish(batch.into_iter().map(outgoing).collect());
             let publish = async { publish.await.into_iter().zip(spans).map(end_span).collect::<Vec<Fate>>() };
             let claim = async { if more_may_be_due { self.claim().await } else { Ok(Vec::new()) } };
-            let database = async { tokio::try_join!(self.settle(&published), claim).map(|((), next)| next) };
-            let (fates, next) = tokio::join!(publish, database);
+            let (fates, settled, next) = tokio::join!(publish, self.settle(&published), claim);
             let unroutable = fates.iter().filter(|fate| **fate == Fate::Unroutable).count();
             all_sent &= fates.iter().all(|fate| *fate == Fate::Confirmed);
             published = Published { ids, fates };
             self.note_unroutable(unroutable);
-            batch = match next {
+            batch = match settled.and(next) {
                 Ok(next) => next,
                 Err(error) => {
                     self.settle(&published).await?;

@@ -61,7 +61,7 @@ fn whole(requests: f64) -> u32 {
 /// The pace of one tenant and family.
 #[derive(Debug)]
 pub(super) struct Pace {
-    now: Mutex<Option<(Allowance, Arc<DefaultDirectRateLimiter>)>>,
+    current: Mutex<Option<(Allowance, Arc<DefaultDirectRateLimiter>)>>,
     /// Held by whoever is next, so that requests go in the order in which they came.
     sent: tokio::sync::Mutex<Sent>,
 }
@@ -70,7 +70,7 @@ impl Pace {
     /// A pace by `allowance`. Before `born` another process may have asked the same tenant.
     pub(super) fn new(allowance: Option<Allowance>, born: Instant) -> Self {
         let sent = allowance.map(|allowance| Sent::by_a_predecessor(allowance, born)).unwrap_or_default();
-        let pace = Self { now: Mutex::default(), sent: tokio::sync::Mutex::new(sent) };
+        let pace = Self { current: Mutex::default(), sent: tokio::sync::Mutex::new(sent) };
         pace.set(allowance);
         pace
     }
@@ -78,14 +78,14 @@ impl Pace {
     /// Changes the allowance from now on; what was sent stays counted.
     pub(super) fn set(&self, allowance: Option<Allowance>) {
         let pace = allowance.map(|allowance| (allowance, Arc::new(RateLimiter::direct(allowance.speed))));
-        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = pace;
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = pace;
     }
 
     /// Waits for the turn of one request.
     pub(super) async fn turn(&self) {
         let came = Instant::now();
         let mut sent = self.sent.lock().await;
-        while let Some(wait) = self.too_early(&mut sent) {
+        while let Err(wait) = self.take(&mut sent) {
             tokio::time::sleep(wait).await;
         }
         drop(sent);
@@ -95,19 +95,19 @@ impl Pace {
         }
     }
 
-    /// How long the next request has to wait at least; if not at all, it is counted as sent.
-    fn too_early(&self, sent: &mut Sent) -> Option<Duration> {
-        let pace = self.now.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let (allowance, speed) = pace?;
+    /// Takes the turn of one request, or says how long that has to wait at least.
+    fn take(&self, sent: &mut Sent) -> Result<(), Duration> {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some((allowance, speed)) = current else { return Ok(()) };
         let now = Instant::now();
         if let Some(wait) = allowance.in_window.and_then(|most| sent.full_for(most, allowance.window, now)) {
-            return Some(wait);
+            return Err(wait);
         }
         if let Err(too_early) = speed.check() {
-            return Some(too_early.wait_time_from(DefaultClock::default().now()));
+            return Err(too_early.wait_time_from(DefaultClock::default().now()));
         }
         sent.count(now);
-        None
+        Ok(())
     }
 }
 
