@@ -209,7 +209,8 @@ async fn throttling_without_end_ends_within_the_budget() {
 
     world.sim.remove_rules(None);
     world.rule(Rule::status(503, None).path(PLAIN));
-    let failure = world.refused(PLAIN).await;
+    let reader = world.client().reader(TENANT, "default", budget(600, 1));
+    let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
     assert_eq!((failure.code, failure.http_status), (ErrorCode::GraphThrottled, Some(503)));
 }
 
