@@ -133,7 +133,7 @@ comment on column inventory_sync_run_types.finished_at is 'When it ended.';
 create table inventory_items (
     tenant_id        uuid        not null,
     policy_type      text        not null,
-    external_id      text        not null,
+    external_id      text        collate "C" not null,
     display_name     text,
     category         text        not null,
     platform         text,
@@ -147,7 +147,7 @@ create table inventory_items (
 comment on table inventory_items is 'Objects as last observed. Nothing is ever deleted here: what is missing is derived.';
 comment on column inventory_items.tenant_id is 'The tenant.';
 comment on column inventory_items.policy_type is 'The kind of object.';
-comment on column inventory_items.external_id is 'Graph''s id of it.';
+comment on column inventory_items.external_id is 'Graph''s id of it, compared byte by byte: no update of a locale can damage the index.';
 comment on column inventory_items.display_name is 'Its name, if it has one; at most 1,024 characters.';
 comment on column inventory_items.category is 'Category of its policy type.';
 comment on column inventory_items.platform is 'Platform that it is for, if that can be told.';

@@ -1,8 +1,9 @@
 //! From a raw Graph object to what is kept of it: classified, named, whitelisted.
 
 use std::borrow::Cow;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
+use memchr::memmem::Finder;
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -198,16 +199,22 @@ fn any_text(value: &Value, test: &dyn Fn(&str) -> bool) -> bool {
     }
 }
 
+/// What every credential of its kind has in it. Every kept text is searched for all three, so the searches are prepared.
+static BEARER: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("Bearer "));
+static PEM: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("-----BEGIN"));
+static JWT: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("eyJ"));
+
 /// Whether a text holds a bearer token, a JSON Web Token or a private key.
 #[must_use]
 pub fn looks_like_credential(text: &str) -> bool {
-    text.contains("Bearer ") || (text.contains("-----BEGIN") && text.contains("PRIVATE KEY")) || holds_jwt(text)
+    let holds = |mark: &Finder<'_>| mark.find(text.as_bytes()).is_some();
+    holds(&BEARER) || (holds(&PEM) && text.contains("PRIVATE KEY")) || holds_jwt(text)
 }
 
 /// A JWT: three base64url segments joined by dots, the first of which is a JSON object (`{"` encodes to `eyJ`).
 fn holds_jwt(text: &str) -> bool {
     let segment = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
-    text.match_indices("eyJ").any(|(start, _)| {
+    JWT.find_iter(text.as_bytes()).any(|start| {
         let mut segments = text[start..].split('.');
         let head = segments.next().is_some_and(|s| s.len() >= 8 && s.bytes().all(segment));
         let body = segments.next().is_some_and(|s| s.len() >= 2 && s.bytes().all(segment));

@@ -89,7 +89,7 @@ pub(super) async fn upsert(
     Ok(Written { upserted: row.upserted, created: row.created, changed: row.changed })
 }
 
-/// By bytes; the database would go by its collation. Of two with the same id the later one was observed last.
+/// By bytes, as the index goes. Of two with the same id the later one was observed last.
 fn once_and_in_order(items: &[InventoryItem]) -> Vec<&InventoryItem> {
     let mut items: Vec<&InventoryItem> = items.iter().rev().collect();
     items.sort_by(|one, other| one.external_id.cmp(&other.external_id));
