@@ -3,15 +3,18 @@
 use std::io;
 use std::path::Path;
 
-use async_rs::TokioRuntime;
+use async_rs::traits::Reactor;
+use async_rs::{Tokio, TokioRuntime};
 use lapin::tcp::{AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::error::BrokerError;
-use super::wire::Stream;
 use crate::config::BrokerConfig;
+
+/// The socket to the broker, with or without TLS.
+pub(super) type Stream = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
 
 /// What TLS connections are made with; the files are read once.
 #[derive(Clone)]

@@ -7,8 +7,8 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use async_rs::TokioRuntime;
 use async_rs::traits::Reactor;
-use async_rs::{Tokio, TokioRuntime};
 use futures_util::future::{Either, select};
 use futures_util::io::{AsyncReadExt, AsyncWriteExt};
 use lapin::protocol::{AMQPClass, connection, parse_class};
@@ -18,10 +18,7 @@ use lapin::uri::AMQPUri;
 use lapin::{Channel, Connection, ConnectionProperties};
 
 use super::error::{BrokerError, within};
-use super::tls::{self, Tls};
-
-/// The socket to the broker, with or without TLS.
-pub(super) type Stream = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
+use super::tls::{self, Stream, Tls};
 
 /// What happens to a connection, as it happens.
 pub(super) type Events = Pin<Box<dyn futures_util::Stream<Item = lapin::Event> + Send>>;

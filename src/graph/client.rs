@@ -8,30 +8,14 @@ use reqwest::Url;
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
-use super::pages::Pages;
 use super::spending::{RunBudget, Spending};
 use super::throttle::{GateChange, Throttle};
 use super::token::{TokenSource, Tokens};
-use super::transport::Connections;
+use super::transport::{Connections, GraphError};
 use crate::config::GraphConfig;
-use crate::domain::catalog::Collection;
 use crate::domain::clock::Deadline;
 use crate::domain::run::GraphUsage;
 use crate::telemetry;
-
-/// Why there is no Graph client; each names the key to mend.
-#[derive(Debug, thiserror::Error)]
-pub enum GraphError {
-    /// The extra certificate authority can't be used.
-    #[error("graph.ca_file: can't use {0}: {1}")]
-    CaFile(String, String),
-    /// The root of Graph is no address.
-    #[error("graph.base_url: {0} is no address")]
-    BaseUrl(String),
-    /// TLS could not be set up.
-    #[error("graph: no HTTPS client could be made: {0}")]
-    Client(#[source] reqwest::Error),
-}
 
 /// Rings and clouds differ in what they know: what one tenant's Graph refuses another's may take, and this one's may
 /// tomorrow.
@@ -123,12 +107,6 @@ pub struct GraphReader {
 }
 
 impl GraphReader {
-    /// The pages of a list, from its first to its last.
-    #[must_use]
-    pub fn pages(&self, collection: &Arc<Collection>) -> Pages {
-        Pages::new(self.clone(), Arc::clone(collection))
-    }
-
     /// What the run has cost Graph so far.
     #[must_use]
     pub fn usage(&self) -> GraphUsage {

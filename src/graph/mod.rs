@@ -21,9 +21,10 @@ mod token;
 mod transport;
 mod walk;
 
-pub use client::{GraphClient, GraphError, GraphReader};
+pub use client::{GraphClient, GraphReader};
 pub use page::ObjectText;
 pub use pages::{Page, PageObject, Pages};
 pub use probe::ProbeFailure;
 pub use spending::RunBudget;
 pub use throttle::GateChange;
+pub use transport::GraphError;

@@ -40,8 +40,16 @@ pub struct Pages {
     ended: bool,
 }
 
+impl GraphReader {
+    /// The pages of a list, from its first to its last.
+    #[must_use]
+    pub fn pages(&self, collection: &Arc<Collection>) -> Pages {
+        Pages::new(self.clone(), Arc::clone(collection))
+    }
+}
+
 impl Pages {
-    pub(super) fn new(reader: GraphReader, collection: Arc<Collection>) -> Self {
+    fn new(reader: GraphReader, collection: Arc<Collection>) -> Self {
         Self { reader, collection, parents: None, walk: None, seen: Met::default(), ended: false }
     }
 

@@ -7,7 +7,6 @@ use reqwest::header::{ACCEPT, AUTHORIZATION, DATE, HeaderMap, HeaderValue, RETRY
 use reqwest::{Certificate, Client, ClientBuilder, Response, Url, redirect};
 use uuid::Uuid;
 
-use super::client::GraphError;
 use super::retry_after;
 use crate::config::{GraphConfig, seconds};
 use crate::domain::clock::Deadline;
@@ -25,6 +24,20 @@ const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 const MOST_ERROR_BYTES: usize = 256 << 10;
 /// New connections are made at most this often, however many requests ask for it at once.
 const RENEW_AT_MOST_EVERY: Duration = Duration::from_secs(1);
+
+/// Why there is no Graph client; each names the key to mend.
+#[derive(Debug, thiserror::Error)]
+pub enum GraphError {
+    /// The extra certificate authority can't be used.
+    #[error("graph.ca_file: can't use {0}: {1}")]
+    CaFile(String, String),
+    /// The root of Graph is no address.
+    #[error("graph.base_url: {0} is no address")]
+    BaseUrl(String),
+    /// TLS could not be set up.
+    #[error("graph: no HTTPS client could be made: {0}")]
+    Client(#[source] reqwest::Error),
+}
 
 /// The HTTP client in use, which can be exchanged for one with fresh connections.
 #[derive(Debug)]

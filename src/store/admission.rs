@@ -9,7 +9,7 @@ use sqlx::PgConnection;
 use tracing::warn;
 use uuid::Uuid;
 
-use super::runs::RunRow;
+use super::recording::RunRow;
 use super::transaction::Transaction;
 use super::{Store, StoreError, run_types, runs};
 use crate::config::WhenFull;

@@ -10,6 +10,7 @@ mod items;
 mod leases;
 mod outbox;
 mod read;
+mod recording;
 mod retention;
 mod run_types;
 mod runs;
@@ -32,7 +33,8 @@ pub use items::Written;
 pub use leases::Renewal;
 pub use outbox::{Backlog, OutboxEvent};
 pub use read::{MissingItem, Run, RunDetails, RunFilter};
-pub use runs::{FinishRules, LastType, SuspiciousDrop};
+pub use recording::SuspiciousDrop;
+pub use runs::{FinishRules, LastType};
 pub use tenants::{NewTenant, Tenant};
 
 use crate::config::{DatabaseConfig, seconds};
@@ -99,6 +101,11 @@ impl StoreError {
     }
 }
 
+/// For what a row holds and this version can't read.
+fn unreadable(error: impl std::fmt::Display) -> StoreError {
+    StoreError::Row(error.to_string())
+}
+
 /// The inventory's database.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -112,7 +119,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Prepares the two pools; connections are made when they are needed.
+    /// Prepares the pools; connections are made when they are needed.
     ///
     /// # Errors
     /// If the address can't be read.

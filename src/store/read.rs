@@ -4,9 +4,7 @@ use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::run_types;
-use super::runs::unreadable;
-use super::{Store, StoreError};
+use super::{Store, StoreError, run_types, unreadable};
 use crate::domain::event::rfc3339;
 use crate::domain::run::{GraphUsage, RunStatus, TypeCounters, TypeOutcome};
 use crate::domain::selection::Selection;

@@ -2,35 +2,19 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
 use sqlx::PgConnection;
-use time::OffsetDateTime;
 use tracing::warn;
 use uuid::Uuid;
 
 use super::items::Written;
-use super::run_types::Recording;
+use super::recording::{Ending, Recording, RunRow, SuspiciousDrop};
 use super::transaction::Transaction;
-use super::{Store, StoreError, items, run_types};
+use super::{Store, StoreError, items, recording, run_types, unreadable};
 use crate::domain::event::{RunCompleted, rfc3339};
 use crate::domain::failure::ErrorCode;
 use crate::domain::item::InventoryItem;
 use crate::domain::policy_type::PolicyType;
 use crate::domain::run::{GraphUsage, Lease, RunReport, RunStatus, TypeCounters, TypeOutcome};
-
-/// When a complete listing counts as a suspicious drop.
-#[derive(Debug, Clone, Copy)]
-pub struct SuspiciousDrop {
-    /// It fell below this share of what the previous completed run had ...
-    pub share: f64,
-    /// ... and that run had at least so many objects.
-    pub min_items: i64,
-}
-
-impl SuspiciousDrop {
-    /// Where nothing is listed, nothing drops.
-    const NEVER: Self = Self { share: 0.0, min_items: i64::MAX };
-}
 
 /// What the end of a run goes by.
 #[derive(Debug, Clone, Copy)]
@@ -74,7 +58,7 @@ impl Store {
         drop_rule: SuspiciousDrop,
     ) -> Result<(), StoreError> {
         let recording = Recording { lease, usage, drop_rule, ending: None };
-        run_types::record(&self.work, recording, outcomes).await?;
+        recording::record(&self.work, recording, outcomes).await?;
         Ok(())
     }
 
@@ -106,7 +90,7 @@ impl Store {
         let ending = Ending::of(report);
         let (usage, drop_rule) = (&report.usage, rules.suspicious_drop);
         let recording = Recording { lease, usage, drop_rule, ending: Some(&ending) };
-        let run = run_types::record(&mut *transaction, recording, &mut report.outcomes[recorded..]).await?;
+        let run = recording::record(&mut *transaction, recording, &mut report.outcomes[recorded..]).await?;
         report.outcomes.sort_by(|one, other| one.policy_type.cmp(&other.policy_type));
         let types = report.outcomes.clone();
         announce(&mut transaction, &self.deployment, (lease.tenant_id, lease.run_id), (run, types)).await?;
@@ -165,63 +149,6 @@ impl Store {
     }
 }
 
-/// How a run ends.
-pub(super) struct Ending {
-    pub(super) status: RunStatus,
-    pub(super) totals: TypeCounters,
-    pub(super) error_codes: Vec<String>,
-    pub(super) error_context: Value,
-    pub(super) retry_after_s: Option<i32>,
-}
-
-impl Ending {
-    fn of(report: &RunReport) -> Self {
-        Self {
-            status: report.status(),
-            totals: report.totals(),
-            error_codes: report.error_codes().into_iter().map(str::to_owned).collect(),
-            error_context: report.error_context(),
-            retry_after_s: report.retry_after_s,
-        }
-    }
-
-    pub(super) fn had_errors(&self) -> bool {
-        self.totals.errors_count > 0 || !self.error_codes.is_empty()
-    }
-}
-
-/// What the event of a run says of it.
-pub(super) struct RunRow {
-    pub(super) selection_hash: String,
-    pub(super) selection_payload: Value,
-    pub(super) idempotency_key: String,
-    pub(super) correlation_id: Option<String>,
-    pub(super) requested_by: Option<String>,
-    pub(super) traceparent: Option<String>,
-    pub(super) status: String,
-    pub(super) had_errors: bool,
-    pub(super) error_codes: Vec<String>,
-    pub(super) items_observed_count: i64,
-    pub(super) items_upserted_count: i64,
-    pub(super) items_created_count: i64,
-    pub(super) items_changed_count: i64,
-    pub(super) errors_count: i64,
-    pub(super) graph_requests_count: i64,
-    pub(super) graph_throttled_count: i64,
-    pub(super) graph_throttle_wait_ms: i64,
-    pub(super) items_unclassified_count: i64,
-    pub(super) graph_select_refused_count: i64,
-    pub(super) retry_after_s: Option<i32>,
-    pub(super) attempt: i32,
-    pub(super) started_at: OffsetDateTime,
-    pub(super) finished_at: Option<OffsetDateTime>,
-    pub(super) daemon_version: String,
-    /// Types of which far fewer objects were listed than before.
-    pub(super) suspicious: Vec<String>,
-    pub(super) missing_high: i64,
-    pub(super) missing_low: i64,
-}
-
 /// Ends a run whose worker is lost, and whose row is locked. What its types had counted by then stays counted.
 pub(super) async fn end_lost(
     db: &mut PgConnection,
@@ -244,12 +171,8 @@ pub(super) async fn end_lost(
     ending.error_codes.dedup();
     let (usage, drop_rule) = (&report.usage, SuspiciousDrop::NEVER);
     let recording = Recording { lease: &lease, usage, drop_rule, ending: Some(&ending) };
-    let run = run_types::record(&mut *db, recording, &mut []).await?;
+    let run = recording::record(&mut *db, recording, &mut []).await?;
     announce(db, deployment, (tenant_id, run_id), (run, report.outcomes)).await
-}
-
-pub(super) fn unreadable(error: impl std::fmt::Display) -> StoreError {
-    StoreError::Row(error.to_string())
 }
 
 /// Writes the event of a run that has just ended, in the transaction that ended it.

@@ -101,6 +101,55 @@ fn nobody_imports_in_a_circle() {
     }
 }
 
+/// The other files of its folder that a file's code names, by their stems.
+fn named_neighbours(path: &Path, code: &str) -> BTreeSet<String> {
+    let neighbour = |name: &str| path.with_file_name(name).with_extension("rs").is_file();
+    let name_at = |text: &str| -> String { text.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect() };
+    let mut named = BTreeSet::new();
+    for (at, found) in code.match_indices("super::") {
+        let rest = &code[at + found.len()..];
+        let Some(list) = rest.strip_prefix('{') else {
+            named.insert(name_at(rest));
+            continue;
+        };
+        // What stands in inner braces belongs to the name before them.
+        let mut depth = 0;
+        for part in list.split_inclusive(['{', '}', ',']) {
+            if depth == 0 {
+                named.insert(name_at(part.trim_start()));
+            }
+            depth += i32::from(part.ends_with('{')) - i32::from(part.ends_with('}'));
+            if depth < 0 {
+                break;
+            }
+        }
+    }
+    named.retain(|name| neighbour(name) && path.file_stem() != Some(name.as_ref()));
+    named
+}
+
+#[test]
+fn nor_do_the_files_of_a_room() {
+    let mut knows: BTreeMap<PathBuf, BTreeSet<PathBuf>> = BTreeMap::new();
+    for (path, room, code) in files() {
+        // `super` of a folder's own mod.rs, and of a file at the top, is another folder.
+        if !path.ends_with("mod.rs") && !path.with_file_name(&room).with_extension("rs").is_file() {
+            let neighbours = named_neighbours(&path, &code).into_iter();
+            knows.insert(path.clone(), neighbours.map(|name| path.with_file_name(name).with_extension("rs")).collect());
+        }
+    }
+    assert!(knows.values().map(BTreeSet::len).sum::<usize>() > 50, "imports are found at all");
+    // Take away who knows nobody that is left, until nobody can be taken away: what is left is a circle.
+    loop {
+        let left: BTreeSet<PathBuf> = knows.keys().cloned().collect();
+        knows.retain(|_, known| known.iter().any(|other| left.contains(other)));
+        if knows.len() == left.len() {
+            assert!(knows.is_empty(), "these know each other in a circle: {:?}", knows.keys());
+            return;
+        }
+    }
+}
+
 #[test]
 fn vendor_names_stay_in_their_rooms() {
     for (path, room, code) in files() {

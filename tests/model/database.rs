@@ -98,7 +98,7 @@ impl Design {
         true
     }
 
-    /// `store/items.rs`: `upsert_items`; `store/run_types.rs`: `record` has the same fence.
+    /// `store/items.rs`: `upsert_items`; `store/recording.rs`: `record` has the same fence.
     pub fn write_items(&self, state: &mut State, lease: Lease) -> bool {
         let Some(run) = state.run(lease.request).copied() else { return false };
         let accepted = run.running() && run.attempt == lease.attempt || !self.keeps(Guard::ItemFence);
@@ -108,7 +108,7 @@ impl Design {
         accepted
     }
 
-    /// `store/runs.rs`: `finish_run`, whose fence is `run_types::record`; what was left to write of the last list is
+    /// `store/runs.rs`: `finish_run`, whose fence is `recording::record`; what was left to write of the last list is
     /// written in the same transaction, under the same fence as any other
     pub fn finish_run(&self, state: &mut State, lease: Lease) -> bool {
         let Some(run) = state.run(lease.request).copied() else { return false };
