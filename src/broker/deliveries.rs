@@ -129,8 +129,6 @@ pub struct Delivery {
     pub retries: u32,
     /// How long it has been parked, in sum.
     pub deferred_s: u64,
-    /// Whether the broker has delivered it before.
-    pub redelivered: bool,
     properties: BasicProperties,
     acker: Acker,
     limit: Duration,
@@ -146,7 +144,6 @@ impl Delivery {
             tracestate: read_text(&properties, "tracestate").filter(|text| is_tracestate(text)),
             retries: u32::try_from(read_number(&properties, RETRIES)).unwrap_or(u32::MAX),
             deferred_s: read_number(&properties, DEFERRED_S),
-            redelivered: delivery.redelivered,
             body: delivery.data,
             properties,
             acker: delivery.acker,
