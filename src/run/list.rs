@@ -15,8 +15,9 @@ use crate::graph::{GraphReader, PageObject, Pages};
 
 /// Objects that go to the database together; pages may have ten thousand.
 const PART_OBJECTS: usize = 100;
-/// Parts that may wait between the wire and the database.
-const PARTS_AHEAD: usize = 2;
+/// Parts that may wait between the wire and the database: with the one in hand the 500 rows of a usual batch, so that
+/// one batch is ready when another is written.
+const PARTS_AHEAD: usize = 4;
 
 /// A list while it is read; dropped, it is read no further.
 pub(super) struct List {

@@ -35,7 +35,8 @@ impl Store {
 
 /// One statement checks the lease, writes and counts. It gets every id once, and in order: two batches take their row
 /// locks in the same order, so that they can't deadlock. A batch that waited behind a later one does not set back when an
-/// item was last seen.
+/// item was last seen. Old and new are compared as they are stored (`*<>`): to walk through two documents would cost a
+/// fifteenth of the whole statement.
 pub(super) async fn upsert(
     db: impl PgExecutor<'_>,
     lease: &Lease,
@@ -62,8 +63,8 @@ pub(super) async fn upsert(
                last_seen_at = greatest(i.last_seen_at, excluded.last_seen_at),
                last_seen_run_id = case when excluded.last_seen_at >= i.last_seen_at
                  then excluded.last_seen_run_id else i.last_seen_run_id end,
-               last_changed_at = case when (i.display_name, i.category, i.platform, i.meta_jsonb)
-                   is distinct from (excluded.display_name, excluded.category, excluded.platform, excluded.meta_jsonb)
+               last_changed_at = case when row(i.display_name, i.category, i.platform, i.meta_jsonb)::record
+                   *<> row(excluded.display_name, excluded.category, excluded.platform, excluded.meta_jsonb)::record
                  then excluded.last_changed_at else i.last_changed_at end
              returning first_seen_at >= (select started_at from fence) as created,
                        last_changed_at >= (select started_at from fence) as changed)
