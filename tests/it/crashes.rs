@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 
 use crate::sim::Rule;
 use crate::support::daemon::{Process, Replica};
-use crate::support::holds::{STEPS, Step, held, hold_at, hold_in_the_commit_of, let_go};
+use crate::support::pause::{self, STEPS, Step};
 use crate::support::proxy::Proxy;
 use crate::support::world::World;
-use crate::support::{eventually, truths, within};
+use crate::support::{eventually, invariants, within};
 
 fn rule(value: Value) -> Rule {
     serde_json::from_value(value).unwrap()
@@ -25,15 +25,15 @@ async fn running(world: &World, key: &str) {
 /// Kills a worker at `step` and lets another replica finish.
 async fn killed_at(step: &Step) {
     let world = World::new().await;
-    truths::keep_history(&world).await;
-    hold_at(&world, step, 2.0).await;
+    invariants::record_history(&world).await;
+    pause::at_step(&world, step, 2.0).await;
     let victim = Process::start(&world, "victim", &[]);
     world.publish(&world.request("run", &["mobileApp", "deviceShellScript"])).await;
     let events = world.subscribe().await;
-    held(&world).await;
+    pause::until_paused(&world).await;
     victim.signal("KILL");
     let _heir = Replica::start(&world).await;
-    truths::hold(&world, &["run".to_owned()], &events).await;
+    invariants::assert_all(&world, &["run".to_owned()], &events).await;
     let run = &world.runs("run").await[0];
     assert_eq!(run["status"], "success", "{}: {run}", step.name);
     assert_eq!(run["items_observed_count"], 24, "{}: counted once, whoever counted: {run}", step.name);
@@ -45,20 +45,20 @@ async fn killed_at(step: &Step) {
 /// Takes a worker through `step` and lets it hear nothing of that, so that it goes there again.
 async fn done_twice(step: &Step) {
     let world = World::new().await;
-    truths::keep_history(&world).await;
-    hold_in_the_commit_of(&world, step, 0.7).await;
-    let database = Proxy::before(world.database_address()).await;
+    invariants::record_history(&world).await;
+    pause::in_commit_of(&world, step, 0.7).await;
+    let database = Proxy::to(world.database_address()).await;
     let mut config = world.config();
     config.database.url = world.database_through(&database).into();
     let _replica = Replica::with(config).await;
     let events = world.subscribe().await;
     world.publish(&world.request("run", &["mobileApp", "deviceShellScript"])).await;
-    held(&world).await;
+    pause::until_paused(&world).await;
     database.freeze_replies(true);
-    let_go(&world).await;
+    pause::until_idle(&world).await;
     database.cut();
     database.freeze_replies(false);
-    truths::hold(&world, &["run".to_owned()], &events).await;
+    invariants::assert_all(&world, &["run".to_owned()], &events).await;
     let run = &world.runs("run").await[0];
     assert_eq!(run["status"], "success", "{}: {run}", step.name);
     assert_eq!(run["items_observed_count"], 24, "{}: counted once, however often it was done: {run}", step.name);
@@ -100,7 +100,7 @@ every_step! {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_mid_page_and_between_pages() {
     let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1,
         "action": { "kind": "slow_body", "chunk_bytes": 64, "pause_ms": 100 } })));
     let victim = Process::start(&world, "victim", &[("RUN__BATCH_ROWS", "10")]);
@@ -112,7 +112,7 @@ async fn killed_mid_page_and_between_pages() {
     .await;
     victim.signal("KILL");
     let _heir = Replica::start(&world).await;
-    truths::hold(&world, &["run".to_owned()], &events).await;
+    invariants::assert_all(&world, &["run".to_owned()], &events).await;
     let run = &world.runs("run").await[0];
     assert_eq!(
         (&run["status"], &run["attempt"], &run["items_observed_count"]),
@@ -123,8 +123,8 @@ async fn killed_mid_page_and_between_pages() {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_between_the_commit_and_the_ack() {
     let world = World::new().await;
-    truths::keep_history(&world).await;
-    let broker = Proxy::before(world.amqp_address()).await;
+    invariants::record_history(&world).await;
+    let broker = Proxy::to(world.amqp_address()).await;
     world.sim.add_rule(rule(json!({ "action": { "kind": "slow", "delay_ms": 800 } })));
     let victim = Process::start(&world, "victim", &[("BROKER__URL", &world.amqp_through(&broker))]);
     world.publish(&world.request("run", &["mobileApp"])).await;
@@ -135,7 +135,7 @@ async fn killed_between_the_commit_and_the_ack() {
     victim.signal("KILL");
     broker.cut();
     let _heir = Replica::start(&world).await;
-    truths::hold(&world, &["run".to_owned()], &events).await;
+    invariants::assert_all(&world, &["run".to_owned()], &events).await;
     eventually("the redelivery is acked as a duplicate", || async {
         (world.depth("inventory.sync.requests").await == 0).then_some(())
     })
@@ -146,7 +146,7 @@ async fn killed_between_the_commit_and_the_ack() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
     let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world.sim.add_rule(rule(json!({ "path": "deviceAppManagement/mobileApps", "page": 2, "times": 1, "action": { "kind": "slow", "delay_ms": 3_000 } })));
     let zombie = Process::start(&world, "zombie", &[]);
     world.publish(&world.request("run", &["mobileApp"])).await;
@@ -160,8 +160,8 @@ async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
     .await;
     assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(2)));
     zombie.signal("CONT");
-    zombie.logs("lease lost").await;
-    truths::hold(&world, &["run".to_owned()], &events).await;
+    zombie.wait_for_log("lease lost").await;
+    invariants::assert_all(&world, &["run".to_owned()], &events).await;
     assert_eq!(world.runs("run").await[0], run, "it has changed nothing");
     world.sync("next", &["deviceShellScript"]).await;
 }
@@ -169,9 +169,9 @@ async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wire_to_the_broker_that_is_cut_again_and_again() {
     let world = World::new().await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world.execute("update tenants set max_concurrent_runs = 100").await;
-    let broker = Proxy::before(world.amqp_address()).await;
+    let broker = Proxy::to(world.amqp_address()).await;
     let mut config = world.config();
     config.broker.url = world.amqp_through(&broker).into();
     let _replica = Replica::with(config).await;
@@ -199,15 +199,15 @@ async fn a_wire_to_the_broker_that_is_cut_again_and_again() {
             .await;
         }
     }
-    truths::hold(&world, &keys, &events).await;
+    invariants::assert_all(&world, &keys, &events).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_goes_away_burns_nothing() {
     let world = World::new().await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world.execute("update tenants set max_concurrent_runs = 100").await;
-    let database = Proxy::before(world.database_address()).await;
+    let database = Proxy::to(world.database_address()).await;
     let mut config = world.config();
     config.database.url = world.database_through(&database).into();
     let replica = Replica::with(config).await;
@@ -223,6 +223,6 @@ async fn a_database_that_goes_away_burns_nothing() {
     }
     eventually("consumption stops", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
     database.refuse(false);
-    truths::hold(&world, &keys, &events).await;
+    invariants::assert_all(&world, &keys, &events).await;
     assert_eq!(world.take("inventory.dead").await.map(|letter| letter.data.clone()), None, "nothing is dead-lettered");
 }

@@ -16,7 +16,7 @@ use crate::support::clients::{Language, shell_line};
 use crate::support::daemon::Replica;
 use crate::support::events::Subscriber;
 use crate::support::world::World;
-use crate::support::{PATIENCE, binary, eventually, servers};
+use crate::support::{DEADLINE, binary, eventually, servers};
 
 /// The tenant that README's examples ask for.
 const TENANT: Uuid = uuid::uuid!("6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d");
@@ -39,7 +39,7 @@ impl Running {
     /// The next line that it prints.
     async fn line(self) -> (Self, String) {
         let next = move || {
-            let line = self.lines.recv_timeout(PATIENCE).expect("it prints a line");
+            let line = self.lines.recv_timeout(DEADLINE).expect("it prints a line");
             (self, line)
         };
         spawn_blocking(next).await.expect("it is done")

@@ -17,14 +17,14 @@ use crate::support::events::Subscriber;
 use crate::support::scheduler::{Scheduler, requests};
 use crate::support::servers::{self, Private};
 use crate::support::world::World;
-use crate::support::{eventually, truths, within};
+use crate::support::{eventually, invariants, within};
 
 const ONE_TYPE: &[&str] = &["mobileApp"];
 
 async fn world_on(url: &str) -> World {
     let postgres = spawn_blocking(|| servers::postgres().url.clone()).await.unwrap();
     let world = World::on(SimConfig::default(), &postgres, url).await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world
 }
 
@@ -62,7 +62,7 @@ async fn a_broker_killed_and_restarted_with_its_data() {
     let broker = Private::start("rabbitmq", "faults-killed").await;
     let world = world_on(&broker.url).await;
     world.sim.add_rule(slow(None, 100));
-    let events = Subscriber::lasting(&[&broker.url], &world.prefix).await;
+    let events = Subscriber::durable(&[&broker.url], &world.prefix).await;
     let _fleet = (Replica::start(&world).await, Replica::start(&world).await);
     let (keys, requests) = requests(&world, "k", 60, ONE_TYPE).await;
     let publishing = publish_all(&[&broker.url], &world, requests, Duration::from_millis(20));
@@ -72,7 +72,7 @@ async fn a_broker_killed_and_restarted_with_its_data() {
         broker.act(|server| server.start_again()).await;
     }
     publishing.await.unwrap();
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     nothing_ran_twice(&world).await;
 }
 
@@ -81,7 +81,7 @@ async fn a_broker_that_closes_every_connection_again_and_again() {
     let broker = Private::start("rabbitmq", "faults-closed").await;
     let world = world_on(&broker.url).await;
     world.sim.add_rule(slow(None, 100));
-    let events = Subscriber::lasting(&[&broker.url], &world.prefix).await;
+    let events = Subscriber::durable(&[&broker.url], &world.prefix).await;
     let _fleet = (Replica::start(&world).await, Replica::start(&world).await);
     let (keys, requests) = requests(&world, "k", 60, ONE_TYPE).await;
     let publishing = publish_all(&[&broker.url], &world, requests, Duration::from_millis(20));
@@ -90,7 +90,7 @@ async fn a_broker_that_closes_every_connection_again_and_again() {
         broker.act(|server| server.ctl(&["close_all_connections", "fault"])).await;
     }
     publishing.await.unwrap();
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     nothing_ran_twice(&world).await;
 }
 
@@ -103,15 +103,15 @@ async fn a_delivery_that_outlasts_the_brokers_consumer_timeout() {
         "application:set_env(rabbit, consumer_timeout, 3000), application:set_env(rabbit, channel_tick_interval, 500).",
     );
     world.sim.add_rule(slow(Some("deviceAppManagement/mobileApps"), 9_000));
-    let events = Subscriber::lasting(&[&broker.url], &world.prefix).await;
+    let events = Subscriber::durable(&[&broker.url], &world.prefix).await;
     let worker = Process::start(&world, "worker", &[]);
     world.publish(&world.request("long", ONE_TYPE)).await;
     let (mut keys, requests) = requests(&world, "k", 30, &["deviceShellScript"]).await;
     let publishing = publish_all(&[&broker.url], &world, requests, Duration::from_millis(150));
-    worker.logs("no subscription; trying again").await;
+    worker.wait_for_log("no subscription; trying again").await;
     keys.push("long".to_owned());
     publishing.await.unwrap();
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     nothing_ran_twice(&world).await;
     let asked = world.sim.requests().iter().filter(|request| request.path.ends_with("mobileApps")).count();
     assert_eq!(asked, 1, "the redelivery made no second run beside the first");
@@ -122,7 +122,7 @@ async fn a_memory_alarm_holds_up_events_and_nothing_else() {
     let broker = Private::start("rabbitmq", "faults-alarm").await;
     let world = world_on(&broker.url).await;
     world.sim.add_rule(slow(None, 400));
-    let events = Subscriber::lasting(&[&broker.url], &world.prefix).await;
+    let events = Subscriber::durable(&[&broker.url], &world.prefix).await;
     let (keys, requests) = requests(&world, "k", 24, ONE_TYPE).await;
     publish_all(&[&broker.url], &world, requests, Duration::ZERO).await.unwrap();
     let _replica = Replica::start(&world).await;
@@ -136,7 +136,7 @@ async fn a_memory_alarm_holds_up_events_and_nothing_else() {
     assert!(unsent > 0, "events wait while the alarm lasts");
     assert!(claims <= 1, "a relay that is blocked claims nothing: {claims} claims");
     broker.eval("rabbit_alarm:clear_alarm({resource_limit, memory, node()}).");
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     nothing_ran_twice(&world).await;
 }
 
@@ -158,7 +158,7 @@ async fn delete_requests_queue(world: &World) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_queue_deleted_under_its_consumers_is_made_again() {
     let world = World::new().await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     let events = world.subscribe().await;
     let fleet = [Replica::start(&world).await, Replica::start(&world).await];
     world.sync("before", ONE_TYPE).await;
@@ -180,7 +180,7 @@ async fn a_queue_deleted_under_its_consumers_is_made_again() {
     publish_all(&[&world.amqp_url], &world, requests, Duration::ZERO).await.unwrap();
     eventually("all are ready again", || async { fleet.iter().all(ready).then_some(()) }).await;
     keys.push("before".to_owned());
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
 }
 
 /// Puts another queue in the place of the requests queue, with one request in it, and starts a replica before it.
@@ -214,7 +214,7 @@ async fn put_right(world: &World, replica: Replica) {
     eventually("it is ready", || async { replica.daemon().health().subscribed().then_some(()) }).await;
     assert_eq!(replica.daemon().health().problem(), None);
     world.publish(&world.request("kept", ONE_TYPE)).await;
-    truths::hold_and_succeed(world, &["kept".to_owned()], &events).await;
+    invariants::assert_all_succeeded(world, &["kept".to_owned()], &events).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -276,7 +276,7 @@ async fn a_cluster_that_loses_the_connected_node_and_then_its_majority() {
     let third = Private::join("faults-cluster-3", &first).await;
     let world = world_on(&second.url).await;
     world.sim.add_rule(slow(None, 100));
-    let events = Subscriber::lasting(&[&second.url], &world.prefix).await;
+    let events = Subscriber::durable(&[&second.url], &world.prefix).await;
     let mut config = world.config();
     config.broker.url = [&*first.url, &second.url, &third.url].join(",").into();
     let _fleet = (Replica::with(config.clone()).await, Replica::with(config).await);
@@ -301,6 +301,6 @@ async fn a_cluster_that_loses_the_connected_node_and_then_its_majority() {
     }
     publishing.await.unwrap();
     ended_at_least(&world, 120).await;
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     nothing_ran_twice(&world).await;
 }

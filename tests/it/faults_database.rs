@@ -19,7 +19,7 @@ use crate::support::events::Subscriber;
 use crate::support::scheduler::requests;
 use crate::support::servers::{self, Private, Server};
 use crate::support::world::World;
-use crate::support::{eventually, truths, within};
+use crate::support::{eventually, invariants, within};
 
 /// Rounds of four admissions that are cancelled somewhere on their way.
 const ROUNDS: usize = 600;
@@ -31,7 +31,7 @@ fn slow(delay_ms: u64) -> Rule {
 async fn world_on(database: &Server) -> World {
     let rabbitmq = spawn_blocking(|| servers::rabbitmq().url.clone()).await.unwrap();
     let world = World::on(SimConfig::default(), &database.url, &rabbitmq).await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world
 }
 
@@ -64,7 +64,7 @@ async fn away_and_back(name: &'static str, verb: &'static str) {
     database.act(move |server| server.command(verb)).await;
     database.act(|server| server.start_again()).await;
     ended_at_least(&world, 40).await;
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     nothing_is_dead(&world).await;
     no_worker_was_lost(&world).await;
 }
@@ -122,7 +122,7 @@ async fn a_database_that_turns_read_only_counts_as_away() {
     }
     read_only(&database, false).await;
     ended_at_least(&world, 30).await;
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     nothing_is_dead(&world).await;
     no_worker_was_lost(&world).await;
 }
@@ -130,7 +130,7 @@ async fn a_database_that_turns_read_only_counts_as_away() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_of_one_connection_serves_eight_runs_and_their_leases() {
     let world = World::new().await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world
         .execute(
             "create table renewals (id uuid);
@@ -156,7 +156,7 @@ async fn a_pool_of_one_connection_serves_eight_runs_and_their_leases() {
         world.publish(request).await;
     }
     ended_at_least(&world, 24).await;
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     assert_eq!(world.count("select count(*) from inventory_sync_runs where attempt > 1").await, 0, "no lease was lost");
     assert!(world.count("select count(*) from renewals").await > 0, "leases were renewed beside the work");
 }
@@ -190,7 +190,7 @@ async fn leases_are_renewed_between_the_statements_that_lock_their_rows() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_full_makes_requests_wait_and_dead_letters_none() {
     let world = World::new().await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world
         .execute(
             "create function full_disk() returns trigger language plpgsql as $$ begin
@@ -209,7 +209,7 @@ async fn a_database_that_is_full_makes_requests_wait_and_dead_letters_none() {
     eventually("they wait on the ladder", || async { (world.depth("inventory.retry.5s").await > 0).then_some(()) })
         .await;
     world.execute("drop trigger full_disk on inventory_sync_runs").await;
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     nothing_is_dead(&world).await;
 }
 
@@ -303,7 +303,7 @@ async fn a_database_that_flaps_is_followed() {
         }
     }
     ended_at_least(&world, 40).await;
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     nothing_is_dead(&world).await;
     no_worker_was_lost(&world).await;
 }

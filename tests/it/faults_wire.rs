@@ -8,12 +8,12 @@ use tokio::time::sleep;
 
 use crate::sim::Rule;
 use crate::support::daemon::{Process, Replica};
-use crate::support::holds::{WRITING_THE_EVENT, held, hold_in_the_commit_of};
+use crate::support::pause::{self, ENQUEUING_THE_EVENT};
 use crate::support::proxy::Proxy;
 use crate::support::scheduler::requests;
 use crate::support::servers;
 use crate::support::world::World;
-use crate::support::{eventually, truths, within};
+use crate::support::{eventually, invariants, within};
 
 const ONE_TYPE: &[&str] = &["mobileApp"];
 
@@ -27,7 +27,7 @@ fn slow(delay_ms: u64) -> Rule {
 
 async fn new_world() -> World {
     let world = World::new().await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world
 }
 
@@ -48,7 +48,7 @@ async fn an_event_that_one_replica_can_not_publish_is_anothers_long_before_its_c
     let world = new_world().await;
     world.sim.add_rule(slow(1_500));
     let events = world.subscribe().await;
-    let broker = Proxy::before(world.amqp_address()).await;
+    let broker = Proxy::to(world.amqp_address()).await;
     let mut cut_off = world.config();
     cut_off.broker.url = world.amqp_through(&broker).into();
     cut_off.outbox.claim_s = 600;
@@ -62,15 +62,15 @@ async fn an_event_that_one_replica_can_not_publish_is_anothers_long_before_its_c
     eventually("the event is given back", || async { (world.count(claims).await == 1).then_some(()) }).await;
     let _other = Replica::start(&world).await;
     assert_eq!(events.event_of(&run).await["id"], run["id"]);
-    truths::hold_and_succeed(&world, &["run".to_owned()], &events).await;
+    invariants::assert_all_succeeded(&world, &["run".to_owned()], &events).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn graphs_wire_cut_mid_page_at_random() {
     let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world.sim.add_rule(rule(json!({ "action": { "kind": "slow_body", "chunk_bytes": 1_024, "pause_ms": 10 } })));
-    let graph = Proxy::before(world.sim.address()).await;
+    let graph = Proxy::to(world.sim.address()).await;
     let through = format!("https://{}", graph.address);
     let mut config = world.config();
     (config.graph.base_url, config.graph.authority) = (through.clone(), through);
@@ -88,7 +88,7 @@ async fn graphs_wire_cut_mid_page_at_random() {
         graph.cut();
         cuts += 1;
     }
-    truths::hold(&world, &keys, &events).await;
+    invariants::assert_all(&world, &keys, &events).await;
     assert!(cuts >= 5, "the wire was cut: {cuts}");
     let torn = "select * from inventory_sync_runs where not (status = 'success' and items_observed_count = 60
                   or status = 'failed' and error_codes = array['graph_unavailable'])";
@@ -101,12 +101,12 @@ async fn graphs_wire_cut_mid_page_at_random() {
 /// Cuts a worker off its database inside the commit that ends its run; it never learns what became of it.
 async fn cut_mid_commit(lands: bool) {
     let world = new_world().await;
-    hold_in_the_commit_of(&world, WRITING_THE_EVENT, 2.0).await;
-    let database = Proxy::before(world.database_address()).await;
+    pause::in_commit_of(&world, ENQUEUING_THE_EVENT, 2.0).await;
+    let database = Proxy::to(world.database_address()).await;
     let victim = Process::start(&world, "victim", &[("DATABASE__URL", &world.database_through(&database))]);
     let events = world.subscribe().await;
     world.publish(&world.request("run", ONE_TYPE)).await;
-    held(&world).await;
+    pause::until_paused(&world).await;
     database.freeze(true);
     if lands {
         world.ended("run").await;
@@ -118,7 +118,7 @@ async fn cut_mid_commit(lands: bool) {
     database.cut();
     database.freeze(false);
     let _heir = Replica::start(&world).await;
-    truths::hold_and_succeed(&world, &["run".to_owned()], &events).await;
+    invariants::assert_all_succeeded(&world, &["run".to_owned()], &events).await;
     let run = &world.runs("run").await[0];
     assert_eq!(run["attempt"], if lands { 1 } else { 2 }, "{run}");
     assert_eq!(events.distinct().len(), 1);
@@ -144,7 +144,7 @@ async fn cut_mid_commit_when_the_commit_is_lost() {
 async fn cut_between_publish_and_confirm() {
     let world = new_world().await;
     world.sim.add_rule(slow(500));
-    let broker = Proxy::before(world.amqp_address()).await;
+    let broker = Proxy::to(world.amqp_address()).await;
     let mut config = world.config();
     config.broker.url = world.amqp_through(&broker).into();
     let _replica = Replica::with(config).await;
@@ -164,7 +164,7 @@ async fn cut_between_publish_and_confirm() {
     );
     broker.cut();
     broker.freeze_replies(false);
-    truths::hold_and_succeed(&world, &["first".to_owned(), "second".to_owned()], &events).await;
+    invariants::assert_all_succeeded(&world, &["first".to_owned(), "second".to_owned()], &events).await;
     eventually("what became of it is unknown, so it is published again, under the same id", || async {
         (events.received().iter().filter(|event| event["id"] == second["id"]).count() >= 2).then_some(())
     })
@@ -185,13 +185,13 @@ async fn one_direction_freezes(world: &World, proxy: &Proxy, freeze: fn(&Proxy, 
     sleep(Duration::from_secs(12)).await;
     freeze(proxy, false);
     ended_at_least(world, 40).await;
-    truths::hold_and_succeed(world, &keys, &events).await;
+    invariants::assert_all_succeeded(world, &keys, &events).await;
 }
 
 async fn broker_freezes(freeze: fn(&Proxy, bool)) {
     let world = new_world().await;
     world.sim.add_rule(slow(200));
-    let proxy = Proxy::before(world.amqp_address()).await;
+    let proxy = Proxy::to(world.amqp_address()).await;
     let mut config = world.config();
     config.broker.url = world.amqp_through(&proxy).into();
     config.consumer.prefetch = 4;
@@ -202,7 +202,7 @@ async fn broker_freezes(freeze: fn(&Proxy, bool)) {
 async fn database_freezes(freeze: fn(&Proxy, bool)) {
     let world = new_world().await;
     world.sim.add_rule(slow(200));
-    let proxy = Proxy::before(world.database_address()).await;
+    let proxy = Proxy::to(world.database_address()).await;
     let mut config = world.config();
     config.database.url = world.database_through(&proxy).into();
     config.consumer.prefetch = 4;
@@ -234,7 +234,7 @@ async fn the_way_from_the_database_freezes() {
 async fn a_delivery_that_comes_again_while_the_first_worker_works() {
     let world = new_world().await;
     world.sim.add_rule(slow(4_000));
-    let broker = Proxy::before(world.amqp_address()).await;
+    let broker = Proxy::to(world.amqp_address()).await;
     let mut config = world.config();
     config.broker.url = world.amqp_through(&broker).into();
     let _first = Replica::with(config).await;
@@ -250,7 +250,7 @@ async fn a_delivery_that_comes_again_while_the_first_worker_works() {
     .await;
     assert_eq!(world.runs("run").await[0]["status"], "running");
     broker.refuse(false);
-    truths::hold_and_succeed(&world, &["run".to_owned()], &events).await;
+    invariants::assert_all_succeeded(&world, &["run".to_owned()], &events).await;
     assert_eq!(world.runs("run").await[0]["attempt"], 1);
     let asked = world.sim.requests().iter().filter(|request| request.path.ends_with("mobileApps")).count();
     assert_eq!(asked, 1, "Graph was asked by the first alone");
@@ -273,10 +273,10 @@ async fn stopped_twice_under_load_while_others_go_on() {
     .await;
     let _others = (Replica::start(&world).await, Replica::start(&world).await);
     victim.signal("TERM");
-    victim.logs("draining").await;
+    victim.wait_for_log("draining").await;
     victim.signal("TERM");
     assert!(victim.ended(Duration::from_secs(8)).await.success(), "{}", victim.log());
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     let lost = "select count(*) from inventory_sync_runs where attempt - interruptions <> 1";
     assert_eq!(world.count(lost).await, 0, "a run that was handed back in order costs no attempt");
 }
@@ -296,12 +296,12 @@ async fn a_replica_whose_clock_is_ten_minutes_ahead() {
     let lease = [("RUN__LEASE_S", "15"), ("CONSUMER__PREFETCH", "4")];
     let ahead = Process::start_under(&world, "ahead", &lease, &foreign);
     let _right = Process::start(&world, "right", &lease);
-    ahead.logs("subscribed").await;
+    ahead.wait_for_log("subscribed").await;
     let (keys, requests) = requests(&world, "k", 40, ONE_TYPE).await;
     for request in &requests {
         world.publish(request).await;
     }
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     let off = "select count(*) from inventory_sync_runs where attempt <> 1 or finished_at > clock_timestamp()
                 or started_at > clock_timestamp() or finished_at < started_at";
     assert_eq!(world.count(off).await, 0, "no lease was taken away or held too long, and the record keeps one clock");

@@ -141,7 +141,7 @@ fn no_statement_leaves_anything_in_its_session() {
 async fn the_daemon_works_through_pgbouncer() {
     for mode in Pooler::modes().await {
         let world = World::new().await;
-        let pooler = Pooler::before(&world, *mode).await;
+        let pooler = Pooler::start(&world, *mode).await;
         let events = world.subscribe().await;
         let mut config = world.config();
         config.database.url = pooler.url.as_str().into();

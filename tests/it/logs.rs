@@ -12,12 +12,12 @@ async fn every_line_of_a_run_names_the_run_its_tenant_and_its_correlation_id() {
     world.sim.add_rule(Rule::status(429, Some("1")).path("deviceAppManagement/mobileApps").times(1));
     world.sim.add_rule(Rule::status(403, None).path("deviceManagement/deviceShellScripts"));
     let process = Process::start(&world, "a", &[("TELEMETRY__LOG", "info,inventoryd::graph=debug")]);
-    process.logs("subscribed").await;
+    process.wait_for_log("subscribed").await;
     let mut request = world.request("logged", &["mobileApp", "deviceShellScript"]);
     request["correlation_id"] = "ticket-7".into();
     world.publish(&request).await;
     let run = world.ended("logged").await;
-    process.logs("run ended").await;
+    process.wait_for_log("run ended").await;
 
     let log = process.log();
     let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).expect(line)).collect();

@@ -98,7 +98,7 @@ async fn a_dead_letter_fits_its_schema_whoever_gave_it_up() {
     assert_eq!(document(&rejected)["headers"]["x-dead-reason"], "invalid_json");
 
     world.publish(&world.request("never answered", &["mobileApp"])).await;
-    world.give_up("inventory.sync.requests").await;
+    world.exhaust_redeliveries("inventory.sync.requests").await;
     let given_up = eventually("the broker's dead letter arrives", || world.take("inventory.dead")).await;
     assert_eq!(problems(DEAD_LETTER, &document(&given_up)), Ok(()));
     assert_eq!(document(&given_up)["headers"]["x-death"][0]["reason"], "delivery_limit");

@@ -6,10 +6,10 @@ use serde_json::json;
 
 use crate::sim::{Rule, Which};
 use crate::support::daemon::{Process, Replica};
-use crate::support::holds::{STEPS, hold_at};
+use crate::support::pause::{self, STEPS};
 use crate::support::proxy::Proxy;
 use crate::support::world::World;
-use crate::support::{eventually, truths};
+use crate::support::{eventually, invariants};
 
 const TYPES: [&str; 4] = ["mobileApp", "deviceShellScript", "deviceHealthScript", "deviceCompliancePolicy"];
 
@@ -58,24 +58,24 @@ async fn so_many_lists_of_a_run_are_read_at_once_and_no_more() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_statement_that_takes_too_long_is_given_up_and_the_run_goes_on_elsewhere() {
     let world = World::new().await;
-    truths::keep_history(&world).await;
-    hold_at(&world, &STEPS[1], 30.0).await;
+    invariants::record_history(&world).await;
+    pause::at_step(&world, &STEPS[1], 30.0).await;
     let mut config = world.config();
     config.database.statement_timeout_s = 1;
     let _replica = Replica::with(config).await;
     let events = world.subscribe().await;
     let begun = Instant::now();
     world.publish(&world.request("run", &["mobileApp"])).await;
-    truths::hold_and_succeed(&world, &["run".to_owned()], &events).await;
+    invariants::assert_all_succeeded(&world, &["run".to_owned()], &events).await;
     assert!(begun.elapsed() < Duration::from_secs(25), "nobody waited for the statement: {:?}", begun.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_gets_no_connection_in_time_tries_again_and_loses_nothing() {
     let world = World::new().await;
-    truths::keep_history(&world).await;
+    invariants::record_history(&world).await;
     world.execute("update tenants set max_concurrent_runs = 100").await;
-    hold_at(&world, &STEPS[1], 4.0).await;
+    pause::at_step(&world, &STEPS[1], 4.0).await;
     let mut config = world.config();
     config.database.max_connections = 1;
     config.database.acquire_timeout_s = 1;
@@ -85,14 +85,14 @@ async fn who_gets_no_connection_in_time_tries_again_and_loses_nothing() {
     for (key, name) in keys.iter().zip(TYPES) {
         world.publish(&world.request(key, &[name])).await;
     }
-    truths::hold_and_succeed(&world, &keys, &events).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
     assert!(world.take("inventory.dead").await.is_none());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_does_not_answer_is_left_for_the_next() {
     let world = World::new().await;
-    let mute = Proxy::before(world.amqp_address()).await;
+    let mute = Proxy::to(world.amqp_address()).await;
     mute.freeze(true);
     let mut config = world.config();
     config.broker.connect_timeout_s = 1;

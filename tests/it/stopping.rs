@@ -69,7 +69,7 @@ async fn a_second_signal_does_not_wait() {
     world.publish(&world.request("run", &["mobileApp"])).await;
     running(&world, "run").await;
     process.signal("TERM");
-    process.logs("draining").await;
+    process.wait_for_log("draining").await;
     process.signal("TERM");
     assert!(process.ended(Duration::from_secs(8)).await.success(), "{}", process.log());
     assert_eq!(world.depth("inventory.sync.requests").await, 1, "the request is back in the queue");
@@ -79,7 +79,7 @@ async fn a_second_signal_does_not_wait() {
 async fn a_database_that_hangs_does_not_hold_up_the_end() {
     let world = World::new().await;
     world.sim.add_rule(slow(1_500));
-    let wire = Proxy::before(world.database_address()).await;
+    let wire = Proxy::to(world.database_address()).await;
     let mut config = world.config();
     config.database.url = world.database_through(&wire).into();
     config.consumer.drain_s = 3;
@@ -99,7 +99,7 @@ async fn a_database_that_hangs_does_not_hold_up_the_end() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_away_at_the_start_is_waited_for_by_a_process_that_answers() {
     let world = World::new().await;
-    let wire = Proxy::before(world.database_address()).await;
+    let wire = Proxy::to(world.database_address()).await;
     wire.refuse(true);
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let listen = format!("127.0.0.1:{port}");

@@ -203,7 +203,7 @@ async fn what_would_wait_too_long_behind_old_runs_is_left_to_another_replica() {
     world.execute("update tenants set max_concurrent_runs = 100").await;
     let apps = json!({ "path": "deviceAppManagement/mobileApps", "action": { "kind": "slow", "delay_ms": 25_000 } });
     world.sim.add_rule(serde_json::from_value::<Rule>(apps).unwrap());
-    let wire = Proxy::before(world.amqp_address()).await;
+    let wire = Proxy::to(world.amqp_address()).await;
     let mut config = world.config();
     config.broker.url = world.amqp_through(&wire).into();
     config.consumer.prefetch = 1;

@@ -12,7 +12,7 @@ use inventoryd::store::Store;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::PATIENCE;
+use crate::support::DEADLINE;
 use crate::support::daemon::Process;
 use crate::support::proxy::Proxy;
 use crate::support::systemd::Systemd;
@@ -21,7 +21,7 @@ use crate::support::world::World;
 #[tokio::test(flavor = "multi_thread")]
 async fn systemd_hears_when_requests_are_taken_and_that_the_replica_lives_and_stops() {
     let world = World::new().await;
-    let proxy = Proxy::before(world.amqp_address()).await;
+    let proxy = Proxy::to(world.amqp_address()).await;
     proxy.refuse(true);
     let mut systemd = Systemd::new(&world.prefix);
     let socket = systemd.path.to_str().unwrap().to_owned();
@@ -39,7 +39,7 @@ async fn systemd_hears_when_requests_are_taken_and_that_the_replica_lives_and_st
     let taken = "STATUS=requests are taken; 0 in hand";
     let begun = Instant::now();
     while systemd.count("READY=1") == 0 || systemd.count(taken) == 0 {
-        assert!(begun.elapsed() < PATIENCE, "{:?}\n{}", systemd.heard(), process.log());
+        assert!(begun.elapsed() < DEADLINE, "{:?}\n{}", systemd.heard(), process.log());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 

@@ -24,8 +24,8 @@ use fleet::Fleet;
 use load::{Load, Published};
 use sim::SimConfig;
 use support::events::Subscriber;
+use support::invariants;
 use support::servers::Private;
-use support::truths;
 use support::world::World;
 use verdict::{Verdict, number};
 
@@ -47,8 +47,8 @@ async fn main() -> ExitCode {
     let postgres = Private::start("postgres", "soak-postgres").await;
     let rabbitmq = Private::start("rabbitmq", "soak-rabbitmq").await;
     let world = Arc::new(World::on(SimConfig::default(), &postgres.url, &rabbitmq.url).await);
-    truths::keep_history(&world).await;
-    let events = Subscriber::lasting(&[&rabbitmq.url], &world.prefix).await;
+    invariants::record_history(&world).await;
+    let events = Subscriber::durable(&[&rabbitmq.url], &world.prefix).await;
     println!("{minutes} minutes of faults over {} replicas", fleet::REPLICAS);
 
     let begun = Instant::now();

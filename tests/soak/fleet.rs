@@ -29,9 +29,9 @@ impl Fleet {
         let mut members = Vec::new();
         for number in 0..REPLICAS {
             let wires = [
-                Proxy::before(world.amqp_address()).await,
-                Proxy::before(world.database_address()).await,
-                Proxy::before(world.sim.address()).await,
+                Proxy::to(world.amqp_address()).await,
+                Proxy::to(world.database_address()).await,
+                Proxy::to(world.sim.address()).await,
             ];
             let name = format!("replica-{number}");
             let process = launch(world, &format!("{name}-0"), &wires);

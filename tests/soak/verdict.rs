@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use crate::load::{self, Published, TYPES};
 use crate::support::events::Subscriber;
-use crate::support::truths::OVERLAPS;
+use crate::support::invariants::OVERLAPPING_RUNS;
 use crate::support::world::World;
 
 /// The number that a query gives, if the database answers.
@@ -111,7 +111,7 @@ impl Verdict {
         );
         for (name, query) in [
             ("every run has ended", "select count(*) from inventory_sync_runs where status = 'running'"),
-            ("no two runs of a selection overlapped", OVERLAPS),
+            ("no two runs of a selection overlapped", OVERLAPPING_RUNS),
             (
                 "no run ended twice, or changed after its end",
                 "select count(*) from (select id from run_history where status <> 'running' group by tenant_id, id

@@ -1,4 +1,4 @@
-//! The programs that README shows, as README shows them: its code blocks as files, with the client libraries that they need.
+//! Runs the programs that the README shows: its code blocks as files, with the client libraries they need.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,18 +12,18 @@ const README: &str = include_str!("../../README.md");
 const PIKA: &str = "pika==1.4.4";
 const AMQPLIB: &str = "amqplib@2.3.1";
 
-/// A language that README has programs in.
+/// Language of a program in the README.
 #[derive(Debug, Clone, Copy)]
 pub enum Language {
-    /// With pika.
+    /// Python with pika.
     Python,
-    /// With amqplib.
+    /// Node.js with amqplib.
     Node,
 }
 
 impl Language {
-    /// A command that runs a program of README; none, with a line that says so, where the language or its library can't be
-    /// had.
+    /// Builds a command that runs a program of the README; returns `None` and prints why where the interpreter or the
+    /// library can't be installed.
     pub async fn program(self, file: &'static str) -> Option<Command> {
         spawn_blocking(move || {
             let folder = self.folder()?;
@@ -34,10 +34,10 @@ impl Language {
             Some(command)
         })
         .await
-        .expect("it is done")
+        .expect("the task completes")
     }
 
-    /// Where its library is: installed once, and kept in `target`.
+    /// Folder with the language's client library, installed once and kept in `target`.
     fn folder(self) -> Option<&'static Path> {
         static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
         static NODE: OnceLock<Option<PathBuf>> = OnceLock::new();
@@ -91,7 +91,7 @@ impl Language {
     }
 }
 
-/// The code block of README whose first line names the file.
+/// Finds the code block of the README whose first line names the file.
 fn block(file: &str) -> &'static str {
     let blocks = README.split("```").skip(1).step_by(2);
     let code = blocks.filter_map(|block| block.split_once('\n').map(|(_, code)| code));
@@ -99,10 +99,10 @@ fn block(file: &str) -> &'static str {
     code.into_iter().find(named).unwrap_or_else(|| panic!("README has no code block of {file}"))
 }
 
-/// The only line of README's shell blocks that begins so.
+/// Finds the only line of the README that starts with `beginning`.
 pub fn shell_line(beginning: &str) -> &'static str {
     let mut lines = README.lines().filter(|line| line.starts_with(beginning));
     let line = lines.next().unwrap_or_else(|| panic!("README has no line {beginning}"));
-    assert_eq!(lines.next(), None, "{beginning} stands there twice");
+    assert_eq!(lines.next(), None, "README has two lines {beginning}");
     line
 }

@@ -1,4 +1,4 @@
-//! An OTLP collector: takes traces over HTTP and keeps them.
+//! OTLP collector that stores the traces it receives over HTTP.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,40 +12,40 @@ use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue, any_value};
 use prost::Message;
 use tokio::net::TcpListener;
 
-/// One span as it arrived.
+/// Span as received.
 #[derive(Debug, Clone)]
 pub struct Span {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its trace, in hexadecimal digits.
+    /// Trace id in hexadecimal.
     pub trace_id: String,
-    /// Its own id.
+    /// Span id.
     pub span_id: String,
-    /// The id of the span above it; empty for none.
+    /// Id of the parent span; empty for a root span.
     pub parent_id: String,
-    /// The state that its trace came with.
+    /// `tracestate` of the trace.
     pub trace_state: String,
-    /// Its attributes as text.
+    /// Attributes as text.
     pub attributes: BTreeMap<String, String>,
 }
 
-/// A collector that listens on a port of its own.
+/// Collector that listens on a free port.
 pub struct Collector {
-    /// Where it listens.
+    /// Address it listens on.
     pub address: SocketAddr,
     spans: Arc<Mutex<Vec<Span>>>,
 }
 
 impl Collector {
-    /// Starts it.
+    /// Starts a collector.
     pub async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let address = listener.local_addr().expect("it is bound");
+        let address = listener.local_addr().expect("the listener is bound");
         let spans: Arc<Mutex<Vec<Span>>> = Arc::default();
         let kept = Arc::clone(&spans);
         let take = move |body: Bytes| {
             let request = ExportTraceServiceRequest::decode(body).expect("the body is OTLP");
-            kept.lock().expect("no test holds the lock while it fails").extend(spans_in(request));
+            kept.lock().expect("no holder of the lock panics").extend(spans_in(request));
             std::future::ready(())
         };
         let router = Router::new().route("/v1/traces", post(take));
@@ -53,9 +53,9 @@ impl Collector {
         Self { address, spans }
     }
 
-    /// Everything that arrived so far.
+    /// Returns every span received so far.
     pub fn spans(&self) -> Vec<Span> {
-        self.spans.lock().expect("no test holds the lock while it fails").clone()
+        self.spans.lock().expect("no holder of the lock panics").clone()
     }
 }
 

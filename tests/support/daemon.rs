@@ -1,4 +1,4 @@
-//! Daemons to test: in this process, or as processes that can be killed.
+//! Daemons under test: in this process, or as processes that can be killed.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,48 +9,48 @@ use inventoryd::config::Config;
 use inventoryd::daemon::Daemon;
 
 use super::world::World;
-use super::{PATIENCE, binary, within};
+use super::{DEADLINE, binary, within};
 
-/// A replica in this process.
+/// Replica that runs inside the test process.
 pub struct Replica(Option<Daemon>);
 
 impl Replica {
-    /// A replica with the world's own configuration.
+    /// Starts a replica with the environment's configuration.
     pub async fn start(world: &World) -> Self {
         Self::with(world.config()).await
     }
 
-    /// A replica with a configuration that the test has changed.
+    /// Starts a replica with a configuration of the test's.
     pub async fn with(config: Config) -> Self {
         Self(Some(Daemon::start(config, None).await.expect("the daemon starts")))
     }
 
-    /// Stops in order.
+    /// Drains and stops the replica.
     pub async fn stop(mut self) {
-        let daemon = self.0.take().expect("it was not stopped before");
+        let daemon = self.0.take().expect("the replica was not stopped before");
         daemon.drain();
         daemon.stopped().await;
     }
 
-    /// The daemon itself.
+    /// Returns the daemon.
     pub fn daemon(&self) -> &Daemon {
-        self.0.as_ref().expect("it was not stopped before")
+        self.0.as_ref().expect("the replica was not stopped before")
     }
 }
 
-/// A replica as a process of its own; killed when dropped.
+/// Replica that runs as a process of its own; killed on drop.
 pub struct Process {
     child: Child,
     log: PathBuf,
 }
 
 impl Process {
-    /// Starts the real binary in a world, with some variables of its own.
+    /// Starts the real binary with extra `INVENTORYD__*` variables.
     pub fn start(world: &World, name: &str, extra: &[(&str, &str)]) -> Self {
         Self::start_under(world, name, extra, &[])
     }
 
-    /// The same, with variables that are not the daemon's own.
+    /// Starts the real binary with extra variables, and with `foreign` ones that are not the daemon's.
     pub fn start_under(world: &World, name: &str, extra: &[(&str, &str)], foreign: &[(&str, &str)]) -> Self {
         let mut variables: BTreeMap<String, String> = world.variables();
         variables.insert("INVENTORYD__TELEMETRY__LOG".to_owned(), "info".to_owned());
@@ -70,33 +70,33 @@ impl Process {
         Self { child, log }
     }
 
-    /// Sends a signal by its name: KILL, TERM, STOP, CONT, USR1.
+    /// Sends a signal by name: KILL, TERM, STOP, CONT, USR1.
     pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status();
-        assert!(sent.expect("kill runs").success(), "the process is there to get SIG{name}");
+        assert!(sent.expect("kill runs").success(), "the process is alive to receive SIG{name}");
     }
 
-    /// Waits for its end.
-    pub async fn ended(&mut self, patience: Duration) -> ExitStatus {
+    /// Waits until the process exits.
+    pub async fn ended(&mut self, deadline: Duration) -> ExitStatus {
         let Self { child, log } = self;
         let log = log.clone();
         let child = std::sync::Mutex::new(child);
-        within(patience, &format!("the process ends (log: {})", log.display()), || async {
-            child.lock().expect("nobody fails with it").try_wait().expect("it is our child")
+        within(deadline, &format!("the process exits (log: {})", log.display()), || async {
+            child.lock().expect("no holder of the lock panics").try_wait().expect("the process is a child of this one")
         })
         .await
     }
 
-    /// Waits until it has logged `text`; fails with everything that it has logged instead.
-    pub async fn logs(&self, text: &str) {
+    /// Waits until the log contains `text`, or fails with the whole log.
+    pub async fn wait_for_log(&self, text: &str) {
         let begun = std::time::Instant::now();
         while !self.log().contains(text) {
-            assert!(begun.elapsed() < PATIENCE, "{text:?} is not in the log:\n{}", self.log());
+            assert!(begun.elapsed() < DEADLINE, "{text:?} is not in the log:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(25)).await;
         }
     }
 
-    /// Everything that it has logged.
+    /// Returns the whole log.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }

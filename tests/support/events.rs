@@ -1,8 +1,7 @@
-//! A subscriber to run-completed events, as another service would be one.
+//! Subscriber to run-completed events, as another service would implement it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -15,28 +14,28 @@ use tokio::time::{sleep, timeout};
 
 use super::eventually;
 
-/// Everything that arrived, in order, repeats included.
+/// Collects every event received, in order, repeats included.
 pub struct Subscriber {
     received: Arc<Mutex<Vec<Value>>>,
     _connection: Option<Connection>,
-    lasting: Option<JoinHandle<()>>,
+    reconnecting: Option<JoinHandle<()>>,
 }
 
 impl Drop for Subscriber {
     fn drop(&mut self) {
-        if let Some(task) = &self.lasting {
+        if let Some(task) = &self.reconnecting {
             task.abort();
         }
     }
 }
 
 impl Subscriber {
-    /// Binds a queue of its own to every event.
+    /// Subscribes to every event with an exclusive queue.
     pub async fn new(amqp_url: &str, prefix: &str) -> Self {
         Self::bound(amqp_url, prefix, "run.completed.#").await
     }
 
-    /// Binds a queue of its own to the events that `binding` takes.
+    /// Subscribes with an exclusive queue to the events that match `binding`.
     pub async fn bound(amqp_url: &str, prefix: &str, binding: &str) -> Self {
         let connection =
             Connection::connect(amqp_url, ConnectionProperties::default()).await.expect("the broker answers");
@@ -48,51 +47,52 @@ impl Subscriber {
                 FieldTable::default(),
             )
             .await
-            .expect("a queue is made");
+            .expect("a queue is declared");
         let exchange = format!("{prefix}inventory.events");
         let (name, options) = (queue.name().clone(), QueueBindOptions::default());
         channel
             .queue_bind(name.clone(), exchange.into(), binding.into(), options, FieldTable::default())
             .await
-            .expect("the exchange is there");
+            .expect("the exchange exists");
         let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
-        let mut deliveries =
-            channel.basic_consume(name, "".into(), options, FieldTable::default()).await.expect("consuming begins");
+        let mut deliveries = channel
+            .basic_consume(name, "".into(), options, FieldTable::default())
+            .await
+            .expect("the consumer is registered");
         let received = Arc::new(Mutex::new(Vec::new()));
         let log = Arc::clone(&received);
         tokio::spawn(async move {
             let _channel = channel;
             while let Some(Ok(delivery)) = deliveries.next().await {
                 let event = serde_json::from_slice(&delivery.data).expect("an event is JSON");
-                log.lock().expect("no test holds the lock while it fails").push(event);
+                log.lock().expect("no holder of the lock panics").push(event);
             }
         });
-        Self { received, _connection: Some(connection), lasting: None }
+        Self { received, _connection: Some(connection), reconnecting: None }
     }
 
-    /// Like [`Subscriber::new`], with a durable queue that outlives broker and connection; it tries the addresses in
-    /// turn, again and again.
-    pub async fn lasting(urls: &[&str], prefix: &str) -> Self {
+    /// Subscribes with a durable queue that survives restarts of the broker; reconnects to the URLs in turn.
+    pub async fn durable(urls: &[&str], prefix: &str) -> Self {
         let (received, bound) = (Arc::default(), Arc::new(tokio::sync::Notify::new()));
         let (log, ready, prefix) = (Arc::clone(&received), Arc::clone(&bound), prefix.to_owned());
         let urls: Vec<String> = urls.iter().map(|url| (*url).to_owned()).collect();
         let task = tokio::spawn(async move {
             for url in urls.iter().cycle() {
-                // Whatever ended it, the next try may do better.
+                // Any error ends in a reconnect.
                 let _ = receive(url, &prefix, &log, &ready).await;
                 sleep(Duration::from_millis(200)).await;
             }
         });
         bound.notified().await;
-        Self { received, _connection: None, lasting: Some(task) }
+        Self { received, _connection: None, reconnecting: Some(task) }
     }
 
-    /// Everything that arrived so far.
+    /// Returns every event received so far.
     pub fn received(&self) -> Vec<Value> {
-        self.received.lock().expect("no test holds the lock while it fails").clone()
+        self.received.lock().expect("no holder of the lock panics").clone()
     }
 
-    /// What a subscriber that dedupes by id has: the first event of every id.
+    /// Returns the first event of every id, as a deduplicating subscriber would keep it.
     pub fn distinct(&self) -> BTreeMap<String, Value> {
         let mut distinct = BTreeMap::new();
         for event in self.received() {
@@ -101,14 +101,14 @@ impl Subscriber {
         distinct
     }
 
-    /// The event of a run once it has arrived.
+    /// Waits for the event of a run.
     pub async fn event_of(&self, run: &Value) -> Value {
         let id = run["id"].as_str().expect("a run has an id");
         eventually("the run's event arrives", || async { self.distinct().remove(id) }).await
     }
 }
 
-/// Receives from one node until something ends it.
+/// Receives from one node until the first error.
 async fn receive(
     url: &str,
     prefix: &str,
@@ -133,7 +133,7 @@ async fn receive(
     ready.notify_one();
     while let Some(delivery) = deliveries.next().await {
         let delivery = delivery?;
-        log.lock().expect("no test holds the lock while it fails").push(serde_json::from_slice(&delivery.data)?);
+        log.lock().expect("no holder of the lock panics").push(serde_json::from_slice(&delivery.data)?);
         delivery.ack(BasicAckOptions::default()).await?;
     }
     Ok(())

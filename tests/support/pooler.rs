@@ -9,35 +9,35 @@ use tokio::task::spawn_blocking;
 use super::world::World;
 use super::{eventually, servers};
 
-/// The variable that names another PgBouncer than Debian's.
+/// Variable that names a PgBouncer other than Debian's.
 const VARIABLE: &str = "INVENTORYD_PGBOUNCER";
-/// From here on it knows prepared statements in transaction mode.
-const KNOWS_STATEMENTS: (u32, u32) = (1, 21);
+/// First version with prepared statements in transaction mode.
+const PREPARED_STATEMENTS_SINCE: (u32, u32) = (1, 21);
 
-#[expect(clippy::disallowed_methods, reason = "a developer says which one is to be tried")]
+#[expect(clippy::disallowed_methods, reason = "a developer chooses the PgBouncer to test with")]
 fn program() -> String {
     std::env::var(VARIABLE).unwrap_or_else(|_| "/usr/sbin/pgbouncer".to_owned())
 }
 
-/// A PgBouncer of one test; gone when it is dropped.
+/// PgBouncer of one test; stopped on drop.
 pub struct Pooler {
     child: Child,
     folder: PathBuf,
-    /// The address of the world's database by way of it.
+    /// URL of the environment's database through the pooler.
     pub url: String,
 }
 
-/// How long a client keeps a connection of the server's.
+/// Pool mode: the time for which a client keeps a server connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// As long as its own.
+    /// Until the client disconnects.
     Session,
-    /// For one transaction.
+    /// Until the transaction ends.
     Transaction,
 }
 
 impl Mode {
-    /// Connections of the server's: for transactions fewer than the daemons' own, so that they pass from hand to hand.
+    /// Number of server connections; in transaction mode fewer than the daemons open, so that they are shared.
     pub fn pool_size(self) -> i64 {
         match self {
             Self::Session => 20,
@@ -47,8 +47,8 @@ impl Mode {
 }
 
 impl Pooler {
-    /// The modes that the PgBouncer of this machine can serve the daemon in; it is installed if it is missing. None, with a
-    /// line that says so, where it can't be had.
+    /// Returns the pool modes in which the installed PgBouncer can serve the daemon; installs it if missing. Prints why
+    /// where there is none.
     pub async fn modes() -> &'static [Mode] {
         let version = spawn_blocking(|| {
             servers::install("pgbouncer");
@@ -57,12 +57,12 @@ impl Pooler {
             let mut numbers = text.split_whitespace().nth(1)?.split('.').map(|part| part.parse().unwrap_or(0));
             Some((numbers.next()?, numbers.next()?))
         });
-        match version.await.expect("it is done") {
+        match version.await.expect("the task completes") {
             None => {
                 println!("skipped: PgBouncer can't be installed here");
                 &[]
             }
-            Some(version) if version < KNOWS_STATEMENTS => {
+            Some(version) if version < PREPARED_STATEMENTS_SINCE => {
                 println!(
                     "skipped: transaction mode needs PgBouncer 1.21, this is {version:?}; {VARIABLE} may name another"
                 );
@@ -72,8 +72,8 @@ impl Pooler {
         }
     }
 
-    /// Starts one before the world's database.
-    pub async fn before(world: &World, mode: Mode) -> Self {
+    /// Starts a pooler for the environment's database.
+    pub async fn start(world: &World, mode: Mode) -> Self {
         let folder = std::env::temp_dir().join(format!("{}pgbouncer", world.prefix));
         let (server, port) = (world.database_address(), servers::free_port());
         let url = world.database_url.replace(&server.to_string(), &format!("127.0.0.1:{port}"));
@@ -88,7 +88,7 @@ impl Pooler {
             Mode::Session => "pool_mode = session\n",
             Mode::Transaction => "pool_mode = transaction\nmax_prepared_statements = 200\n",
         });
-        std::fs::create_dir_all(&folder).expect("a folder can be made");
+        std::fs::create_dir_all(&folder).expect("a folder can be created");
         std::fs::write(folder.join("pgbouncer.ini"), ini).expect("a file can be written");
         let child = spawn(&folder);
         eventually("PgBouncer listens", || async { TcpStream::connect(("127.0.0.1", port)).await.ok() }).await;
@@ -96,7 +96,7 @@ impl Pooler {
     }
 }
 
-/// It does not run as root, as the database does not.
+/// Starts PgBouncer, which refuses to run as root.
 fn spawn(folder: &Path) -> Child {
     let root = Command::new("id").arg("-u").output().is_ok_and(|id| id.stdout.starts_with(b"0\n"));
     let mut command = Command::new(if root { "setpriv".to_owned() } else { program() });

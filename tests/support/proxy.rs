@@ -1,4 +1,5 @@
-//! A TCP proxy that breaks the wire on command: between the daemon and the database, the broker or Graph.
+//! TCP proxy that cuts, freezes or refuses connections on command, between the daemon and the database, the broker or
+//! Graph.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,9 +9,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-/// Passes bytes both ways until it is told to cut, freeze or refuse.
+/// Forwards bytes in both directions until told to cut, freeze or refuse.
 pub struct Proxy {
-    /// Where it listens.
+    /// Address the proxy listens on.
     pub address: SocketAddr,
     cut: watch::Sender<u64>,
     requests_frozen: watch::Sender<bool>,
@@ -19,10 +20,10 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// A proxy before `target` (host:port).
-    pub async fn before(target: SocketAddr) -> Self {
+    /// Starts a proxy to `target`.
+    pub async fn to(target: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let address = listener.local_addr().expect("it is bound");
+        let address = listener.local_addr().expect("the listener is bound");
         let proxy = Self {
             address,
             cut: watch::Sender::new(0),
@@ -37,34 +38,34 @@ impl Proxy {
                 if refusals.load(Ordering::Relaxed) {
                     continue;
                 }
-                tokio::spawn(pass(client, target, cuts.clone(), freezes.clone()));
+                tokio::spawn(forward(client, target, cuts.clone(), freezes.clone()));
             }
         });
         proxy
     }
 
-    /// Cuts every connection that is open now.
+    /// Closes every open connection.
     pub fn cut(&self) {
         self.cut.send_modify(|count| *count += 1);
     }
 
-    /// Takes no new connections, or takes them again.
+    /// Refuses new connections, or accepts them again.
     pub fn refuse(&self, yes: bool) {
         self.refusing.store(yes, Ordering::Relaxed);
     }
 
-    /// Passes nothing on while frozen, without closing anything.
+    /// Stops or resumes forwarding in both directions, without closing connections.
     pub fn freeze(&self, yes: bool) {
         self.freeze_requests(yes);
         self.freeze_replies(yes);
     }
 
-    /// Passes nothing on to the server while frozen.
+    /// Stops or resumes forwarding to the server.
     pub fn freeze_requests(&self, yes: bool) {
         self.requests_frozen.send_replace(yes);
     }
 
-    /// Passes nothing on to the client while frozen.
+    /// Stops or resumes forwarding to the client.
     pub fn freeze_replies(&self, yes: bool) {
         self.replies_frozen.send_replace(yes);
     }
@@ -72,12 +73,12 @@ impl Proxy {
 
 type Freezes = (watch::Receiver<bool>, watch::Receiver<bool>);
 
-async fn pass(client: TcpStream, target: SocketAddr, mut cut: watch::Receiver<u64>, (requests, replies): Freezes) {
+async fn forward(client: TcpStream, target: SocketAddr, mut cut: watch::Receiver<u64>, (requests, replies): Freezes) {
     let Ok(server) = TcpStream::connect(target).await else { return };
     cut.mark_unchanged();
     let ((client_in, client_out), (server_in, server_out)) = (client.into_split(), server.into_split());
     tokio::select! {
-        // First the cut: nothing slips through that thaws at the same moment.
+        // The cut comes first, so that bytes released at the same moment are not forwarded.
         biased;
         _ = cut.changed() => {}
         () = copy(client_in, server_out, requests) => {}

@@ -1,4 +1,4 @@
-//! A scheduler that outlives its broker: it publishes a request again and again until it is confirmed.
+//! Publisher that survives broker restarts: each request is retried until it is confirmed.
 
 use std::time::Duration;
 
@@ -10,47 +10,47 @@ use uuid::Uuid;
 
 use super::world::World;
 
-/// Longest that any answer of the broker is waited for; then another connection is tried.
-const ANSWER: Duration = Duration::from_secs(5);
+/// Longest wait for a confirm before reconnecting.
+const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Publishes requests, whatever happens to the broker meanwhile.
+/// Publishes requests, retrying on every broker failure.
 pub struct Scheduler {
     urls: Vec<String>,
     exchange: String,
-    link: Option<(Connection, Channel)>,
-    turn: usize,
+    connection: Option<(Connection, Channel)>,
+    next_url: usize,
 }
 
 impl Scheduler {
-    /// A scheduler that knows these nodes.
+    /// Creates a scheduler that tries these nodes in turn.
     pub fn on(urls: &[&str], prefix: &str) -> Self {
         let urls = urls.iter().map(|url| (*url).to_owned()).collect();
-        Self { urls, exchange: format!("{prefix}inventory.sync"), link: None, turn: 0 }
+        Self { urls, exchange: format!("{prefix}inventory.sync"), connection: None, next_url: 0 }
     }
 
-    /// Publishes a request; a repeat is harmless, because the key makes it a duplicate.
+    /// Publishes a request; a repeat is harmless because the idempotency key marks it as a duplicate.
     pub async fn publish(&mut self, request: &Value) {
         self.publish_bytes(request.to_string().as_bytes()).await;
     }
 
-    /// Publishes any bytes.
+    /// Publishes raw bytes.
     pub async fn publish_bytes(&mut self, body: &[u8]) {
-        while !matches!(timeout(ANSWER, self.try_to(body)).await, Ok(Ok(true))) {
-            self.link = None;
-            self.turn += 1;
+        while !matches!(timeout(CONFIRM_TIMEOUT, self.try_publish(body)).await, Ok(Ok(true))) {
+            self.connection = None;
+            self.next_url += 1;
             sleep(Duration::from_millis(100)).await;
         }
     }
 
-    async fn try_to(&mut self, body: &[u8]) -> lapin::Result<bool> {
-        let (_, channel) = match &self.link {
-            Some(link) => link,
+    async fn try_publish(&mut self, body: &[u8]) -> lapin::Result<bool> {
+        let (_, channel) = match &self.connection {
+            Some(connection) => connection,
             None => {
-                let url = &self.urls[self.turn % self.urls.len()];
+                let url = &self.urls[self.next_url % self.urls.len()];
                 let connection = Connection::connect(url, ConnectionProperties::default()).await?;
                 let channel = connection.create_channel().await?;
                 channel.confirm_select(ConfirmSelectOptions::default()).await?;
-                self.link.insert((connection, channel))
+                self.connection.insert((connection, channel))
             }
         };
         let options = BasicPublishOptions { mandatory: true, ..Default::default() };
@@ -62,7 +62,8 @@ impl Scheduler {
     }
 }
 
-/// `count` requests of as many tenants, which no limit stands in the way of, and their keys.
+/// Registers `count` tenants and builds one request for each, so that no per-tenant limit applies; returns keys and
+/// requests.
 pub async fn requests(world: &World, name: &str, count: usize, types: &[&str]) -> (Vec<String>, Vec<Value>) {
     let mut all = (Vec::new(), Vec::new());
     for number in 0..count {

@@ -1,4 +1,4 @@
-//! Private servers, run by `deploy/instance`: shared ones that every test uses, and ones of a single test that breaks them.
+//! Private servers managed by `deploy/instance`: shared ones for every test, and ones that a single test may break.
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -11,19 +11,19 @@ use uuid::Uuid;
 use super::certificates::Authority;
 use super::target;
 
-/// A server in a folder of its own.
+/// Server with a data folder of its own.
 #[derive(Debug, Clone)]
 pub struct Server {
     kind: &'static str,
     folder: PathBuf,
-    /// Whether it may lose what it has promised when it is killed.
+    /// Trades durability for speed (no fsync); never set for a server that a test kills.
     fast: bool,
-    /// Its address, with user and password.
+    /// URL with user and password.
     pub url: String,
 }
 
 impl Server {
-    /// Starts `kind` (`postgres` or `rabbitmq`) in `target/test/<name>`, unless it runs already.
+    /// Starts `kind` (`postgres` or `rabbitmq`) in `target/test/<name>`, unless it is running.
     pub fn start(kind: &'static str, name: &str) -> Self {
         Self::begin(kind, name, true, &[])
     }
@@ -34,34 +34,35 @@ impl Server {
         Self { kind, folder, fast, url }
     }
 
-    /// One of `stop`, `kill`, `pause`, `resume`, `remove`.
+    /// Runs one of `stop`, `kill`, `pause`, `resume`, `remove`.
     pub fn command(&self, verb: &str) {
         self.instance(verb, &[]);
     }
 
-    /// Starts it again on the port that it had.
+    /// Starts the server again on its previous port.
     pub fn start_again(&self) {
         self.instance("start", &[]);
     }
 
-    /// The address at which a RabbitMQ that was started with TLS speaks it.
+    /// `amqps://` URL of a RabbitMQ that was started with TLS.
     pub fn tls_url(&self) -> String {
-        let port = |file: &str| std::fs::read_to_string(self.folder.join(file)).expect("it was started with TLS");
+        let port =
+            |file: &str| std::fs::read_to_string(self.folder.join(file)).expect("the server was started with TLS");
         let (plain, tls) = (port("port"), port("tls_port"));
         self.url.replace("amqp://", "amqps://").replace(plain.trim(), tls.trim())
     }
 
-    /// Has a RabbitMQ node evaluate Erlang.
+    /// Evaluates Erlang on a RabbitMQ node.
     pub fn eval(&self, erlang: &str) -> String {
         self.instance("eval", &[erlang])
     }
 
-    /// Has `psql` do something in a database.
+    /// Runs `psql` in a database.
     pub fn psql(&self, database: &str, arguments: &[&str]) -> String {
         self.instance("psql", &[&["-d", database], arguments].concat())
     }
 
-    /// Has `rabbitmqctl` do something.
+    /// Runs `rabbitmqctl`.
     pub fn ctl(&self, arguments: &[&str]) -> String {
         self.instance("ctl", arguments)
     }
@@ -71,33 +72,33 @@ impl Server {
     }
 }
 
-/// A server of one test, to break. It keeps what it has promised, and is gone when the test is over.
+/// Durable server of a single test, which may break it; removed on drop.
 pub struct Private(Server);
 
 impl Private {
-    /// Starts `kind` under a name that no other test has.
+    /// Starts `kind` under a name that no other test uses.
     pub async fn start(kind: &'static str, name: &'static str) -> Self {
-        Self(spawn_blocking(move || Server::begin(kind, name, false, &[])).await.expect("it starts"))
+        Self(spawn_blocking(move || Server::begin(kind, name, false, &[])).await.expect("the server starts"))
     }
 
-    /// Starts `kind` with TLS, and the authority's certificates in `ca.pem`, `server.pem` and `server.key`.
+    /// Starts `kind` with TLS, using the authority's certificates in `ca.pem`, `server.pem` and `server.key`.
     pub async fn start_with_tls(kind: &'static str, name: &'static str, authority: &Authority) -> Self {
         let folder = path(authority.folder()).to_owned();
         let begin = move || Server::begin(kind, name, false, &["--tls", &folder]);
-        Self(spawn_blocking(begin).await.expect("it starts"))
+        Self(spawn_blocking(begin).await.expect("the server starts"))
     }
 
-    /// Starts a RabbitMQ node as a member of the cluster that `other` is in.
+    /// Starts a RabbitMQ node that joins the cluster of `other`.
     pub async fn join(name: &'static str, other: &Server) -> Self {
         let folder = path(&other.folder).to_owned();
         let begin = move || Server::begin("rabbitmq", name, false, &["--join", &folder]);
-        Self(spawn_blocking(begin).await.expect("it joins"))
+        Self(spawn_blocking(begin).await.expect("the node joins"))
     }
 
-    /// Does something that takes its time, without holding up the test's runtime.
+    /// Runs a blocking operation outside the test's async runtime.
     pub async fn act<T: Send + 'static>(&self, act: impl FnOnce(Server) -> T + Send + 'static) -> T {
         let server = self.0.clone();
-        spawn_blocking(move || act(server)).await.expect("it is done")
+        spawn_blocking(move || act(server)).await.expect("the task completes")
     }
 }
 
@@ -115,37 +116,37 @@ impl Drop for Private {
     }
 }
 
-/// The library that gives a process another clock; installed if it is missing, and none where that can't be done.
+/// Path of libfaketime, which shifts a process's clock; installed if missing, `None` where that fails.
 pub fn faketime() -> Option<PathBuf> {
     install("faketime");
     let folders = std::fs::read_dir("/usr/lib").ok()?.flatten();
     folders.map(|folder| folder.path().join("faketime/libfaketimeMT.so.1")).find(|library| library.exists())
 }
 
-/// Installs what `deploy/instance` knows by this name, if it is missing and can be had.
+/// Installs a package set known to `deploy/instance`, unless it is present.
 pub fn install(name: &str) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/instance");
     let _ = Command::new(script).args(["packages", name]).status();
 }
 
-/// A port that nothing listens on and nobody else is given.
+/// Reserves a port that nothing listens on.
 pub fn free_port() -> u16 {
-    instance(&["free-port"], true).parse().expect("it is a number")
+    instance(&["free-port"], true).parse().expect("the port is a number")
 }
 
-/// The PostgreSQL that all tests share, each with a database of its own.
+/// PostgreSQL shared by all tests, each with a database of its own.
 pub fn postgres() -> &'static Server {
     static SHARED: OnceLock<Server> = OnceLock::new();
     SHARED.get_or_init(|| Server::start("postgres", "postgres"))
 }
 
-/// The RabbitMQ that all tests share, each with a prefix of its own.
+/// RabbitMQ shared by all tests, each with a prefix of its own.
 pub fn rabbitmq() -> &'static Server {
     static SHARED: OnceLock<Server> = OnceLock::new();
     SHARED.get_or_init(|| Server::start("rabbitmq", "rabbitmq"))
 }
 
-/// The shared RabbitMQ's address with a virtual host that nothing else is in.
+/// URL of the shared RabbitMQ with a new, empty virtual host.
 pub async fn virtual_host() -> String {
     let make = || {
         let (server, name) = (rabbitmq(), format!("v{}", Uuid::new_v4().simple()));
@@ -153,10 +154,10 @@ pub async fn virtual_host() -> String {
         server.ctl(&["-q", "set_permissions", "-p", &name, "guest", ".*", ".*", ".*"]);
         server.url.replace("%2f", &name)
     };
-    spawn_blocking(make).await.expect("it is made")
+    spawn_blocking(make).await.expect("the virtual host is created")
 }
 
-/// Runs `deploy/instance` and gives what it prints.
+/// Runs `deploy/instance` and returns its output.
 fn instance(arguments: &[&str], fast: bool) -> String {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/instance");
     let fast = if fast { "1" } else { "0" };

@@ -1,26 +1,26 @@
-//! Systemd, as far as a service sees it: a socket that takes what the service says of itself.
+//! Systemd as a service sees it: the notification socket.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 
-/// The socket of a service of `Type=notify`.
+/// Notification socket of a `Type=notify` service.
 pub struct Systemd {
     socket: UnixDatagram,
-    /// Where it is, for `NOTIFY_SOCKET`.
+    /// Path for `NOTIFY_SOCKET`.
     pub path: PathBuf,
     heard: Vec<String>,
 }
 
 impl Systemd {
-    /// A socket for the service `name`.
+    /// Creates the socket of the service `name`.
     pub fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("{name}notify"));
-        let socket = UnixDatagram::bind(&path).expect("the socket can be made");
-        socket.set_nonblocking(true).expect("a socket can be told not to wait");
+        let socket = UnixDatagram::bind(&path).expect("the socket can be created");
+        socket.set_nonblocking(true).expect("the socket can be non-blocking");
         Self { socket, path, heard: Vec::new() }
     }
 
-    /// Everything that was said so far, in order.
+    /// Returns every line received so far, in order.
     pub fn heard(&mut self) -> &[String] {
         let mut message = [0; 4096];
         while let Ok(length) = self.socket.recv(&mut message) {
@@ -30,7 +30,7 @@ impl Systemd {
         &self.heard
     }
 
-    /// How often `line` was said so far.
+    /// Counts how often `line` was received.
     pub fn count(&mut self, line: &str) -> usize {
         self.heard().iter().filter(|heard| *heard == line).count()
     }

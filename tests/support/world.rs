@@ -1,4 +1,4 @@
-//! One test's world: a simulator, a database and a prefix on the broker, with nobody else in them.
+//! Isolated environment of one test: a simulator, a database and a broker prefix of its own.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -21,23 +21,23 @@ use super::proxy::Proxy;
 use super::servers;
 use crate::sim::{Sim, SimConfig};
 
-/// The credentials that the simulator knows.
+/// Client credentials that the simulator accepts.
 const CLIENT_ID: &str = "11111111-2222-4333-8444-555555555555";
 const CLIENT_SECRET: &str = "simulated-secret";
 
-/// Everything around the daemon, real but for Microsoft.
+/// Everything that the daemon talks to: a real broker and database, and simulated Microsoft services.
 pub struct World {
-    /// Microsoft Graph and its token service.
+    /// Simulated Microsoft Graph and token service.
     pub sim: Sim,
-    /// The database, for looking at.
+    /// Connections of the test itself to the database.
     pub db: PgPool,
-    /// The registered tenant that most tests ask for.
+    /// Registered tenant that most tests use.
     pub tenant: Uuid,
-    /// What stands before every exchange and queue name.
+    /// Prefix of every exchange and queue name.
     pub prefix: String,
-    /// Address of the database.
+    /// URL of the database.
     pub database_url: String,
-    /// Address of the broker.
+    /// URL of the broker.
     pub amqp_url: String,
     ca_file: PathBuf,
     channel: Channel,
@@ -45,12 +45,12 @@ pub struct World {
 }
 
 impl World {
-    /// A world on the shared servers.
+    /// Creates an environment on the shared servers.
     pub async fn new() -> Self {
         Self::with_sim(SimConfig::default()).await
     }
 
-    /// A world whose simulator starts with `config`.
+    /// Creates an environment whose simulator starts with `config`.
     pub async fn with_sim(config: SimConfig) -> Self {
         let (postgres, rabbitmq) =
             tokio::task::spawn_blocking(|| (servers::postgres().url.clone(), servers::rabbitmq().url.clone()))
@@ -59,7 +59,7 @@ impl World {
         Self::on(config, &postgres, &rabbitmq).await
     }
 
-    /// A world with sixty objects in the list `path`, of which Graph gives 25 a page, whatever is asked for.
+    /// Creates an environment with sixty objects in the list `path`, served 25 a page whatever `$top` asks for.
     pub async fn with_three_pages(path: &str) -> Self {
         let mut config = SimConfig::default();
         config.page_sizes.top_caps.insert(path.to_owned(), 25);
@@ -68,16 +68,16 @@ impl World {
         world
     }
 
-    /// A world on servers that the test has started for itself.
+    /// Creates an environment on servers that the test started itself.
     pub async fn on(config: SimConfig, postgres: &str, rabbitmq: &str) -> Self {
         let sim = Sim::start(config).await.expect("the simulator starts");
         let name = format!("t{}", Uuid::new_v4().simple());
         let database_url = create_database(postgres, &name).await;
-        let db = PgPoolOptions::new().max_connections(4).connect_lazy(&database_url).expect("the address is right");
+        let db = PgPoolOptions::new().max_connections(4).connect_lazy(&database_url).expect("the URL is valid");
         let connection =
             Connection::connect(rabbitmq, ConnectionProperties::default()).await.expect("the broker answers");
         let channel = connection.create_channel().await.expect("a channel opens");
-        channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms are turned on");
+        channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms are enabled");
         let ca_file = std::env::temp_dir().join(format!("{name}.pem"));
         std::fs::write(&ca_file, sim.ca_pem()).expect("the certificate can be written");
         let world = Self {
@@ -93,17 +93,17 @@ impl World {
         };
         let config = world.config();
         Store::connect(&config.database, "test")
-            .expect("the address is right")
+            .expect("the URL is valid")
             .migrate()
             .await
-            .expect("the schema is made");
-        let broker = Broker::new(&config.broker, &config.topology, "test").expect("the address is right");
-        broker.ensure_topology().await.expect("the queues are made");
+            .expect("the schema is migrated");
+        let broker = Broker::new(&config.broker, &config.topology, "test").expect("the URL is valid");
+        broker.ensure_topology().await.expect("the queues are declared");
         world.register(world.tenant, None).await;
         world
     }
 
-    /// The variables that lead a daemon into this world.
+    /// Environment variables that configure a daemon for this environment.
     pub fn variables(&self) -> BTreeMap<String, String> {
         let sim = self.sim.base_url();
         let pairs = [
@@ -131,12 +131,12 @@ impl World {
         pairs.into_iter().map(|(key, value)| (format!("INVENTORYD__{key}"), value.to_owned())).collect()
     }
 
-    /// Where the broker listens.
+    /// Socket address of the broker.
     pub fn amqp_address(&self) -> SocketAddr {
         address_in(&self.amqp_url)
     }
 
-    /// The broker's address by way of a proxy.
+    /// URL of the broker through a proxy.
     pub fn amqp_through(&self, proxy: &Proxy) -> String {
         self.amqp_url.replace(&self.amqp_address().to_string(), &proxy.address.to_string())
     }
@@ -151,9 +151,9 @@ impl World {
         self.database_url.replace(&self.database_address().to_string(), &proxy.address.to_string())
     }
 
-    /// The configuration of a daemon in this world.
+    /// Configuration of a daemon for this environment.
     pub fn config(&self) -> Config {
-        Config::load_with(None, self.variables()).expect("the harness's configuration holds")
+        Config::load_with(None, self.variables()).expect("the harness's configuration is valid")
     }
 
     /// Registers a tenant.
@@ -166,12 +166,12 @@ impl World {
             .expect("the tenant is registered");
     }
 
-    /// A request for some types of the world's tenant, without foundations.
+    /// Builds a request for some types of the environment's tenant, without foundations.
     pub fn request(&self, key: &str, types: &[&str]) -> Value {
         Self::request_of(self.tenant, key, types)
     }
 
-    /// A request for some types of a tenant, without foundations.
+    /// Builds a request for some types of a tenant, without foundations.
     pub fn request_of(tenant: Uuid, key: &str, types: &[&str]) -> Value {
         json!({ "schema_version": 1, "tenant_id": tenant, "idempotency_key": key,
                 "selection": { "policy_types": types, "include_foundations": false } })
@@ -207,41 +207,41 @@ impl World {
         assert!(confirmed.is_ack() && confirmed.take_message().is_none(), "the message was routed");
     }
 
-    /// Messages that wait in a queue.
+    /// Counts the ready messages of a queue.
     pub async fn depth(&self, queue: &str) -> u32 {
         let channel = self.connection.create_channel().await.expect("a channel opens");
         let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
         let name = format!("{}{queue}", self.prefix);
         let declared = channel.queue_declare(name.into(), options, FieldTable::default()).await;
-        declared.expect("the queue is there").message_count()
+        declared.expect("the queue exists").message_count()
     }
 
-    /// Takes one message out of a queue.
+    /// Takes one message from a queue.
     pub async fn take(&self, queue: &str) -> Option<lapin::message::BasicGetMessage> {
         let name = format!("{}{queue}", self.prefix);
         let options = lapin::options::BasicGetOptions { no_ack: true };
-        self.channel.basic_get(name.into(), options).await.expect("the queue is there")
+        self.channel.basic_get(name.into(), options).await.expect("the queue exists")
     }
 
-    /// Gives the messages of a queue back again and again, until the broker gives them up.
-    pub async fn give_up(&self, queue: &str) {
+    /// Requeues the messages of a queue until the broker drops them at its delivery limit.
+    pub async fn exhaust_redeliveries(&self, queue: &str) {
         let name = format!("{}{queue}", self.prefix);
         let get = async || {
             let options = lapin::options::BasicGetOptions { no_ack: false };
-            self.channel.basic_get(name.as_str().into(), options).await.expect("the queue is there")
+            self.channel.basic_get(name.as_str().into(), options).await.expect("the queue exists")
         };
         while let Some(message) = get().await {
             let back = lapin::options::BasicNackOptions { requeue: true, ..Default::default() };
-            message.delivery.acker.nack(back).await.expect("it goes back");
+            message.delivery.acker.nack(back).await.expect("the message is requeued");
         }
     }
 
-    /// A subscriber to every event of this world.
+    /// Subscribes to every event of this environment.
     pub async fn subscribe(&self) -> Subscriber {
         Subscriber::new(&self.amqp_url, &self.prefix).await
     }
 
-    /// The run of a key once it has ended, as JSON.
+    /// Waits until the run of a key ends, and returns it as JSON.
     pub async fn ended(&self, key: &str) -> Value {
         eventually(&format!("the run of {key} ends"), || async {
             self.runs(key).await.into_iter().find(|run| run["status"] != "running")
@@ -255,29 +255,29 @@ impl World {
         self.ended(key).await
     }
 
-    /// Every run of a key, whatever the tenant.
+    /// Returns every run of a key, in any tenant.
     pub async fn runs(&self, key: &str) -> Vec<Value> {
         self.rows(&format!("select * from inventory_sync_runs where idempotency_key = '{key}'")).await
     }
 
-    /// The rows of a query, as JSON.
+    /// Returns the rows of a query as JSON.
     pub async fn rows(&self, query: &str) -> Vec<Value> {
         let query = format!("select to_jsonb(q) from ({query}) q");
-        let rows = sqlx::query(AssertSqlSafe(query)).fetch_all(&self.db).await.expect("the query is right");
+        let rows = sqlx::query(AssertSqlSafe(query)).fetch_all(&self.db).await.expect("the query is valid");
         rows.into_iter().map(|row| row.get(0)).collect()
     }
 
-    /// The only value of a query that counts.
+    /// Returns the single value of a counting query.
     pub async fn count(&self, query: &str) -> i64 {
-        sqlx::query(AssertSqlSafe(query.to_owned())).fetch_one(&self.db).await.expect("the query is right").get(0)
+        sqlx::query(AssertSqlSafe(query.to_owned())).fetch_one(&self.db).await.expect("the query is valid").get(0)
     }
 
-    /// Does something to the database.
+    /// Executes statements in the database.
     pub async fn execute(&self, statement: &str) {
-        sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&self.db).await.expect("the statement is right");
+        sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&self.db).await.expect("the statement is valid");
     }
 
-    /// What `inventory_missing` says of a run's selection.
+    /// Returns the rows of `inventory_missing` for a run's selection.
     pub async fn missing(&self, run: &Value) -> Vec<Value> {
         let (tenant, hash) = (&run["tenant_id"], &run["selection_hash"]);
         let query = format!("select * from inventory_missing({tenant}, {hash}) order by external_id");
@@ -291,10 +291,10 @@ impl Drop for World {
     }
 }
 
-/// The `host:port` of an address with user and path.
+/// Extracts `host:port` from a URL with user and path.
 fn address_in(url: &str) -> SocketAddr {
-    let (_, rest) = url.split_once('@').expect("an address names its user");
-    rest.split('/').next().expect("split gives a first part").parse().expect("the servers listen on 127.0.0.1")
+    let (_, rest) = url.split_once('@').expect("the URL has a user");
+    rest.split('/').next().expect("split returns a first part").parse().expect("the servers listen on 127.0.0.1")
 }
 
 async fn create_database(server: &str, name: &str) -> String {
@@ -302,7 +302,7 @@ async fn create_database(server: &str, name: &str) -> String {
     sqlx::raw_sql(AssertSqlSafe(format!("create database {name}")))
         .execute(&mut admin)
         .await
-        .expect("a database is made");
-    let (base, _) = server.rsplit_once('/').expect("an address names a database");
+        .expect("a database is created");
+    let (base, _) = server.rsplit_once('/').expect("the URL names a database");
     format!("{base}/{name}")
 }

@@ -1,4 +1,4 @@
-//! What must be true of the tables and a subscriber at the end of every fault, whatever it was.
+//! Invariants of the tables and of a subscriber that must hold after every fault.
 
 use std::collections::BTreeSet;
 
@@ -6,38 +6,39 @@ use super::events::Subscriber;
 use super::eventually;
 use super::world::World;
 
-/// How many pairs of runs of one selection were running at the same time.
-pub const OVERLAPS: &str = "select count(*) from
+/// Query that counts pairs of runs of one selection that overlapped in time.
+pub const OVERLAPPING_RUNS: &str = "select count(*) from
      (select selection_hash, tenant_id, id, min(at) filter (where status = 'running') as began, max(at) filter (where status <> 'running') as ended
         from run_history group by 1, 2, 3) a
      join (select selection_hash, tenant_id, id, min(at) filter (where status = 'running') as began, max(at) filter (where status <> 'running') as ended
         from run_history group by 1, 2, 3) b using (tenant_id, selection_hash)
      where a.id < b.id and a.began < b.ended and b.began < a.ended";
 
-/// Records every change of a run's state, so that overlaps show even when they are over.
-pub async fn keep_history(world: &World) {
+/// Records every state change of a run, so that overlaps are found even after they ended, and rejects any change of a
+/// terminal run.
+pub async fn record_history(world: &World) {
     world.execute(
         "create table run_history (tenant_id uuid, id uuid, selection_hash text, status text, attempt int, at timestamptz default clock_timestamp(),
            writer bigint default txid_current());
-         create function note_history() returns trigger language plpgsql as $$ begin
+         create function record_history() returns trigger language plpgsql as $$ begin
            insert into run_history values (new.tenant_id, new.id, new.selection_hash, new.status, new.attempt);
            if tg_op = 'UPDATE' and old.status <> 'running' and (old.status, old.finished_at, old.attempt, old.error_codes, old.items_observed_count)
                 is distinct from (new.status, new.finished_at, new.attempt, new.error_codes, new.items_observed_count)
               and exists (select from run_history h where h.id = old.id and h.status <> 'running' and h.writer <> txid_current()) then
              raise exception 'terminal run % changed', old.id; end if;
            return null; end $$;
-         create trigger note_history after insert or update on inventory_sync_runs for each row execute function note_history();",
+         create trigger record_history after insert or update on inventory_sync_runs for each row execute function record_history();",
     ).await;
 }
 
-/// Every accepted request ends in exactly one terminal run, no two runs of a selection overlapped, every terminal run has
-/// its event, and no item belongs to another tenant's run.
-pub async fn hold(world: &World, keys: &[String], events: &Subscriber) {
+/// Asserts that every accepted request ended in exactly one terminal run, that no two runs of a selection overlapped, that
+/// every terminal run has its event, and that no item belongs to another tenant's run.
+pub async fn assert_all(world: &World, keys: &[String], events: &Subscriber) {
     for key in keys {
         world.ended(key).await;
-        assert_eq!(world.runs(key).await.len(), 1, "{key} made one run");
+        assert_eq!(world.runs(key).await.len(), 1, "{key} created one run");
     }
-    eventually("every event is sent", || async {
+    eventually("every event is published", || async {
         (world.count("select count(*) from outbox_events where sent_at is null").await == 0).then_some(())
     })
     .await;
@@ -55,15 +56,15 @@ pub async fn hold(world: &World, keys: &[String], events: &Subscriber) {
         (events.distinct().into_keys().collect::<BTreeSet<_>>() == ids).then_some(())
     })
     .await;
-    assert_eq!(world.count(OVERLAPS).await, 0, "two runs of one selection overlapped");
-    let strangers = "select count(*) from inventory_items i where not exists
+    assert_eq!(world.count(OVERLAPPING_RUNS).await, 0, "two runs of one selection overlapped");
+    let foreign = "select count(*) from inventory_items i where not exists
         (select from inventory_sync_runs r where r.tenant_id = i.tenant_id and r.id = i.last_seen_run_id)";
-    assert_eq!(world.count(strangers).await, 0, "an item was last seen by a run of its own tenant");
+    assert_eq!(world.count(foreign).await, 0, "an item was last seen by a run of another tenant");
 }
 
-/// What [`hold`] says, and that every run has succeeded.
-pub async fn hold_and_succeed(world: &World, keys: &[String], events: &Subscriber) {
-    hold(world, keys, events).await;
+/// Asserts [`assert_all`], and that every run succeeded.
+pub async fn assert_all_succeeded(world: &World, keys: &[String], events: &Subscriber) {
+    assert_all(world, keys, events).await;
     let others = world.rows("select * from inventory_sync_runs where status <> 'success'").await;
     assert!(others.is_empty(), "{others:?}");
     assert_eq!(world.count("select count(*) from inventory_sync_runs").await, i64::try_from(keys.len()).unwrap());
