@@ -1,4 +1,4 @@
-//! Admission: every row of its table, through the real queue.
+//! Admission: every decision of the table in the contract, through the real queue.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::support::daemon::Replica;
 use crate::support::eventually;
 use crate::support::world::World;
 
-/// Every answer of Graph takes `delay_ms` longer.
+/// Rule that delays every Graph response by `delay_ms`.
 fn slow(delay_ms: u64) -> Rule {
     serde_json::from_value(json!({ "action": { "kind": "slow", "delay_ms": delay_ms } })).unwrap()
 }
@@ -24,7 +24,7 @@ async fn running(world: &World, key: &str) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_has_ended_makes_no_second_run_and_no_second_event() {
+async fn a_duplicate_of_a_finished_request_creates_no_run_and_no_event() {
     let world = World::new().await;
     let replica = Replica::start(&world).await;
     let events = world.subscribe().await;
@@ -41,11 +41,11 @@ async fn a_key_that_has_ended_makes_no_second_run_and_no_second_event() {
     assert_eq!(world.runs("once").await, [run]);
     assert_eq!(world.count("select count(*) from outbox_events").await, 2);
     assert_eq!(events.received().len(), 2);
-    assert!(world.sim.state().requests <= requests + 2, "a duplicate asks Graph nothing");
+    assert!(world.sim.state().requests <= requests + 2, "a duplicate sends no request to Graph");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_same_selection_never_runs_twice_at_once() {
+async fn a_second_run_of_a_running_selection_is_skipped() {
     let world = World::new().await;
     world.sim.add_rule(slow(1_500));
     let _replica = Replica::start(&world).await;
@@ -64,7 +64,7 @@ async fn the_same_selection_never_runs_twice_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tenant_over_its_limit_is_skipped_with_its_code() {
+async fn a_run_over_the_tenant_limit_is_skipped() {
     let world = World::new().await;
     world.execute("update tenants set max_concurrent_runs = 1").await;
     world.sim.add_rule(slow(1_500));
@@ -80,7 +80,7 @@ async fn a_tenant_over_its_limit_is_skipped_with_its_code() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_fleet_limit_holds_over_all_replicas_and_tenants() {
+async fn the_fleet_limit_holds_across_replicas_and_tenants() {
     let world = World::new().await;
     world.sim.add_rule(slow(1_500));
     let mut config = world.config();
@@ -104,7 +104,7 @@ async fn the_fleet_limit_holds_over_all_replicas_and_tenants() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deferred_request_waits_its_turn_and_then_runs() {
+async fn a_deferred_request_runs_once_a_slot_is_free() {
     let world = World::new().await;
     world.sim.add_rule(slow(1_000));
     let mut config = world.config();
@@ -113,7 +113,7 @@ async fn a_deferred_request_waits_its_turn_and_then_runs() {
     world.publish(&world.request("first", &["mobileApp"])).await;
     running(&world, "first").await;
     world.publish(&world.request("second", &["mobileApp"])).await;
-    eventually("it waits on the retry ladder", || async {
+    eventually("the message waits on a retry tier", || async {
         (world.depth("inventory.retry.5s").await == 1).then_some(())
     })
     .await;
@@ -138,12 +138,12 @@ async fn a_request_deferred_too_long_is_skipped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_handed_back_is_taken_over_at_once_and_costs_no_attempt() {
+async fn a_handed_back_run_is_taken_over_at_once_without_costing_an_attempt() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     world.sync("warm", &["mobileApp"]).await;
     let tenant = world.tenant;
-    // As a stopped worker leaves it: no owner, lease over, one of two types finished.
+    // The state that a stopped worker leaves: no owner, an expired lease, one of two types finished.
     let request = world.request("handed", &["mobileApp", "deviceShellScript"]);
     let selection =
         inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
@@ -159,12 +159,12 @@ async fn a_run_handed_back_is_taken_over_at_once_and_costs_no_attempt() {
     world.publish(&request).await;
     let run = world.ended("handed").await;
     assert_eq!((&run["status"], &run["attempt"], &run["interruptions"]), (&json!("success"), &json!(8), &json!(7)));
-    assert_eq!(run["items_observed_count"], 5 + 12, "the finished type is kept as it was");
-    assert!(world.sim.requests().iter().all(|r| !r.path.contains("mobileApps")), "and not read again");
+    assert_eq!(run["items_observed_count"], 5 + 12, "the finished type keeps its counts");
+    assert!(world.sim.requests().iter().all(|r| !r.path.contains("mobileApps")), "a finished type is not read again");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_has_lost_too_many_workers_is_given_up() {
+async fn a_run_out_of_attempts_fails_as_worker_lost() {
     let world = World::new().await;
     let request = world.request("lost", &["mobileApp"]);
     let selection =
@@ -187,7 +187,7 @@ async fn a_run_that_has_lost_too_many_workers_is_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_worker_of_the_same_selection_makes_way() {
+async fn an_expired_run_of_the_same_selection_fails_and_frees_it() {
     let world = World::new().await;
     let request = world.request("mine", &["mobileApp"]);
     let selection =
@@ -209,7 +209,7 @@ async fn a_lost_worker_of_the_same_selection_makes_way() {
     events.event_of(&theirs).await;
 }
 
-/// A running run of `mobileApp` whose worker is gone since an hour.
+/// Inserts a running run of `mobileApp` whose lease expired an hour ago.
 async fn orphan(world: &World, selection_hash: &str) {
     let (tenant, run) = (world.tenant, Uuid::now_v7());
     world
@@ -223,7 +223,7 @@ async fn orphan(world: &World, selection_hash: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_without_worker_and_message_is_ended_by_the_janitor() {
+async fn an_abandoned_run_is_failed_by_the_janitor() {
     let world = World::new().await;
     orphan(&world, "h").await;
     let mut config = world.config();
@@ -236,7 +236,7 @@ async fn a_run_without_worker_and_message_is_ended_by_the_janitor() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_whose_message_nobody_has_read_for_long_is_taken_over_and_not_ended() {
+async fn a_run_whose_message_waits_in_the_queue_is_taken_over() {
     let world = World::new().await;
     let body = world.request("orphan", &["mobileApp"]).to_string();
     let request = SyncRequest::parse(None, body.as_bytes()).unwrap();
@@ -245,7 +245,7 @@ async fn a_run_whose_message_nobody_has_read_for_long_is_taken_over_and_not_ende
     config.run.abandoned_after_s = 1;
     let replica = Replica::with(config).await;
     replica.daemon().stop().quiet.send_replace(true);
-    eventually("quiet", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
+    eventually("consumption is paused", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
     world.publish(&world.request("orphan", &["mobileApp"])).await;
     tokio::time::sleep(Duration::from_secs(4)).await;
     assert_eq!(world.runs("orphan").await[0]["status"], "running", "the janitor waits for the message to be read");

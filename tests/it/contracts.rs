@@ -1,4 +1,4 @@
-//! `config/policy_types.toml` against itself, and against a file of facts about Graph where there is one.
+//! Consistency of `config/policy_types.toml`, and its agreement with Graph's metadata where a file of it is given.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,16 +6,16 @@ use inventoryd::domain::catalog::Catalog;
 use inventoryd::domain::policy_type::PolicyType;
 use serde_json::Value;
 
-/// The variable that names a JSON file of facts: a list of types with the properties that Graph's metadata gives them.
+/// Variable that names a JSON file of Graph metadata: a list of types with their properties.
 const FACTS: &str = "INVENTORYD_GRAPH_FACTS";
 
-/// A selected name without its cast to a derived type.
-fn plain(name: &str) -> &str {
+/// Strips the cast to a derived type from a selected property.
+fn without_cast(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or(name)
 }
 
 #[test]
-fn no_two_types_of_a_list_claim_the_same_object() {
+fn no_two_types_claim_the_same_object() {
     let catalog = Catalog::built_in();
     for one in catalog.types() {
         let collection = catalog.collection_of(one);
@@ -32,7 +32,7 @@ fn no_two_types_of_a_list_claim_the_same_object() {
 }
 
 #[test]
-fn nothing_secret_or_personal_is_asked_for() {
+fn no_secret_or_personal_property_is_selected() {
     let never = [
         "password",
         "secret",
@@ -50,39 +50,42 @@ fn nothing_secret_or_personal_is_asked_for() {
         "largeicon",
     ];
     for policy_type in Catalog::built_in().types() {
-        for name in policy_type.select.iter().map(|name| plain(name)).chain(policy_type.meta.iter().map(String::as_str))
+        for name in
+            policy_type.select.iter().map(|name| without_cast(name)).chain(policy_type.meta.iter().map(String::as_str))
         {
             let lower = name.to_lowercase();
-            // Names of files and booleans about secrets tell nothing of them.
+            // Names of files and serial numbers reveal no secret.
             let harmless = ["payloadFileName", "certificateSerialNumber"].contains(&name);
             let found = never.iter().find(|word| lower.contains(**word));
-            assert!(harmless || found.is_none(), "{} asks for {name}", policy_type.key);
+            assert!(harmless || found.is_none(), "{} selects {name}", policy_type.key);
         }
     }
 }
 
 #[test]
-fn every_permission_only_reads() {
+fn every_permission_is_read_only() {
     for policy_type in Catalog::built_in().types() {
         let reads = policy_type.permission.contains(".Read.") || policy_type.permission.starts_with("Policy.Read");
         assert!(reads, "{}: {}", policy_type.key, policy_type.permission);
     }
 }
 
-/// Set `INVENTORYD_GRAPH_FACTS` to compare with metadata; without it there is nothing to compare with.
+/// Skipped unless `INVENTORYD_GRAPH_FACTS` names a metadata file.
 #[test]
-#[expect(clippy::disallowed_methods, reason = "a developer says where the facts are")]
-fn contracts_agree_with_the_facts() {
+#[expect(clippy::disallowed_methods, reason = "a developer names the metadata file")]
+fn contracts_agree_with_graph_metadata() {
     let Ok(file) = std::env::var(FACTS) else {
-        println!("skipped: {FACTS} names no file of facts");
+        println!("skipped: {FACTS} names no metadata file");
         return;
     };
-    let facts: Vec<Value> = serde_json::from_slice(&std::fs::read(file).expect("the file of facts is there")).unwrap();
+    let facts: Vec<Value> =
+        serde_json::from_slice(&std::fs::read(file).expect("the metadata file can be read")).unwrap();
     let facts: BTreeMap<&str, &Value> = facts.iter().map(|fact| (fact["key"].as_str().unwrap(), fact)).collect();
     let catalog = Catalog::built_in();
     assert!(catalog.types().count() >= 108);
     for policy_type in catalog.types() {
-        let fact = facts.get(policy_type.key.as_str()).unwrap_or_else(|| panic!("{} is unknown", policy_type.key));
+        let fact =
+            facts.get(policy_type.key.as_str()).unwrap_or_else(|| panic!("{} is not in the metadata", policy_type.key));
         compare(policy_type, fact);
     }
 }
@@ -109,10 +112,10 @@ fn compare(policy_type: &PolicyType, fact: &Value) {
     );
     known.extend(fact[format!("select_{versioned}")].as_array().into_iter().flatten().filter_map(Value::as_str));
     for name in &policy_type.select {
-        assert!(!forbidden.contains(plain(name)), "{key} asks for {name}");
+        assert!(!forbidden.contains(without_cast(name)), "{key} selects {name}");
         assert!(
             name.contains('/') || known.contains(name.as_str()),
-            "{key} asks for {name}, which is no property of it"
+            "{key} selects {name}, which is not one of its properties"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Workers that die, freeze or are cut off, at every step of the recipe.
+//! Workers killed, frozen or disconnected at every step of a run.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ async fn running(world: &World, key: &str) {
     .await;
 }
 
-/// Kills a worker at `step` and lets another replica finish.
+/// Kills a worker at `step`; another replica finishes the run.
 async fn killed_at(step: &Step) {
     let world = World::new().await;
     invariants::record_history(&world).await;
@@ -32,18 +32,22 @@ async fn killed_at(step: &Step) {
     let events = world.subscribe().await;
     pause::until_paused(&world).await;
     victim.signal("KILL");
-    let _heir = Replica::start(&world).await;
+    let _successor = Replica::start(&world).await;
     invariants::assert_all(&world, &["run".to_owned()], &events).await;
     let run = &world.runs("run").await[0];
     assert_eq!(run["status"], "success", "{}: {run}", step.name);
-    assert_eq!(run["items_observed_count"], 24, "{}: counted once, whoever counted: {run}", step.name);
-    assert_eq!(run["items_created_count"], 24, "{}: new is what was not there when the run began: {run}", step.name);
+    assert_eq!(run["items_observed_count"], 24, "{}: counted once across attempts: {run}", step.name);
+    assert_eq!(
+        run["items_created_count"], 24,
+        "{}: created counts objects that did not exist when the run began: {run}",
+        step.name
+    );
     assert_eq!(world.count("select count(*) from inventory_items").await, 24);
     assert!(run["attempt"].as_i64().unwrap() <= 2, "{}: {run}", step.name);
 }
 
-/// Takes a worker through `step` and lets it hear nothing of that, so that it goes there again.
-async fn done_twice(step: &Step) {
+/// Commits `step` but loses the reply, so that the worker repeats it.
+async fn repeated_after_lost_reply(step: &Step) {
     let world = World::new().await;
     invariants::record_history(&world).await;
     pause::in_commit_of(&world, step, 0.7).await;
@@ -61,23 +65,27 @@ async fn done_twice(step: &Step) {
     invariants::assert_all(&world, &["run".to_owned()], &events).await;
     let run = &world.runs("run").await[0];
     assert_eq!(run["status"], "success", "{}: {run}", step.name);
-    assert_eq!(run["items_observed_count"], 24, "{}: counted once, however often it was done: {run}", step.name);
-    assert_eq!(run["items_created_count"], 24, "{}: new is what was not there when the run began: {run}", step.name);
+    assert_eq!(run["items_observed_count"], 24, "{}: counted once across repeats: {run}", step.name);
+    assert_eq!(
+        run["items_created_count"], 24,
+        "{}: created counts objects that did not exist when the run began: {run}",
+        step.name
+    );
     assert_eq!(world.count("select count(*) from inventory_items").await, 24);
     assert_eq!(events.distinct().len(), 1, "{}", step.name);
     assert!(run["attempt"].as_i64().unwrap() <= 2, "{}: {run}", step.name);
 }
 
 macro_rules! every_step {
-    ($($killed:ident $twice:ident = $index:literal;)+) => {
+    ($($killed:ident $repeated:ident = $index:literal;)+) => {
         $(#[tokio::test(flavor = "multi_thread")]
         async fn $killed() {
             killed_at(&STEPS[$index]).await;
         }
 
         #[tokio::test(flavor = "multi_thread")]
-        async fn $twice() {
-            done_twice(&STEPS[$index]).await;
+        async fn $repeated() {
+            repeated_after_lost_reply(&STEPS[$index]).await;
         })+
 
         #[test]
@@ -111,7 +119,7 @@ async fn killed_mid_page_and_between_pages() {
     })
     .await;
     victim.signal("KILL");
-    let _heir = Replica::start(&world).await;
+    let _successor = Replica::start(&world).await;
     invariants::assert_all(&world, &["run".to_owned()], &events).await;
     let run = &world.runs("run").await[0];
     assert_eq!(
@@ -134,9 +142,9 @@ async fn killed_between_the_commit_and_the_ack() {
     world.ended("run").await;
     victim.signal("KILL");
     broker.cut();
-    let _heir = Replica::start(&world).await;
+    let _successor = Replica::start(&world).await;
     invariants::assert_all(&world, &["run".to_owned()], &events).await;
-    eventually("the redelivery is acked as a duplicate", || async {
+    eventually("the redelivery is acknowledged as a duplicate", || async {
         (world.depth("inventory.sync.requests").await == 0).then_some(())
     })
     .await;
@@ -153,8 +161,8 @@ async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
     let events = world.subscribe().await;
     running(&world, "run").await;
     zombie.signal("STOP");
-    let _heir = Replica::start(&world).await;
-    let run = within(Duration::from_secs(120), "the heir ends the run", || async {
+    let _successor = Replica::start(&world).await;
+    let run = within(Duration::from_secs(120), "the successor ends the run", || async {
         world.runs("run").await.into_iter().find(|run| run["status"] != "running")
     })
     .await;
@@ -162,12 +170,12 @@ async fn a_worker_frozen_past_its_lease_is_fenced_when_it_wakes() {
     zombie.signal("CONT");
     zombie.wait_for_log("lease lost").await;
     invariants::assert_all(&world, &["run".to_owned()], &events).await;
-    assert_eq!(world.runs("run").await[0], run, "it has changed nothing");
+    assert_eq!(world.runs("run").await[0], run, "the zombie changed nothing");
     world.sync("next", &["deviceShellScript"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wire_to_the_broker_that_is_cut_again_and_again() {
+async fn repeated_broker_disconnects_lose_nothing() {
     let world = World::new().await;
     invariants::record_history(&world).await;
     world.execute("update tenants set max_concurrent_runs = 100").await;
@@ -203,7 +211,7 @@ async fn a_wire_to_the_broker_that_is_cut_again_and_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_goes_away_burns_nothing() {
+async fn a_database_outage_costs_no_attempt_and_no_message() {
     let world = World::new().await;
     invariants::record_history(&world).await;
     world.execute("update tenants set max_concurrent_runs = 100").await;
@@ -224,5 +232,9 @@ async fn a_database_that_goes_away_burns_nothing() {
     eventually("consumption stops", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
     database.refuse(false);
     invariants::assert_all(&world, &keys, &events).await;
-    assert_eq!(world.take("inventory.dead").await.map(|letter| letter.data.clone()), None, "nothing is dead-lettered");
+    assert_eq!(
+        world.take("inventory.dead").await.map(|letter| letter.data.clone()),
+        None,
+        "no message is dead-lettered"
+    );
 }

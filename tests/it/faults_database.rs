@@ -1,4 +1,4 @@
-//! A database that dies, comes back, refuses to write or has no connection to spare.
+//! Database faults: restarts, read-only mode, a full disk, an exhausted pool.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use crate::support::servers::{self, Private, Server};
 use crate::support::world::World;
 use crate::support::{eventually, invariants, within};
 
-/// Rounds of four admissions that are cancelled somewhere on their way.
+/// Rounds of four admissions that are cancelled at a random moment.
 const ROUNDS: usize = 600;
 
 fn slow(delay_ms: u64) -> Rule {
@@ -40,8 +40,8 @@ async fn ended_at_least(world: &World, count: i64) {
     within(Duration::from_secs(90), "runs end", || async { (world.count(ended).await >= count).then_some(()) }).await;
 }
 
-async fn nothing_is_dead(world: &World) {
-    assert_eq!(world.depth("inventory.dead").await, 0, "an outage is nobody's fault: nothing is dead-lettered");
+async fn no_dead_letter(world: &World) {
+    assert_eq!(world.depth("inventory.dead").await, 0, "an outage dead-letters nothing");
 }
 
 async fn no_worker_was_lost(world: &World) {
@@ -49,8 +49,8 @@ async fn no_worker_was_lost(world: &World) {
     assert_eq!(world.count(lost).await, 0, "an outage costs no attempt");
 }
 
-/// Two replicas at work on forty requests while the database goes away and comes back.
-async fn away_and_back(name: &'static str, verb: &'static str) {
+/// Restarts the database while two replicas work on forty requests.
+async fn database_restarts(name: &'static str, verb: &'static str) {
     let database = Private::start("postgres", name).await;
     let world = world_on(&database).await;
     world.sim.add_rule(slow(100));
@@ -65,18 +65,18 @@ async fn away_and_back(name: &'static str, verb: &'static str) {
     database.act(|server| server.start_again()).await;
     ended_at_least(&world, 40).await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    nothing_is_dead(&world).await;
+    no_dead_letter(&world).await;
     no_worker_was_lost(&world).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_stopped_and_restarted_under_load() {
-    away_and_back("faults-stopped", "stop").await;
+    database_restarts("faults-stopped", "stop").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_killed_and_restarted_under_load() {
-    away_and_back("faults-pg-killed", "kill").await;
+    database_restarts("faults-pg-killed", "kill").await;
 }
 
 async fn read_only(database: &Server, yes: bool) {
@@ -92,7 +92,7 @@ async fn read_only(database: &Server, yes: bool) {
     ] {
         sqlx::raw_sql(statement).execute(&mut admin).await.unwrap();
     }
-    eventually("new transactions see it", || async {
+    eventually("new transactions use the setting", || async {
         let mut other = sqlx::PgConnection::connect(&database.url).await.unwrap();
         let shown: String =
             sqlx::query_scalar("show default_transaction_read_only").fetch_one(&mut other).await.unwrap();
@@ -102,7 +102,7 @@ async fn read_only(database: &Server, yes: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_turns_read_only_counts_as_away() {
+async fn a_read_only_database_pauses_consumption() {
     let database = Private::start("postgres", "faults-read-only").await;
     let world = world_on(&database).await;
     world.sim.add_rule(slow(100));
@@ -123,7 +123,7 @@ async fn a_database_that_turns_read_only_counts_as_away() {
     read_only(&database, false).await;
     ended_at_least(&world, 30).await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    nothing_is_dead(&world).await;
+    no_dead_letter(&world).await;
     no_worker_was_lost(&world).await;
 }
 
@@ -158,19 +158,19 @@ async fn a_pool_of_one_connection_serves_eight_runs_and_their_leases() {
     ended_at_least(&world, 24).await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
     assert_eq!(world.count("select count(*) from inventory_sync_runs where attempt > 1").await, 0, "no lease was lost");
-    assert!(world.count("select count(*) from renewals").await > 0, "leases were renewed beside the work");
+    assert!(world.count("select count(*) from renewals").await > 0, "leases were renewed during the work");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn leases_are_renewed_between_the_statements_that_lock_their_rows() {
+async fn leases_are_renewed_between_statements_that_lock_their_rows() {
     let world = World::new().await;
     world.sim.add_rule(slow(14_000));
     let mut config = world.config();
     config.run.lease_s = 6;
     let _replica = Replica::with(config).await;
     world.publish(&world.request("run", &["mobileApp"])).await;
-    eventually("it runs", || async { world.runs("run").await.pop() }).await;
-    // As statements of a large run would, with little time between them.
+    eventually("the run starts", || async { world.runs("run").await.pop() }).await;
+    // Mimics the statements of a large run, with little time between them.
     let locking = async {
         loop {
             let mut held = world.db.begin().await.unwrap();
@@ -182,13 +182,13 @@ async fn leases_are_renewed_between_the_statements_that_lock_their_rows() {
     };
     let run = tokio::select! {
         run = world.ended("run") => run,
-        () = locking => unreachable!("it goes on for ever"),
+        () = locking => unreachable!("the lock loop never ends"),
     };
     assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(1)), "no lease was lost: {run}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_is_full_makes_requests_wait_and_dead_letters_none() {
+async fn a_full_database_delays_requests_and_dead_letters_none() {
     let world = World::new().await;
     invariants::record_history(&world).await;
     world
@@ -206,11 +206,13 @@ async fn a_database_that_is_full_makes_requests_wait_and_dead_letters_none() {
     for request in &requests {
         world.publish(request).await;
     }
-    eventually("they wait on the ladder", || async { (world.depth("inventory.retry.5s").await > 0).then_some(()) })
-        .await;
+    eventually("the requests wait on a retry tier", || async {
+        (world.depth("inventory.retry.5s").await > 0).then_some(())
+    })
+    .await;
     world.execute("drop trigger full_disk on inventory_sync_runs").await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    nothing_is_dead(&world).await;
+    no_dead_letter(&world).await;
 }
 
 fn rules() -> AdmissionRules {
@@ -219,7 +221,7 @@ fn rules() -> AdmissionRules {
         lease_s: 600,
         max_attempts: 5,
         tenant_max_runs: 1_000_000,
-        // A limit, so that the decision takes a transaction.
+        // A limit above zero makes admission take its transactional path.
         fleet_max_runs: 1_000_000,
         when_full: WhenFull::Skip,
         defer_max_s: 0,
@@ -229,15 +231,15 @@ fn rules() -> AdmissionRules {
 async fn admit(store: &Store, tenant: Uuid, key: &str) -> Admission {
     let request = World::request_of(tenant, key, &["mobileApp"]);
     let request = SyncRequest::parse(None, request.to_string().as_bytes()).unwrap();
-    // A hash of its own, so that no run stands in another's way.
+    // A hash per key, so that no run blocks another.
     let applicant = Applicant { request: &request, selection_hash: key, traceparent: None, deferred_s: 0 };
-    store.admit(&rules(), &applicant).await.expect("the database is there")
+    store.admit(&rules(), &applicant).await.expect("the database responds")
 }
 
-/// In sqlx 0.9.0 a `begin` that is cancelled half way leaves an open transaction on a connection that goes back to the
-/// pool. What is written on it next is lost, or holds its locks for ever.
+/// sqlx 0.9.0 returns a connection with an open transaction to the pool when `begin` is cancelled half way; later writes on
+/// it would be lost, or hold their locks for ever.
 #[tokio::test(flavor = "multi_thread")]
-async fn cancelled_transactions_poison_no_connection() {
+async fn a_cancelled_transaction_leaves_no_connection_in_a_transaction() {
     let world = World::new().await;
     let mut config = world.config();
     config.database.max_connections = 4;
@@ -268,24 +270,24 @@ async fn cancelled_transactions_poison_no_connection() {
         while let Some(key) = storm.join_next().await {
             done.extend(key.unwrap());
         }
-        // Looked at before the connections are used again, which would hide an open transaction.
+        // Checked before the connections are used again, which would hide an open transaction.
         within(Duration::from_secs(5), "no transaction is left open", || async {
             (world.count(open).await == 0).then_some(())
         })
         .await;
     }
     let cancelled = ROUNDS * 4 - done.len();
-    assert!(cancelled > ROUNDS, "enough was cancelled to prove something: {cancelled}");
-    // Seen from another connection: whatever was reported as done has been committed.
+    assert!(cancelled > ROUNDS, "too few admissions were cancelled to prove anything: {cancelled}");
+    // Another connection must see every admission that was reported as done.
     let committed = world.rows("select idempotency_key from inventory_sync_runs").await;
     let committed: BTreeSet<&str> = committed.iter().filter_map(|row| row["idempotency_key"].as_str()).collect();
     let lost: Vec<&String> = done.iter().filter(|key| !committed.contains(key.as_str())).collect();
-    assert!(lost.is_empty(), "{} of {} writes are lost: {lost:?}", lost.len(), done.len());
+    assert!(lost.is_empty(), "{} of {} writes were lost: {lost:?}", lost.len(), done.len());
     store.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_flaps_is_followed() {
+async fn a_flapping_database_delays_runs_and_loses_none() {
     let database = Private::start("postgres", "faults-flaps").await;
     let world = world_on(&database).await;
     let events: Subscriber = world.subscribe().await;
@@ -304,6 +306,6 @@ async fn a_database_that_flaps_is_followed() {
     }
     ended_at_least(&world, 40).await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    nothing_is_dead(&world).await;
+    no_dead_letter(&world).await;
     no_worker_was_lost(&world).await;
 }

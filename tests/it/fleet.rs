@@ -1,4 +1,4 @@
-//! Replicas together: what one learns of Graph's limits holds for all.
+//! Coordination of replicas: membership, and throttling shared across the fleet.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::support::eventually;
 use crate::support::world::World;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tenant_that_throttles_one_replica_is_left_alone_by_all() {
+async fn a_throttled_tenant_is_paused_on_every_replica() {
     let world = World::new().await;
     let rule = json!({ "path": "deviceAppManagement/mobileApps", "times": 1,
                        "action": { "kind": "status", "status": 429, "retry_after": "9" } });
@@ -23,11 +23,11 @@ async fn a_tenant_that_throttles_one_replica_is_left_alone_by_all() {
         world.sim.requests().iter().any(|request| request.status == 429).then_some(())
     })
     .await;
-    eventually("the gate is known to all", || async {
+    eventually("the pause is published to the database", || async {
         (world.count("select count(*) from tenant_gates where closed_until > now()").await == 1).then_some(())
     })
     .await;
-    // Each replica looks at the gates every three seconds.
+    // Each replica polls the pauses every three seconds.
     tokio::time::sleep(Duration::from_millis(3_500)).await;
     world.publish(&world.request("other", &["deviceCompliancePolicy"])).await;
     assert_eq!(world.ended("other").await["status"], "success");
@@ -39,18 +39,18 @@ async fn a_tenant_that_throttles_one_replica_is_left_alone_by_all() {
     let (throttled_at, _) = asked.iter().find(|(_, status)| *status == 429).copied().unwrap();
     let early: Vec<u64> =
         asked.iter().map(|(at, _)| at - throttled_at).filter(|after| *after > 0 && *after < 9_000).collect();
-    assert!(early.is_empty(), "asked {early:?} ms after Graph wanted to be left alone for 9 s");
+    assert!(early.is_empty(), "requests were sent {early:?} ms after a 429 with Retry-After: 9");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_count_each_other_and_leave_in_order() {
+async fn replicas_are_registered_until_they_stop() {
     let world = World::new().await;
     let one = Replica::start(&world).await;
     let two = Replica::start(&world).await;
     let members = || world.count("select count(*) from daemon_replicas");
-    eventually("both are counted", || async { (members().await == 2).then_some(()) }).await;
+    eventually("both are registered", || async { (members().await == 2).then_some(()) }).await;
     one.stop().await;
-    eventually("one has left", || async { (members().await == 1).then_some(()) }).await;
+    eventually("one is deregistered", || async { (members().await == 1).then_some(()) }).await;
     two.stop().await;
     assert_eq!(members().await, 0);
 }

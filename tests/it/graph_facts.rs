@@ -38,7 +38,7 @@ const FACTS: &[Fact] = &[
         "The same object can stand on two pages",
         &[
             "tests/it/graph_client.rs::ids_repeated_across_pages_are_seen_once_and_empty_pages_lose_nothing",
-            "tests/it/inventory.rs::repeated_ids_across_pages_are_one_item",
+            "tests/it/inventory.rs::ids_repeated_across_pages_are_one_item",
         ],
     ),
     (
@@ -55,8 +55,8 @@ const FACTS: &[Fact] = &[
     (
         "Several kinds of object share a list, and one of a kind that is not known yet is still an object",
         &[
-            "tests/it/contracts.rs::no_two_types_of_a_list_claim_the_same_object",
-            "tests/it/inventory.rs::an_object_that_no_type_claims_is_counted_and_left_out",
+            "tests/it/contracts.rs::no_two_types_claim_the_same_object",
+            "tests/it/inventory.rs::an_unclassified_object_is_counted_and_not_stored",
             "src/domain/item.rs::every_fixture_comes_out_as_expected",
         ],
     ),
@@ -120,7 +120,7 @@ const FACTS: &[Fact] = &[
             "src/graph/retry_after.rs::every_form_is_read_and_rounded_up",
             "tests/it/graph_client.rs::throttling_is_waited_out_and_never_too_early",
             "tests/it/graph_limits.rs::without_a_pace_it_is_throttled_but_never_comes_back_too_early",
-            "tests/it/fleet.rs::a_tenant_that_throttles_one_replica_is_left_alone_by_all",
+            "tests/it/fleet.rs::a_throttled_tenant_is_paused_on_every_replica",
         ],
     ),
     (
@@ -151,7 +151,7 @@ const FACTS: &[Fact] = &[
     (
         "Nothing but reading is asked for, of Graph and of an administrator",
         &[
-            "tests/it/contracts.rs::every_permission_only_reads",
+            "tests/it/contracts.rs::every_permission_is_read_only",
             "tests/it/architecture.rs::nothing_can_write_to_graph",
             "tests/it/inventory.rs::every_type_is_listed_and_only_by_get",
         ],
@@ -159,13 +159,13 @@ const FACTS: &[Fact] = &[
     (
         "Lists hold secrets and names of people",
         &[
-            "tests/it/contracts.rs::nothing_secret_or_personal_is_asked_for",
+            "tests/it/contracts.rs::no_secret_or_personal_property_is_selected",
             "src/domain/item.rs::sanitizing_what_is_stored_changes_nothing",
         ],
     ),
     (
         "An incomplete list says nothing of what is gone",
-        &["tests/it/missing.rs::confidence_is_low_after_a_partial_run_and_says_which_type_was_complete"],
+        &["tests/it/missing.rs::confidence_is_low_after_a_partial_run_and_names_complete_types"],
     ),
 ];
 

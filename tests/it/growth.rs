@@ -1,4 +1,4 @@
-//! What deploy/SCALING.md promises of the schema: it can be partitioned, and distributed by tenant, as it is.
+//! Schema properties promised in deploy/SCALING.md: partitioning, distribution by tenant, and connection poolers.
 
 use std::collections::BTreeMap;
 
@@ -12,8 +12,8 @@ use crate::support::scheduler::requests;
 use crate::support::servers;
 use crate::support::world::World;
 
-/// Tables that are no tenant's: on Citus they are reference tables.
-const OF_NO_TENANT: [&str; 3] = ["inventory_fleet", "daemon_replicas", "_sqlx_migrations"];
+/// Tables without a tenant; on Citus they are reference tables.
+const WITHOUT_TENANT: [&str; 3] = ["inventory_fleet", "daemon_replicas", "_sqlx_migrations"];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_key_begins_with_the_tenant() {
@@ -32,7 +32,7 @@ async fn every_key_begins_with_the_tenant() {
               where k.contype = 'f' and k.connamespace = 'public'::regnamespace",
         )
         .await;
-    let of_tenants = |key: &&Value| !OF_NO_TENANT.contains(&key["of"].as_str().unwrap());
+    let of_tenants = |key: &&Value| !WITHOUT_TENANT.contains(&key["of"].as_str().unwrap());
     let unique: Vec<&Value> = unique.iter().filter(of_tenants).collect();
     assert!(unique.len() >= 7 && foreign.len() >= 2, "{unique:?} {foreign:?}");
     for key in unique.into_iter().chain(&foreign) {
@@ -43,11 +43,11 @@ async fn every_key_begins_with_the_tenant() {
     let without = "select tablename from pg_tables t where schemaname = 'public' and not exists
         (select from information_schema.columns c where c.table_name = t.tablename and c.column_name = 'tenant_id')";
     let without = world.rows(without).await;
-    assert!(tables.len() > without.len() && without.len() == OF_NO_TENANT.len(), "{without:?}");
+    assert!(tables.len() > without.len() && without.len() == WITHOUT_TENANT.len(), "{without:?}");
 }
 
-/// Everything that a reader can see, and the rows beneath.
-async fn everything(world: &World) -> BTreeMap<&'static str, Vec<Value>> {
+/// Reads every view and function of the SQL interface, and the rows beneath.
+async fn read_everything(world: &World) -> BTreeMap<&'static str, Vec<Value>> {
     let mut all = BTreeMap::new();
     for (name, query) in [
         ("rows", "select * from inventory_items order by 1, 2, 3"),
@@ -65,7 +65,7 @@ async fn everything(world: &World) -> BTreeMap<&'static str, Vec<Value>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn partitioned_items_are_the_same_items_and_the_daemon_works_on_them() {
+async fn partitioning_items_changes_no_read_and_the_daemon_works_on_it() {
     let world = World::new().await;
     let replica = Replica::start(&world).await;
     let tenants: Vec<Uuid> = (0..12).map(|_| Uuid::new_v4()).collect();
@@ -82,8 +82,8 @@ async fn partitioned_items_are_the_same_items_and_the_daemon_works_on_them() {
         }
     }
     replica.stop().await;
-    let before = everything(&world).await;
-    assert_eq!((before["missing"].len(), before["rows"].len()), (12, 12 * 24), "there is something to compare");
+    let before = read_everything(&world).await;
+    assert_eq!((before["missing"].len(), before["rows"].len()), (12, 12 * 24), "the comparison is not empty");
 
     let (_, database) = world.database_url.rsplit_once('/').unwrap();
     let recipe = |partitions: &'static str| {
@@ -95,11 +95,11 @@ async fn partitioned_items_are_the_same_items_and_the_daemon_works_on_them() {
     };
     for partitions in ["4", "8"] {
         recipe(partitions).await.unwrap();
-        assert_eq!(everything(&world).await, before);
+        assert_eq!(read_everything(&world).await, before);
         let parts = "select count(distinct tableoid) from inventory_items";
         let spread = "select count(*) from pg_inherits where inhparent = 'inventory_items'::regclass";
         let torn = "select count(*) from (select from inventory_items group by tenant_id having count(distinct tableoid) > 1) t";
-        assert!(world.count(parts).await > 1, "the tenants are spread");
+        assert!(world.count(parts).await > 1, "the tenants are spread over partitions");
         assert_eq!((world.count(spread).await, world.count(torn).await), (partitions.parse().unwrap(), 0));
     }
 
@@ -115,12 +115,12 @@ async fn partitioned_items_are_the_same_items_and_the_daemon_works_on_them() {
     let plan = format!("explain (format json) select * from inventory_items where tenant_id = '{tenant}'");
     let plan: Value = sqlx::query_scalar(sqlx::AssertSqlSafe(plan)).fetch_one(&world.db).await.unwrap();
     assert_eq!(plan.to_string().matches("inventory_items_").count(), plan.to_string().matches("_of_8").count());
-    assert!(!plan.to_string().contains("Append"), "one tenant, one part: {plan}");
+    assert!(!plan.to_string().contains("Append"), "one tenant reads one partition: {plan}");
 }
 
-/// What lives in a session is lost, or is another client's, where a pooler hands out connections by the transaction.
+/// Session state would be lost, or leak to another client, behind a pooler in transaction mode.
 #[test]
-fn no_statement_leaves_anything_in_its_session() {
+fn no_statement_leaves_session_state() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(".sqlx");
     let queries: Vec<String> = std::fs::read_dir(folder)
         .unwrap()
@@ -158,7 +158,7 @@ async fn the_daemon_works_through_pgbouncer() {
         let through = "select count(*) from pg_stat_activity
             where datname = current_database() and application_name = 'inventoryd'";
         let through = world.count(through).await;
-        assert!((1..=mode.pool_size()).contains(&through), "{mode:?}: {through} connections of the server's");
+        assert!((1..=mode.pool_size()).contains(&through), "{mode:?}: {through} server connections");
         for replica in replicas {
             replica.stop().await;
         }

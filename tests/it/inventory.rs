@@ -1,4 +1,4 @@
-//! The inventory: identity, whitelist, isolation, and what is never touched.
+//! The inventory: identity, selected properties, tenant isolation, and tables that are never touched.
 
 use std::collections::BTreeSet;
 
@@ -12,7 +12,7 @@ use crate::support::world::World;
 const ITEMS: &str = "select * from inventory_items order by tenant_id, policy_type, external_id";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn identity_prevents_duplicates_and_last_seen_moves() {
+async fn a_resync_updates_last_seen_and_creates_no_duplicates() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     let first = world.sync("first", &["mobileApp"]).await;
@@ -35,7 +35,7 @@ async fn identity_prevents_duplicates_and_last_seen_moves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_renamed_object_is_changed_and_a_new_one_created() {
+async fn renamed_objects_count_as_changed_and_new_ones_as_created() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     world.sync("first", &["mobileApp"]).await;
@@ -48,7 +48,7 @@ async fn a_renamed_object_is_changed_and_a_new_one_created() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn repeated_ids_across_pages_are_one_item() {
+async fn ids_repeated_across_pages_are_one_item() {
     const POLICIES: &str = "deviceManagement/configurationPolicies";
     let world = World::with_three_pages(POLICIES).await;
     let _replica = Replica::start(&world).await;
@@ -56,9 +56,9 @@ async fn repeated_ids_across_pages_are_one_item() {
     let run = world.sync("overlap", &["settingsCatalogPolicy"]).await;
     assert_eq!(run["status"], "success");
     let items = world.count("select count(*) from inventory_items").await;
-    assert_eq!(run["items_observed_count"], items, "distinct objects, however often they came");
+    assert_eq!(run["items_observed_count"], items, "distinct objects are counted once");
     let sent = world.sim.state().tenants[&world.tenant].objects;
-    assert_eq!(sent, 66, "Graph gave some of them twice");
+    assert_eq!(sent, 66, "Graph sent some objects twice");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -96,7 +96,7 @@ async fn every_type_is_listed_and_only_by_get() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tenants_never_see_each_others_rows() {
+async fn tenants_are_isolated() {
     let world = World::new().await;
     let other = Uuid::new_v4();
     world.register(other, None).await;
@@ -121,7 +121,7 @@ async fn tenants_never_see_each_others_rows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn snapshots_and_backups_are_never_touched() {
+async fn foreign_tables_are_never_touched() {
     let world = World::new().await;
     world
         .execute(
@@ -149,7 +149,7 @@ async fn snapshots_and_backups_are_never_touched() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_object_that_no_type_claims_is_counted_and_left_out() {
+async fn an_unclassified_object_is_counted_and_not_stored() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     world.sim.add_rule(rule("deviceManagement/deviceEnrollmentConfigurations", Action::Unclassified));

@@ -1,4 +1,4 @@
-//! What inventoryd promises, held against real servers: a module for every behaviour.
+//! Integration tests against real servers, one module per behaviour.
 
 #[path = "../sim/mod.rs"]
 mod sim;

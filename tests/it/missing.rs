@@ -1,4 +1,4 @@
-//! What is missing: derived, never stored; relative to the latest completed run of the tenant and selection.
+//! Missing objects: derived, never stored, and relative to the latest finished run of a tenant and selection.
 
 use serde_json::{Value, json};
 
@@ -38,17 +38,17 @@ async fn a_deleted_object_is_missing_with_high_confidence_and_stays_in_the_table
     let event = events.event_of(&second).await;
     assert_eq!((&event["data"]["missing_high_count"], &event["data"]["missing_low_count"]), (&json!(2), &json!(0)));
     let current = world.count("select count(*) from inventory_items_current").await;
-    assert_eq!(current, 10, "the current view leaves out what is surely missing");
+    assert_eq!(current, 10, "the current view omits objects that are missing with high confidence");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_of_another_selection_makes_nothing_missing() {
+async fn another_selection_makes_nothing_missing() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     let apps = world.sync("apps", &["mobileApp"]).await;
     world.sync("scripts", &["deviceShellScript"]).await;
     assert_eq!(world.missing(&apps).await.len(), 0);
-    // The other selection covers the type too and finds fewer objects: what this selection's latest run saw stays seen.
+    // The other selection covers the type too and finds fewer objects; this selection's latest run still counts.
     world.sim.delete_objects(world.tenant, APPS, Which::Count(1)).unwrap();
     let both = world.sync("both", &["mobileApp", "deviceShellScript"]).await;
     assert_eq!(world.missing(&apps).await.len(), 0);
@@ -56,7 +56,7 @@ async fn a_run_of_another_selection_makes_nothing_missing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_another_selection_has_seen_since_is_not_missing() {
+async fn an_object_seen_by_another_selection_is_not_missing() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     world.sync("first", &["mobileApp"]).await;
@@ -69,7 +69,7 @@ async fn what_another_selection_has_seen_since_is_not_missing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn confidence_is_low_after_a_partial_run_and_says_which_type_was_complete() {
+async fn confidence_is_low_after_a_partial_run_and_names_complete_types() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     let selection = ["mobileApp", "deviceShellScript"];
@@ -101,7 +101,7 @@ async fn confidence_is_low_after_a_failed_run() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn skipped_runs_are_not_the_latest() {
+async fn a_skipped_run_is_not_the_latest() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     world.sync("first", &["mobileApp"]).await;
@@ -126,7 +126,11 @@ async fn a_suspicious_drop_lowers_the_confidence_of_its_type() {
     world.sim.delete_objects(world.tenant, APPS, Which::Count(20)).unwrap();
     world.sim.delete_objects(world.tenant, SCRIPTS, Which::Count(1)).unwrap();
     let second = world.sync("second", &selection).await;
-    assert_eq!((&second["status"], &second["had_errors"]), (&json!("success"), &json!(false)), "a warning, no error");
+    assert_eq!(
+        (&second["status"], &second["had_errors"]),
+        (&json!("success"), &json!(false)),
+        "a suspicious drop is a warning, not an error"
+    );
     let missing = world.missing(&second).await;
     let of = |name: &str| missing.iter().filter(|i| i["policy_type"] == name).cloned().collect::<Vec<_>>();
     assert_eq!((of("mobileApp").len(), of("deviceShellScript").len()), (20, 1));
@@ -150,11 +154,11 @@ async fn a_drop_is_measured_against_the_last_complete_list() {
     world.sim.delete_objects(world.tenant, APPS, Which::Count(20)).unwrap();
     let third = world.sync("third", &["mobileApp", "deviceShellScript"]).await;
     let missing = world.missing(&third).await;
-    assert_eq!((missing.len(), confidences(&missing).contains(&"high")), (20, false), "the second run had seen none");
+    assert_eq!((missing.len(), confidences(&missing).contains(&"high")), (20, false), "the second run saw none");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_complete_list_has_not_found_does_not_come_back_with_an_incomplete_one() {
+async fn an_incomplete_list_does_not_restore_missing_objects() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     let current = async || world.count("select count(*) from inventory_items_current").await;

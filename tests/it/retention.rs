@@ -1,4 +1,4 @@
-//! What is past its days: deleted in bounded batches, and nothing that is still needed.
+//! Retention: bounded batches, and nothing deleted that is still needed.
 
 use serde_json::json;
 use uuid::Uuid;
@@ -8,7 +8,8 @@ use crate::support::daemon::Replica;
 use crate::support::eventually;
 use crate::support::world::World;
 
-/// Ended runs with a type and a published event each, `days` old, under the keys `{key}-1` to `{key}-{count}`.
+/// Inserts finished runs, `days` old, with one type and a published event each, under the keys `{key}-1` to
+/// `{key}-{count}`.
 async fn old_runs(world: &World, key: &str, count: u32, days: u32) {
     let tenant = world.tenant;
     world
@@ -30,7 +31,7 @@ async fn old_runs(world: &World, key: &str, count: u32, days: u32) {
         .await;
 }
 
-/// Notes how many rows each statement deletes.
+/// Records how many rows each statement deletes.
 async fn count_deletions(world: &World) {
     world
         .execute(
@@ -46,7 +47,7 @@ async fn count_deletions(world: &World) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_past_its_days_goes_in_batches_and_what_is_needed_stays() {
+async fn retention_deletes_in_batches_and_spares_what_is_needed() {
     let world = World::new().await;
     old_runs(&world, "busy", 2_500, 100).await;
     old_runs(&world, "quiet", 3, 400).await;
@@ -67,7 +68,7 @@ async fn what_is_past_its_days_goes_in_batches_and_what_is_needed_stays() {
     config.run.abandoned_after_s = 1;
     let _replica = Replica::with(config).await;
 
-    let kept = eventually("the old ones are gone", || async {
+    let kept = eventually("the expired runs are deleted", || async {
         let kept = world.rows("select idempotency_key as key from inventory_sync_runs order by 1").await;
         (kept.len() <= 4).then_some(kept)
     })
@@ -75,32 +76,36 @@ async fn what_is_past_its_days_goes_in_batches_and_what_is_needed_stays() {
     assert_eq!(
         kept,
         [json!({"key": "busy-2500"}), json!({"key": "busy-7"}), json!({"key": "quiet-3"}), json!({"key": "young-1"})],
-        "the latest of each selection, whatever its age, one whose event is not published, and one within its days"
+        "spared: the latest run of each selection, a run with an unpublished event, and a run within its days"
     );
-    assert_eq!(world.count("select count(*) from inventory_sync_run_types").await, 4, "types go with their run");
-    eventually("published events of more than a week ago are gone", || async {
+    assert_eq!(
+        world.count("select count(*) from inventory_sync_run_types").await,
+        4,
+        "type rows are deleted with their run"
+    );
+    eventually("published events older than a week are deleted", || async {
         (world.count("select count(*) from outbox_events").await == 1).then_some(())
     })
     .await;
     assert_eq!(world.count("select count(*) from inventory_items where external_id = 'old'").await, 1);
     let most = world.count("select max(rows) from deletions").await;
-    assert_eq!(most, 1_000, "no statement deletes more, so that none holds locks for long");
+    assert_eq!(most, 1_000, "every statement is bounded, so that none holds locks for long");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_is_remembered_as_long_as_its_run_and_no_longer() {
+async fn an_idempotency_key_is_forgotten_with_its_run() {
     let world = World::new().await;
     old_runs(&world, "key", 2, 100).await;
     old_runs(&world, "fresh", 1, 1).await;
     let mut config = world.config();
     config.run.abandoned_after_s = 1;
     let _replica = Replica::with(config).await;
-    eventually("the first key's run is gone", || async { world.runs("key-1").await.is_empty().then_some(()) }).await;
+    eventually("the first key's run is deleted", || async { world.runs("key-1").await.is_empty().then_some(()) }).await;
     world.publish(&world.request("key-1", &["mobileApp"])).await;
-    let again = eventually("it makes a run again", || async { world.runs("key-1").await.pop() }).await;
+    let again = eventually("the key creates a run again", || async { world.runs("key-1").await.pop() }).await;
     assert_ne!(again["selection_hash"], json!("key"));
     world.publish(&world.request("fresh-1", &["mobileApp"])).await;
     let letter =
-        eventually("one that is remembered is held against its selection", || world.take("inventory.dead")).await;
+        eventually("a remembered key with another selection is a dead letter", || world.take("inventory.dead")).await;
     assert_eq!(header(&letter, "x-dead-reason").as_deref(), Some("idempotency_conflict"));
 }

@@ -1,6 +1,6 @@
-//! `deploy/dev soak [minutes]`: random faults over four replicas for as long as you like, then the invariants with their
-//! counts. Exit code 1 if one of them is broken.
-#![allow(dead_code, reason = "the harness is shared with the tests; this uses a part of it")]
+//! `deploy/dev soak [minutes]`: injects random faults into four replicas under load, then checks the invariants and prints
+//! them with their counts. Exit code 1 if one is broken.
+#![allow(dead_code, reason = "the harness is shared with the tests; the soak uses part of it")]
 
 #[path = "../sim/mod.rs"]
 mod sim;
@@ -29,7 +29,7 @@ use support::servers::Private;
 use support::world::World;
 use verdict::{Verdict, number};
 
-/// How long everything may take to come to its end once the faults are over.
+/// Longest time from the last fault until every run has ended and every event is published.
 const SETTLING: Duration = Duration::from_secs(240);
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
@@ -43,7 +43,7 @@ async fn main() -> ExitCode {
         }
     };
     let duration = Duration::from_secs_f64(minutes * 60.0);
-    println!("starting a PostgreSQL and a RabbitMQ of our own");
+    println!("starting a private PostgreSQL and RabbitMQ");
     let postgres = Private::start("postgres", "soak-postgres").await;
     let rabbitmq = Private::start("rabbitmq", "soak-rabbitmq").await;
     let world = Arc::new(World::on(SimConfig::default(), &postgres.url, &rabbitmq.url).await);
@@ -52,24 +52,24 @@ async fn main() -> ExitCode {
     println!("{minutes} minutes of faults over {} replicas", fleet::REPLICAS);
 
     let begun = Instant::now();
-    let (over, stop) = watch::channel(false);
+    let (stop_all, stop) = watch::channel(false);
     let (published, progress) = watch::channel(0);
     let load = Load::prepare(&world, &rabbitmq.url).await;
     let load = tokio::spawn(load.publish(stop.clone(), published));
     let fleet = Fleet::start(&world).await;
-    let faults = tokio::spawn(Faults::new(Arc::clone(&world), fleet, postgres, rabbitmq).strike(stop));
+    let faults = tokio::spawn(Faults::new(Arc::clone(&world), fleet, postgres, rabbitmq).inject(stop));
     while begun.elapsed() < duration && !faults.is_finished() {
         sleep(PROGRESS_EVERY.min(duration)).await;
         report(&world, &events, begun, *progress.borrow()).await;
     }
-    over.send_replace(true);
-    // The fleet and the servers live until the verdict.
+    stop_all.send_replace(true);
+    // `faults` owns the fleet and the servers, which must live until the verdict.
     let Ok(faults) = faults.await else {
-        println!("the fleet or a server did not behave as it must: see above");
+        println!("a replica or a server failed: see the panic above");
         return ExitCode::FAILURE;
     };
-    let published: Published = load.await.expect("the load does not fail");
-    println!("faults are over: {} messages published; waiting for the end of it all", published.messages);
+    let published: Published = load.await.expect("the load task does not panic");
+    println!("fault injection ended: {} messages published; waiting until all work is done", published.messages);
     let settling = Instant::now();
     while settling.elapsed() < SETTLING && !settled(&world, &published, &events).await {
         sleep(Duration::from_secs(1)).await;
@@ -79,13 +79,13 @@ async fn main() -> ExitCode {
     let verdict = Verdict::of(&world, &published, &events).await;
     verdict.print();
     if !verdict.holds() {
-        faults.explain().await;
+        faults.dump_diagnostics().await;
     }
-    faults.end().await;
+    faults.stop_fleet().await;
     if verdict.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Whether nothing is left to be done.
+/// Tells whether no work is left.
 async fn settled(world: &World, published: &Published, events: &Subscriber) -> bool {
     let open = "select count(*) from inventory_sync_runs where status = 'running'";
     let unsent = "select count(*) from outbox_events where sent_at is null";

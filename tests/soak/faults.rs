@@ -1,4 +1,4 @@
-//! The faults: one after the other at random, some of them lasting while the next one strikes.
+//! Fault injection: one random fault after the other, some of which last beyond the next.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::sim::Rule;
 use crate::support::servers::Private;
 use crate::support::world::World;
 
-/// Strikes until it is told to stop.
+/// Injects faults until told to stop; owns the fleet and the servers.
 pub struct Faults {
     world: Arc<World>,
     fleet: Fleet,
@@ -24,22 +24,22 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Faults for this fleet and its servers.
+    /// Creates the injector for a fleet and its servers.
     pub fn new(world: Arc<World>, fleet: Fleet, postgres: Private, rabbitmq: Private) -> Self {
         Self { world, fleet, postgres, rabbitmq, counts: BTreeMap::new() }
     }
 
-    /// Strikes until `stop`, then puts everything right.
-    pub async fn strike(mut self, stop: watch::Receiver<bool>) -> Self {
+    /// Injects faults until `stop`, then heals everything.
+    pub async fn inject(mut self, stop: watch::Receiver<bool>) -> Self {
         while !*stop.borrow() {
             let name = self.one().await;
             *self.counts.entry(name).or_default() += 1;
             sleep(Duration::from_millis(random_range(200..2_500))).await;
         }
         self.world.sim.remove_rules(None);
-        for wire in self.fleet.members().iter().flat_map(|member| &member.wires) {
-            wire.freeze(false);
-            wire.refuse(false);
+        for proxy in self.fleet.members().iter().flat_map(|member| &member.proxies) {
+            proxy.freeze(false);
+            proxy.refuse(false);
         }
         self
     }
@@ -50,7 +50,7 @@ impl Faults {
             0..16 => self.kill(victim).await,
             16..28 => self.pause(victim).await,
             28..38 => self.terminate(victim).await,
-            38..70 => self.wire(victim).await,
+            38..70 => self.network(victim).await,
             70..96 => self.graph(),
             96..98 => {
                 self.postgres
@@ -76,7 +76,7 @@ impl Faults {
     async fn kill(&mut self, victim: usize) -> &'static str {
         self.fleet.member(victim).signal("KILL");
         sleep(Duration::from_millis(random_range(0..3_000))).await;
-        self.fleet.member(victim).start_again(&self.world);
+        self.fleet.member(victim).restart(&self.world);
         "replica killed"
     }
 
@@ -88,12 +88,12 @@ impl Faults {
             sleep(Duration::from_millis(300)).await;
             member.signal("TERM");
         }
-        member.ended().await;
-        member.start_again(&self.world);
-        if twice { "replica stopped, told twice" } else { "replica stopped" }
+        member.wait_for_exit().await;
+        member.restart(&self.world);
+        if twice { "replica stopped by two signals" } else { "replica stopped" }
     }
 
-    /// Every third time past the lease, so that a zombie wakes.
+    /// Pauses a replica; every third time for longer than its lease, so that it resumes as a zombie.
     async fn pause(&mut self, victim: usize) -> &'static str {
         let long = random_range(0..3) == 0;
         self.fleet.member(victim).signal("STOP");
@@ -102,28 +102,28 @@ impl Faults {
         if long { "replica paused past its lease" } else { "replica paused" }
     }
 
-    async fn wire(&mut self, victim: usize) -> &'static str {
+    async fn network(&mut self, victim: usize) -> &'static str {
         let which = random_range(0..3);
         let all = random_range(0..4) == 0;
         let members = self.fleet.members();
-        let wires: Vec<_> = members
+        let proxies: Vec<_> = members
             .iter()
             .enumerate()
             .filter(|(number, _)| all || *number == victim)
-            .map(|(_, m)| &m.wires[which])
+            .map(|(_, m)| &m.proxies[which])
             .collect();
         if random_range(0..3) > 0 {
-            wires.iter().for_each(|wire| wire.cut());
+            proxies.iter().for_each(|proxy| proxy.cut());
             return ["broker cut", "database cut", "Graph cut"][which];
         }
         let lasts = Duration::from_millis(random_range(500..7_000));
         let direction = random_range(0..3);
         for yes in [true, false] {
-            for wire in &wires {
+            for proxy in &proxies {
                 match direction {
-                    0 => wire.freeze(yes),
-                    1 => wire.freeze_requests(yes),
-                    _ => wire.freeze_replies(yes),
+                    0 => proxy.freeze(yes),
+                    1 => proxy.freeze_requests(yes),
+                    _ => proxy.freeze_replies(yes),
                 }
             }
             if yes {
@@ -144,11 +144,11 @@ impl Faults {
             _ => ("Graph 401", json!({ "kind": "unauthorized_nested" })),
         };
         let rule = json!({ "times": times, "probability": 0.7, "action": action });
-        self.world.sim.add_rule(serde_json::from_value::<Rule>(rule).expect("the rule is one"));
+        self.world.sim.add_rule(serde_json::from_value::<Rule>(rule).expect("the rule is valid"));
         name
     }
 
-    /// Prints how often each has struck.
+    /// Prints the count of every fault.
     pub fn print(&self) {
         println!("faults: {}", self.counts.values().sum::<usize>());
         for (name, count) in &self.counts {
@@ -156,22 +156,22 @@ impl Faults {
         }
     }
 
-    /// What the broker holds and the replicas have logged last, for whoever looks for the cause of a broken invariant.
-    pub async fn explain(&self) {
+    /// Prints the queues and keeps the replicas' logs, to find the cause of a broken invariant.
+    pub async fn dump_diagnostics(&self) {
         let columns = ["list_queues", "name", "messages_ready", "messages_unacknowledged"];
         println!("{}", self.rabbitmq.act(move |server| server.ctl(&columns)).await);
         for member in self.fleet.members() {
-            member.explain();
+            member.keep_log();
         }
     }
 
-    /// Stops the fleet in order; the servers go with it.
-    pub async fn end(mut self) {
+    /// Stops the fleet gracefully; the servers are removed on drop.
+    pub async fn stop_fleet(mut self) {
         for number in 0..REPLICAS {
             self.fleet.member(number).signal("TERM");
         }
         for number in 0..REPLICAS {
-            self.fleet.member(number).ended().await;
+            self.fleet.member(number).wait_for_exit().await;
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Four replicas as processes, each with its own three wires that can be broken.
+//! Four replicas as processes, each behind proxies of its own to the broker, the database and Graph.
 
 use std::time::Duration;
 
@@ -6,84 +6,84 @@ use crate::support::daemon::Process;
 use crate::support::proxy::Proxy;
 use crate::support::world::World;
 
-/// How many there are.
+/// Number of replicas.
 pub const REPLICAS: usize = 4;
 
-/// The processes and their wires.
+/// Replicas and their proxies.
 pub struct Fleet {
     members: Vec<Member>,
 }
 
-/// One replica.
+/// Replica with its proxies.
 pub struct Member {
-    /// To the broker, the database and Graph.
-    pub wires: [Proxy; 3],
+    /// Proxies to the broker, the database and Graph, in this order.
+    pub proxies: [Proxy; 3],
     process: Process,
     name: String,
-    lives: usize,
+    starts: usize,
 }
 
 impl Fleet {
-    /// Starts all of them.
+    /// Starts every replica.
     pub async fn start(world: &World) -> Self {
         let mut members = Vec::new();
         for number in 0..REPLICAS {
-            let wires = [
+            let proxies = [
                 Proxy::to(world.amqp_address()).await,
                 Proxy::to(world.database_address()).await,
                 Proxy::to(world.sim.address()).await,
             ];
             let name = format!("replica-{number}");
-            let process = launch(world, &format!("{name}-0"), &wires);
-            members.push(Member { wires, process, name, lives: 0 });
+            let process = launch(world, &format!("{name}-0"), &proxies);
+            members.push(Member { proxies, process, name, starts: 0 });
         }
         Self { members }
     }
 
-    /// One of them.
+    /// Returns one replica.
     pub fn member(&mut self, number: usize) -> &mut Member {
         &mut self.members[number]
     }
 
-    /// All of them.
+    /// Returns all replicas.
     pub fn members(&self) -> &[Member] {
         &self.members
     }
 }
 
 impl Member {
-    /// Sends a signal; says whether the process was there to get it.
+    /// Sends a signal to the process.
     pub fn signal(&self, name: &str) {
         self.process.signal(name);
     }
 
-    /// Waits for the end of a process that was told to stop.
-    pub async fn ended(&mut self) {
+    /// Waits until the process exits, and asserts success.
+    pub async fn wait_for_exit(&mut self) {
         let status = self.process.ended(Duration::from_secs(20)).await;
         let log = self.process.log();
-        // A signal may come before the process listens for any.
+        // A signal that arrives before the handlers are installed kills the process; its log is then empty.
         assert!(status.success() || log.is_empty(), "{} ended with {status}:\n{log}", self.name);
     }
 
-    /// Keeps its log and prints where it is.
-    pub fn explain(&self) {
+    /// Copies the log to a place that outlives the process, and prints the path.
+    pub fn keep_log(&self) {
         let kept = std::env::temp_dir().join(format!("soak-{}.log", self.name));
         std::fs::write(&kept, self.process.log()).expect("a log can be written");
         println!("log of {}: {}", self.name, kept.display());
     }
 
-    /// Starts it again, as an orchestrator would.
-    pub fn start_again(&mut self, world: &World) {
-        self.lives += 1;
-        self.process = launch(world, &format!("{}-{}", self.name, self.lives), &self.wires);
+    /// Starts the process again, as an orchestrator would.
+    pub fn restart(&mut self, world: &World) {
+        self.starts += 1;
+        self.process = launch(world, &format!("{}-{}", self.name, self.starts), &self.proxies);
     }
 }
 
-fn launch(world: &World, name: &str, wires: &[Proxy; 3]) -> Process {
-    let graph = format!("https://{}", wires[2].address);
+fn launch(world: &World, name: &str, proxies: &[Proxy; 3]) -> Process {
+    let graph = format!("https://{}", proxies[2].address);
     let extra = [
-        ("BROKER__URL", world.amqp_through(&wires[0])),
-        ("DATABASE__URL", world.database_through(&wires[1])),
+        ("BROKER__URL", world.amqp_through(&proxies[0])),
+        ("DATABASE__URL", world.database_through(&proxies[1])),
         ("GRAPH__BASE_URL", graph.clone()),
         ("GRAPH__AUTHORITY", graph),
         ("CONSUMER__DRAIN_S", "3".to_owned()),

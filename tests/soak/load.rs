@@ -1,4 +1,4 @@
-//! Requests of many tenants: most are new, some come twice, some can't be run.
+//! Load: requests of many tenants, of which most are new, some repeat and some are invalid.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -15,27 +15,27 @@ use uuid::Uuid;
 use crate::support::scheduler::Scheduler;
 use crate::support::world::World;
 
-/// Policy types whose lists have twelve objects each.
+/// Policy types whose lists have twelve objects each in the simulator.
 pub const TYPES: [&str; 3] = ["mobileApp", "deviceShellScript", "deviceHealthScript"];
 const TENANTS: usize = 150;
 const PER_SECOND: f64 = 8.0;
 
-/// What has been published, by what has to become of it.
+/// Published messages, grouped by their expected outcome.
 #[derive(Default)]
 pub struct Published {
-    /// All messages, repeats included.
+    /// Count of all messages, repeats included.
     pub messages: usize,
-    /// Keys that must make one run each.
+    /// Keys that must create one run each.
     pub accepted: BTreeSet<String>,
-    /// Keys that were used for two selections: one of the two makes the run, the other is a dead letter.
+    /// Keys used for two selections: one of the two creates the run, the other becomes a dead letter.
     pub conflicts: BTreeSet<String>,
-    /// Bodies that must be dead letters.
-    pub bad: BTreeSet<String>,
-    /// Messages that were repeats.
+    /// Bodies that must become dead letters.
+    pub invalid: BTreeSet<String>,
+    /// Count of repeated messages.
     pub repeats: usize,
 }
 
-/// A scheduler with too much to do.
+/// Publisher of the load.
 pub struct Load {
     scheduler: Scheduler,
     tenants: Vec<Uuid>,
@@ -44,7 +44,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Registers the tenants: some may have one run at a time, one is disabled.
+    /// Registers the tenants: every fifth is limited to one run at a time, one is disabled.
     pub async fn prepare(world: &World, url: &str) -> Self {
         let mut tenants = vec![world.tenant];
         for number in 1..TENANTS {
@@ -57,7 +57,7 @@ impl Load {
         Self { scheduler, tenants, recent: Vec::new(), published: Published::default() }
     }
 
-    /// Publishes until it is told to stop.
+    /// Publishes until `stop`.
     pub async fn publish(mut self, stop: watch::Receiver<bool>, progress: watch::Sender<usize>) -> Published {
         while !*stop.borrow() {
             let body = self.next_body();
@@ -72,16 +72,16 @@ impl Load {
     fn next_body(&mut self) -> String {
         let number = self.published.messages;
         match random_range(0..100) {
-            0..3 => self.bad(format!("{{ \"number\": {number}, nope")),
+            0..3 => self.invalid(format!("{{ \"number\": {number}, nope")),
             3..5 => {
                 let mut request = self.request(number);
                 request["selection"]["policy_types"] = json!("mobileApp");
-                self.bad(request.to_string())
+                self.invalid(request.to_string())
             }
-            5..7 => self.bad(World::request_of(Uuid::new_v4(), &format!("unknown-{number}"), &TYPES).to_string()),
+            5..7 => self.invalid(World::request_of(Uuid::new_v4(), &format!("unknown-{number}"), &TYPES).to_string()),
             7..9 if !self.recent.is_empty() => {
                 let mut request = self.repeat();
-                let key = request["idempotency_key"].as_str().expect("it has a key").to_owned();
+                let key = request["idempotency_key"].as_str().expect("a request has a key").to_owned();
                 request["selection"]["policy_types"] = json!(["deviceConfiguration"]);
                 self.published.conflicts.insert(key);
                 request.to_string()
@@ -102,8 +102,8 @@ impl Load {
         }
     }
 
-    fn bad(&mut self, body: String) -> String {
-        self.published.bad.insert(body.clone());
+    fn invalid(&mut self, body: String) -> String {
+        self.published.invalid.insert(body.clone());
         body
     }
 
@@ -118,7 +118,7 @@ impl Load {
     }
 }
 
-/// Messages in one of the daemon's queues; a new connection each time, because the broker is killed now and then.
+/// Counts the messages of a queue over a new connection, because the broker may have been killed since the last call.
 pub async fn depth(world: &World, queue: &str) -> u32 {
     let ask = async {
         let connection = Connection::connect(&world.amqp_url, ConnectionProperties::default()).await?;

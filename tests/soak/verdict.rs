@@ -1,4 +1,4 @@
-//! What must be true at the end, each with its count.
+//! Verdict of a soak: every invariant with the number of cases checked and broken.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -14,20 +14,20 @@ use crate::support::events::Subscriber;
 use crate::support::invariants::OVERLAPPING_RUNS;
 use crate::support::world::World;
 
-/// The number that a query gives, if the database answers.
+/// Returns the number that a query selects, or `None` if the database does not respond in time.
 pub async fn number(world: &World, query: &str) -> Option<i64> {
     let answer = sqlx::query_scalar(AssertSqlSafe(query.to_owned()));
     timeout(Duration::from_secs(3), answer.fetch_one(&world.db)).await.ok()?.ok()
 }
 
-/// The invariants and what was found.
+/// Facts for the reader and the result of every invariant.
 pub struct Verdict {
     facts: Vec<(String, String)>,
     checks: Vec<(&'static str, usize, usize)>,
 }
 
 impl Verdict {
-    /// Looks at the tables, the events and the dead letters.
+    /// Checks the tables, the events and the dead letters.
     pub async fn of(world: &World, published: &Published, events: &Subscriber) -> Self {
         let mut verdict = Self { facts: Vec::new(), checks: Vec::new() };
         verdict.requests(world, published).await;
@@ -38,24 +38,24 @@ impl Verdict {
         for queue in ["sync.requests", "retry.5s", "retry.30s", "retry.2m", "retry.10m"] {
             left += load::depth(world, queue).await as usize;
         }
-        verdict.check("no message is left in a queue", 5, left);
+        verdict.check("every queue is empty", 5, left);
         verdict
     }
 
-    /// Whether none is broken.
+    /// Tells whether every invariant holds.
     pub fn holds(&self) -> bool {
         self.checks.iter().all(|(_, _, broken)| *broken == 0)
     }
 
-    /// Prints all of it.
+    /// Prints facts and invariants.
     pub fn print(&self) {
         for (name, value) in &self.facts {
             println!("  {value:>7}  {name}");
         }
         println!("invariants:");
-        for (name, looked_at, broken) in &self.checks {
+        for (name, checked, broken) in &self.checks {
             let verdict = if *broken == 0 { "holds " } else { "BROKEN" };
-            println!("  {verdict}  {name} ({looked_at} looked at, {broken} broken)");
+            println!("  {verdict}  {name} ({checked} checked, {broken} broken)");
         }
         println!("{}", if self.holds() { "every invariant holds" } else { "AN INVARIANT IS BROKEN" });
     }
@@ -64,14 +64,14 @@ impl Verdict {
         self.facts.push((name.into(), value.to_string()));
     }
 
-    fn check(&mut self, name: &'static str, looked_at: usize, broken: usize) {
-        self.checks.push((name, looked_at, broken));
+    fn check(&mut self, name: &'static str, checked: usize, broken: usize) {
+        self.checks.push((name, checked, broken));
     }
 
     async fn requests(&mut self, world: &World, published: &Published) {
         self.fact("messages published", published.messages);
         self.fact("of them repeats", published.repeats);
-        self.fact("of them impossible", published.bad.len());
+        self.fact("of them invalid", published.invalid.len());
         self.fact("keys used for two selections", published.conflicts.len());
         let runs = world.rows("select idempotency_key as k, count(*) as n from inventory_sync_runs group by 1").await;
         let runs: BTreeMap<&str, i64> =
@@ -81,10 +81,10 @@ impl Verdict {
             println!("without a run: {lost:?}");
         }
         let lost = lost.len();
-        self.check("every accepted request made a run", published.accepted.len(), lost);
-        self.check("none made two", runs.len(), runs.values().filter(|count| **count != 1).count());
-        let strangers = runs.keys().filter(|key| !published.accepted.contains(**key)).count();
-        self.check("no run without a request", runs.len(), strangers);
+        self.check("every accepted request created a run", published.accepted.len(), lost);
+        self.check("no request created two runs", runs.len(), runs.values().filter(|count| **count != 1).count());
+        let unrequested = runs.keys().filter(|key| !published.accepted.contains(**key)).count();
+        self.check("no run without a request", runs.len(), unrequested);
     }
 
     async fn runs(&mut self, world: &World) {
@@ -94,9 +94,12 @@ impl Verdict {
         }
         for (name, query) in [
             ("attempts beyond the first", "select coalesce(sum(attempt - 1), 0)::bigint from inventory_sync_runs"),
-            ("of them handed back in order", "select coalesce(sum(interruptions), 0)::bigint from inventory_sync_runs"),
             (
-                "runs given up as worker_lost",
+                "of them after a graceful hand-back",
+                "select coalesce(sum(interruptions), 0)::bigint from inventory_sync_runs",
+            ),
+            (
+                "runs failed as worker_lost",
                 "select count(*) from inventory_sync_runs where 'worker_lost' = any(error_codes)",
             ),
         ] {
@@ -113,13 +116,13 @@ impl Verdict {
             ("every run has ended", "select count(*) from inventory_sync_runs where status = 'running'"),
             ("no two runs of a selection overlapped", OVERLAPPING_RUNS),
             (
-                "no run ended twice, or changed after its end",
+                "no terminal run changed",
                 "select count(*) from (select id from run_history where status <> 'running' group by tenant_id, id
                   having count(distinct (status, attempt)) > 1) q",
             ),
-            ("a complete list was counted once, in full", torn.as_str()),
+            ("every complete list was counted once and in full", torn.as_str()),
             (
-                "no item of another tenant",
+                "no item was last seen by another tenant's run",
                 "select count(*) from inventory_items i where not exists (select from inventory_sync_runs r
                   where r.tenant_id = i.tenant_id and r.id = i.last_seen_run_id)",
             ),
@@ -139,49 +142,47 @@ impl Verdict {
         self.fact("events received", received.len());
         self.fact("of them repeats", received.len() - distinct.len());
         let missing = runs.iter().filter(|run| run["id"].as_str().is_none_or(|id| !distinct.contains_key(id))).count();
-        self.check("every run was announced", runs.len(), missing);
+        self.check("every run has its event", runs.len(), missing);
         let by_id: BTreeMap<&str, &Value> = runs.iter().filter_map(|run| Some((run["id"].as_str()?, run))).collect();
         let wrong = received.iter().filter(|event| {
             let run = event["id"].as_str().and_then(|id| by_id.get(id));
             run.is_none_or(|run| run["status"] != event["data"]["status"] || run["attempt"] != event["data"]["attempt"])
         });
-        self.check("every event, and every repeat, says what the table says", received.len(), wrong.count());
+        self.check("every event and every repeat matches its run", received.len(), wrong.count());
         let unsent = number(world, "select count(*) from outbox_events where sent_at is null").await.unwrap_or(1);
-        self.check("no event waits", runs.len(), usize::try_from(unsent).unwrap_or(1));
+        self.check("every event is published", runs.len(), usize::try_from(unsent).unwrap_or(1));
     }
 
     async fn dead_letters(&mut self, world: &World, published: &Published) {
         let mut bodies = BTreeSet::new();
         let (mut letters, mut reasons) = (0, BTreeMap::<String, usize>::new());
         let connection =
-            Connection::connect(&world.amqp_url, ConnectionProperties::default()).await.expect("the broker is there");
+            Connection::connect(&world.amqp_url, ConnectionProperties::default()).await.expect("the broker responds");
         let channel = connection.create_channel().await.expect("a channel opens");
         let queue = format!("{}inventory.dead", world.prefix);
-        while let Some(letter) = channel
-            .basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true })
-            .await
-            .expect("the queue is there")
+        while let Some(letter) =
+            channel.basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true }).await.expect("the queue exists")
         {
             letters += 1;
             let reason = letter.properties.headers().as_ref().and_then(|headers| headers.inner().get("x-dead-reason"));
             let reason = reason
                 .and_then(|value| value.as_long_string())
-                .map_or_else(|| "by the broker".to_owned(), ToString::to_string);
+                .map_or_else(|| "set by the broker".to_owned(), ToString::to_string);
             *reasons.entry(reason).or_default() += 1;
             bodies.insert(String::from_utf8_lossy(&letter.data).into_owned());
         }
         for (reason, count) in &reasons {
             self.fact(format!("dead letters {reason}"), count);
         }
-        let lost = published.bad.iter().filter(|body| !bodies.contains(*body)).count();
-        self.check("every impossible request is a dead letter", published.bad.len(), lost);
+        let lost = published.invalid.iter().filter(|body| !bodies.contains(*body)).count();
+        self.check("every invalid request is a dead letter", published.invalid.len(), lost);
         let dead_keys: BTreeSet<String> = bodies.iter().filter_map(|body| key_of(body)).collect();
         let lost = published.conflicts.iter().filter(|key| !dead_keys.contains(*key)).count();
-        self.check("of two selections under one key one is a dead letter", published.conflicts.len(), lost);
-        let innocent = bodies.iter().filter(|body| {
-            !published.bad.contains(*body) && key_of(body).is_none_or(|key| !published.conflicts.contains(&key))
+        self.check("one of two selections under one key is a dead letter", published.conflicts.len(), lost);
+        let valid = bodies.iter().filter(|body| {
+            !published.invalid.contains(*body) && key_of(body).is_none_or(|key| !published.conflicts.contains(&key))
         });
-        self.check("no good request is a dead letter", letters, innocent.count());
+        self.check("no valid request is a dead letter", letters, valid.count());
     }
 }
 
