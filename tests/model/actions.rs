@@ -1,160 +1,160 @@
-//! What can happen: every action with the code that it stands for, and when it is possible.
+//! Actions of the model, the source file that implements each, and the conditions that enable them.
 
 use crate::design::{Design, Fault, Guard};
 use crate::state::{Phase, Relay, Renewal, Settle, State, Worker};
 
-/// One step of the whole. `usize` is a worker or a relay, `u8` a request.
+/// One step of the model. `usize` is the index of a worker or a relay, `u8` that of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// `consumer.rs`: `Pump::attend` hands a delivery to a worker, which asks for admission.
+    /// Delivers a message to a worker, which requests admission (`src/consumer.rs`).
     Deliver(usize, u8),
-    /// `store/admission.rs`: `Store::admit` commits, at once or after the full decision.
+    /// Commits the admission (`src/store/admission.rs`).
     Admit(usize),
-    /// `run/mod.rs`: `Recipe::run` begins, `LeaseKeeper::hold` sets the worker's own deadline.
-    Begin(usize),
-    /// `store/items.rs`: `upsert_items`
-    Write(usize),
-    /// `store/runs.rs`: `finish_run` commits, with what the last list has left to write.
-    Finish(usize),
-    /// `run/lease.rs`: `LeaseKeeper::renew` notes the time and sends its statement.
-    AskRenewal(usize),
-    /// `store/leases.rs`: `renew_leases` commits; a refusal cancels `Holding::revoked`.
-    Renew(usize),
-    /// `run/lease.rs`: `LeaseKeeper::apply` moves the deadline.
-    HearRenewal(usize),
-    /// `run/lease.rs`: `HeldLease::lost` returns because the deadline has passed.
-    StopItself(usize),
-    /// `consumer/attend.rs`: `settle`; a request that is busy is parked first and acked with the next step.
+    /// Starts the run and sets the worker's local deadline (`src/run/lease.rs`).
+    StartRun(usize),
+    /// Upserts a batch of items (`src/store/items.rs`).
+    WriteItems(usize),
+    /// Commits the end of the run together with the last batch of items (`src/store/runs.rs`).
+    FinishRun(usize),
+    /// Notes the time and sends a renewal (`src/run/lease.rs`).
+    SendRenewal(usize),
+    /// Commits a renewal (`src/store/leases.rs`); a refused one stops the worker.
+    CommitRenewal(usize),
+    /// Extends the local deadline after a renewal (`src/run/lease.rs`).
+    ReceiveRenewal(usize),
+    /// Stops the worker at its local deadline (`src/run/lease.rs`).
+    StopAtDeadline(usize),
+    /// Settles the delivery; a retry copy is published first and the delivery is acked by the next step.
     Settle(usize),
-    /// Only in a broken design: the ack of a message whose run is still going on.
+    /// Acks the message of a run in progress; only a mutant does this.
     AckEarly(usize),
-    /// `run/mod.rs`: `Recipe::hand_back`; the process starts again at once.
-    HandBack(usize),
-    /// `run/mod.rs`: `Recipe::hand_back` whose statement fails.
-    HandBackUnheard(usize),
-    /// `run/lease.rs`: `hand_back_orphans`
-    HandBackOrphan(usize),
-    /// `run/mod.rs`: `store_away` after a commit of `finish_run` whose answer was lost; the lease is orphaned, and
-    /// `consumer/attend.rs`: `handle` asks for admission again with the same delivery.
-    FinishUnheard(usize),
-    /// `run/mod.rs`: `store_away` after a commit of `admit` whose answer was lost: asked again, with no lease known.
-    AdmitUnheard(usize),
-    /// `run/mod.rs`: `store_away` because nothing could be asked; the lease is orphaned, and asked again until `HOLD`.
-    StoreAway(usize),
-    /// `consumer/attend.rs`: `copy_then_ack` makes a copy again that was stored, but not confirmed.
-    ParkUnknown(usize),
-    /// `consumer/attend.rs`: `copy_then_ack` has lost its patience.
-    ParkGivenUp(usize),
-    /// The broker gives a worker's delivery to others: its connection is lost, or its heartbeats stay away.
-    Cut(usize),
-    /// kill -9
+    /// Releases the lease at an orderly stop; the process restarts at once (`src/run/mod.rs`).
+    ReleaseLease(usize),
+    /// Fails to release the lease at a stop.
+    ReleaseFails(usize),
+    /// Releases an orphaned lease once the database answers again (`src/run/lease.rs`).
+    ReleaseOrphan(usize),
+    /// Commits the end of the run and loses the response: the lease is orphaned and the same delivery is admitted again.
+    FinishResponseLost(usize),
+    /// Loses the response to a committed admission, which is then repeated.
+    AdmitResponseLost(usize),
+    /// Finds the database unavailable: the lease is orphaned and the same delivery is admitted again.
+    DatabaseUnavailable(usize),
+    /// Publishes a second retry copy because the first was stored but not confirmed.
+    RetryCopyUnconfirmed(usize),
+    /// Gives up on the confirm of a retry copy and requeues the delivery.
+    RetryCopyGivenUp(usize),
+    /// Requeues a worker's delivery because its broker connection was lost or its heartbeats stopped.
+    ConnectionLost(usize),
+    /// Kills a process (SIGKILL).
     Crash(usize),
-    /// kill -STOP, or a stall of the host
+    /// Suspends a process (SIGSTOP, or a stalled host).
     Pause(usize),
-    /// kill -CONT
+    /// Resumes a suspended process (SIGCONT).
     Resume(usize),
-    /// The broker loses a copy: a queue is purged or deleted, a disk is gone.
+    /// Loses a message copy in the broker: a purged queue, a lost disk.
     LoseMessage(u8),
-    /// `janitor.rs`: `look_round`; `store/runs.rs`: `end_if_still_abandoned`
-    Janitor(u8),
-    /// `relay.rs`: `round` begins; `store/outbox.rs`: `claim_events`
+    /// Ends an abandoned run (`src/janitor.rs`).
+    EndAbandoned(u8),
+    /// Claims a due event (`src/relay.rs`).
     Claim(usize, u8),
-    /// `relay.rs`: `Publisher::publish` answers `Fate::Confirmed`.
+    /// Publishes the event and receives the confirm.
     Publish(usize),
-    /// `relay.rs`: it answers `Fate::Unknown`, whether the event was stored or not; the claim runs out by itself.
-    PublishUnknown(usize, bool),
-    /// `relay.rs`: it answers `Fate::Refused` or `Fate::Unroutable`; `store/outbox.rs`: `release_events`
-    Release(usize),
-    /// `relay.rs`: `round` ends; `store/outbox.rs`: `mark_sent`
-    Mark(usize),
-    /// `relay.rs`: `round` fails half way, or its process dies.
-    RelayGone(usize),
-    /// The database's clock and every host's go on.
+    /// Publishes the event without a confirm, stored or not; the claim expires.
+    PublishUnconfirmed(usize, bool),
+    /// Publishes an event that the broker refuses or can't route.
+    PublishRefused(usize),
+    /// Marks the event as sent (`src/store/outbox.rs`).
+    MarkSent(usize),
+    /// Ends a relay between claim and mark: its process dies.
+    RelayCrash(usize),
+    /// Advances the clocks of the database and of every host.
     Tick,
 }
 
 impl Action {
     fn fault(self) -> Option<Fault> {
         Some(match self {
-            Self::Crash(_) | Self::RelayGone(_) => Fault::Crash,
+            Self::Crash(_) | Self::RelayCrash(_) => Fault::Crash,
             Self::Pause(_) => Fault::Pause,
-            Self::HandBack(_) => Fault::Stop,
-            Self::Cut(_) => Fault::Cut,
+            Self::ReleaseLease(_) => Fault::Shutdown,
+            Self::ConnectionLost(_) => Fault::ConnectionLost,
             Self::LoseMessage(_) => Fault::LostMessage,
-            Self::FinishUnheard(_) | Self::AdmitUnheard(_) => Fault::LostAnswer,
-            Self::StoreAway(_) | Self::HandBackUnheard(_) => Fault::StoreAway,
-            Self::ParkUnknown(_) | Self::ParkGivenUp(_) | Self::PublishUnknown(..) | Self::Release(_) => {
-                Fault::LostConfirm
-            }
+            Self::FinishResponseLost(_) | Self::AdmitResponseLost(_) => Fault::LostResponse,
+            Self::DatabaseUnavailable(_) | Self::ReleaseFails(_) => Fault::DatabaseUnavailable,
+            Self::RetryCopyUnconfirmed(_)
+            | Self::RetryCopyGivenUp(_)
+            | Self::PublishUnconfirmed(..)
+            | Self::PublishRefused(_) => Fault::LostConfirm,
             _ => return None,
         })
     }
 }
 
-/// Collects what is possible, and leaves out what this design is spared.
-struct Possible<'a> {
+/// Collects the enabled actions, without the faults that this design excludes.
+struct EnabledActions<'a> {
     design: &'a Design,
     state: &'a State,
     actions: &'a mut Vec<Action>,
 }
 
 impl Design {
-    pub fn possible(&self, state: &State, actions: &mut Vec<Action>) {
-        let mut possible = Possible { design: self, state, actions };
+    pub fn enabled(&self, state: &State, actions: &mut Vec<Action>) {
+        let mut enabled = EnabledActions { design: self, state, actions };
         for number in 0..self.workers {
             let worker = &state.workers[number];
-            // Two workers in one state do the same; they stand side by side.
+            // Workers are sorted, so equal ones are adjacent; one of them is enough.
             if number == 0 || *worker != state.workers[number - 1] {
-                possible.by_worker(number, worker);
+                enabled.add_worker_actions(number, worker);
             }
         }
         for number in 0..self.relays {
             if number == 0 || state.relays[number] != state.relays[number - 1] {
-                possible.by_relay(number);
+                enabled.add_relay_actions(number);
             }
         }
-        for request in possible.requests() {
+        for request in enabled.requests() {
             let waiting = &state.requests[usize::from(request)];
-            if waiting.ready > 0 || waiting.parked.iter().any(|copies| *copies > 0) {
-                possible.add(Action::LoseMessage(request));
+            if waiting.ready > 0 || waiting.retrying.iter().any(|copies| *copies > 0) {
+                enabled.add(Action::LoseMessage(request));
             }
             if self.is_abandoned(state, request) {
-                possible.add(Action::Janitor(request));
+                enabled.add(Action::EndAbandoned(request));
             }
         }
-        if !state.workers.iter().any(|worker| self.must_stop(worker)) {
-            possible.add(Action::Tick);
+        if !state.workers.iter().any(|worker| self.must_stop_now(worker)) {
+            enabled.add(Action::Tick);
         }
     }
 
-    /// Everything else goes on happening in a world without new faults.
+    /// Tells faults, which are limited in number, from steps that always remain possible.
     pub fn is_fault(&self, state: &State, action: Action) -> bool {
-        // The broker gives up on a process that is stopped as a matter of course: its heartbeats stay away.
-        let given_up = matches!(action, Action::Cut(number) if state.workers[number].paused);
+        // A suspended process sends no heartbeats, so the broker always closes its connection in the end.
+        let given_up = matches!(action, Action::ConnectionLost(number) if state.workers[number].paused);
         action.fault().is_some() && !given_up
     }
 
-    /// Whether a worker is awake at its own deadline: it stops before any more time passes.
-    fn must_stop(&self, worker: &Worker) -> bool {
-        matches!(worker.phase, Phase::Working { trust: 0, .. }) && !worker.paused && self.keeps(Guard::OwnDeadline)
+    /// True for a running process at its local deadline: it stops before more time passes.
+    fn must_stop_now(&self, worker: &Worker) -> bool {
+        matches!(worker.phase, Phase::Running { deadline: 0, .. }) && !worker.paused && self.keeps(Guard::LocalDeadline)
     }
 }
 
-impl Possible<'_> {
+impl EnabledActions<'_> {
     fn requests(&self) -> std::ops::Range<u8> {
         0..self.design.requests as u8
     }
 
     fn add(&mut self, action: Action) {
-        let spared = |fault| self.state.faults_left == 0 || !self.design.kinds.contains(&fault);
-        if !self.design.is_fault(self.state, action) || !action.fault().is_some_and(spared) {
+        let suppressed = |fault| self.state.faults_left == 0 || !self.design.kinds.contains(&fault);
+        if !self.design.is_fault(self.state, action) || !action.fault().is_some_and(suppressed) {
             self.actions.push(action);
         }
     }
 
-    fn by_worker(&mut self, number: usize, worker: &Worker) {
+    fn add_worker_actions(&mut self, number: usize, worker: &Worker) {
         if worker.orphan.is_some() && !worker.paused {
-            self.add(Action::HandBackOrphan(number));
+            self.add(Action::ReleaseOrphan(number));
         }
         if worker.is_idle() {
             for request in self.requests().filter(|request| self.state.requests[usize::from(*request)].ready > 0) {
@@ -162,73 +162,73 @@ impl Possible<'_> {
             }
             return;
         }
-        self.on_the_wire(number, worker);
-        if worker.in_hand {
-            self.add(Action::Cut(number));
+        self.add_actions_already_sent(number, worker);
+        if worker.in_flight {
+            self.add(Action::ConnectionLost(number));
         }
         self.add(Action::Crash(number));
         if worker.paused {
             self.add(Action::Resume(number));
         } else {
             self.add(Action::Pause(number));
-            self.awake(number, worker);
+            self.add_actions_of_running_process(number, worker);
         }
     }
 
-    /// What the database may still do for a worker that sleeps, because it was sent before.
-    fn on_the_wire(&mut self, number: usize, worker: &Worker) {
+    /// Adds statements that were sent before and that the database may still execute for a suspended worker.
+    fn add_actions_already_sent(&mut self, number: usize, worker: &Worker) {
         match worker.phase {
-            Phase::Asking { .. } => self.add(Action::Admit(number)),
-            Phase::Working { .. } => {
-                self.add(Action::Write(number));
-                self.add(Action::Finish(number));
-                self.add(Action::FinishUnheard(number));
-                if matches!(worker.renewal, Renewal::Asked(_)) {
-                    self.add(Action::Renew(number));
+            Phase::AwaitingAdmission { .. } => self.add(Action::Admit(number)),
+            Phase::Running { .. } => {
+                self.add(Action::WriteItems(number));
+                self.add(Action::FinishRun(number));
+                self.add(Action::FinishResponseLost(number));
+                if matches!(worker.renewal, Renewal::Sent(_)) {
+                    self.add(Action::CommitRenewal(number));
                 }
             }
-            Phase::Idle | Phase::Granted { .. } | Phase::Settling { .. } => {}
+            Phase::Idle | Phase::Admitted { .. } | Phase::Settling { .. } => {}
         }
     }
 
-    fn awake(&mut self, number: usize, worker: &Worker) {
+    fn add_actions_of_running_process(&mut self, number: usize, worker: &Worker) {
         match worker.phase {
             Phase::Idle => {}
-            Phase::Asking { .. } => self.add(Action::StoreAway(number)),
-            Phase::Granted { .. } => {
-                self.add(Action::Begin(number));
-                self.add(Action::AdmitUnheard(number));
+            Phase::AwaitingAdmission { .. } => self.add(Action::DatabaseUnavailable(number)),
+            Phase::Admitted { .. } => {
+                self.add(Action::StartRun(number));
+                self.add(Action::AdmitResponseLost(number));
             }
-            Phase::Working { trust, .. } => self.working(number, worker, trust),
+            Phase::Running { deadline, .. } => self.add_lease_holder_actions(number, worker, deadline),
             Phase::Settling { how, .. } => {
                 self.add(Action::Settle(number));
-                if how == Settle::Park {
-                    self.add(Action::ParkUnknown(number));
-                    self.add(Action::ParkGivenUp(number));
+                if how == Settle::ScheduleRetry {
+                    self.add(Action::RetryCopyUnconfirmed(number));
+                    self.add(Action::RetryCopyGivenUp(number));
                 }
             }
         }
     }
 
-    fn working(&mut self, number: usize, worker: &Worker, trust: u8) {
+    fn add_lease_holder_actions(&mut self, number: usize, worker: &Worker, deadline: u8) {
         match worker.renewal {
-            // One that is asked in the tick of the last one would change nothing.
-            Renewal::None if trust < self.design.clock.trust => self.add(Action::AskRenewal(number)),
-            Renewal::None | Renewal::Asked(_) => {}
-            Renewal::Kept(_) => self.add(Action::HearRenewal(number)),
+            // A renewal within the tick of the previous one would change nothing.
+            Renewal::None if deadline < self.design.clock.deadline => self.add(Action::SendRenewal(number)),
+            Renewal::None | Renewal::Sent(_) => {}
+            Renewal::Granted(_) => self.add(Action::ReceiveRenewal(number)),
         }
-        if self.design.must_stop(worker) {
-            self.add(Action::StopItself(number));
+        if self.design.must_stop_now(worker) {
+            self.add(Action::StopAtDeadline(number));
         }
-        if !self.design.keeps(Guard::CommitBeforeAck) && worker.in_hand {
+        if !self.design.keeps(Guard::CommitBeforeAck) && worker.in_flight {
             self.add(Action::AckEarly(number));
         }
-        self.add(Action::HandBack(number));
-        self.add(Action::HandBackUnheard(number));
-        self.add(Action::StoreAway(number));
+        self.add(Action::ReleaseLease(number));
+        self.add(Action::ReleaseFails(number));
+        self.add(Action::DatabaseUnavailable(number));
     }
 
-    fn by_relay(&mut self, number: usize) {
+    fn add_relay_actions(&mut self, number: usize) {
         match self.state.relays[number] {
             Relay::Idle => {
                 for request in self.requests().filter(|request| self.design.is_due(self.state, *request)) {
@@ -237,17 +237,17 @@ impl Possible<'_> {
             }
             Relay::Claimed(_) => {
                 self.add(Action::Publish(number));
-                self.add(Action::PublishUnknown(number, true));
-                self.add(Action::PublishUnknown(number, false));
-                self.add(Action::Release(number));
-                self.add(Action::RelayGone(number));
+                self.add(Action::PublishUnconfirmed(number, true));
+                self.add(Action::PublishUnconfirmed(number, false));
+                self.add(Action::PublishRefused(number));
+                self.add(Action::RelayCrash(number));
                 if !self.design.keeps(Guard::ConfirmBeforeMark) {
-                    self.add(Action::Mark(number));
+                    self.add(Action::MarkSent(number));
                 }
             }
             Relay::Confirmed(_) => {
-                self.add(Action::Mark(number));
-                self.add(Action::RelayGone(number));
+                self.add(Action::MarkSent(number));
+                self.add(Action::RelayCrash(number));
             }
         }
     }

@@ -1,19 +1,19 @@
-//! PostgreSQL's part: each function is one transaction or statement of `src/store/`, with the guards that it holds.
+//! Database transactions: each function models one transaction or statement of `src/store/` with its guards.
 
-use crate::design::{Design, Guard, MAX_ATTEMPTS, Promise};
-use crate::state::{Breach, Lease, Run, State, Status};
+use crate::design::{Design, ExtraProperty, Guard, MAX_ATTEMPTS};
+use crate::state::{Lease, Run, State, Status, Violation};
 
-/// What an admission comes to.
+/// Result of an admission.
 #[derive(Clone, Copy, Debug)]
 pub enum Admission {
     Granted(Lease),
-    /// A skipped, given up or repeated request.
+    /// The request needs no work: skipped, failed or a duplicate.
     Over,
     Busy,
 }
 
 impl Design {
-    /// `store/admission.rs`: `Case::decide`
+    /// Admits a request (`src/store/admission.rs`).
     pub fn admit(&self, state: &mut State, request: u8) -> Admission {
         match state.run(request).copied() {
             Some(run) => self.admit_again(state, request, run),
@@ -21,186 +21,193 @@ impl Design {
         }
     }
 
-    /// `store/admission.rs`: `Case::decide_same_key`
+    /// Admits a request whose run exists.
     fn admit_again(&self, state: &mut State, request: u8, run: Run) -> Admission {
         if !run.running() {
-            if self.keeps(Guard::Deduplication) {
+            if self.keeps(Guard::IdempotencyKey) {
                 return Admission::Over;
             }
-            state.breach(Breach::TerminalChanged);
+            state.record_violation(Violation::TerminalChanged);
         }
         if run.alive() {
             return Admission::Busy;
         }
         let attempts_left = run.attempt - run.interruptions < MAX_ATTEMPTS || !self.keeps(Guard::AttemptLimit);
-        if !attempts_left && !run.handed_back {
-            self.end_lost(state, request, Status::GivenUp);
+        if !attempts_left && !run.released {
+            self.fail_lost_run(state, request, Status::AttemptsExhausted);
             return Admission::Over;
         }
         Admission::Granted(self.take_over(state, request, run))
     }
 
-    /// `store/admission.rs`: `take_over`
+    /// Takes over a run whose lease has expired, under the next attempt.
     fn take_over(&self, state: &mut State, request: u8, run: Run) -> Lease {
-        let attempt = if self.keeps(Guard::NewAttempt) { run.attempt + 1 } else { run.attempt };
-        let grant = run.grant + 1;
-        let interruptions = run.interruptions + u8::from(run.handed_back);
-        let taken =
-            Run { status: Status::Running, attempt, interruptions, handed_back: false, lease: self.clock.lease, grant };
+        let attempt = if self.keeps(Guard::AttemptIncrement) { run.attempt + 1 } else { run.attempt };
+        let generation = run.generation + 1;
+        let interruptions = run.interruptions + u8::from(run.released);
+        let taken = Run {
+            status: Status::Running,
+            attempt,
+            interruptions,
+            released: false,
+            lease: self.clock.lease,
+            generation,
+        };
         state.requests[usize::from(request)].run = Some(taken);
-        Lease { request, attempt, grant }
+        Lease { request, attempt, generation }
     }
 
-    /// `store/admission.rs`: `Case::over_limit`, `insert_run` and `Case::skip`
+    /// Inserts a run, running or skipped.
     fn admit_first(&self, state: &mut State, request: u8) -> Admission {
         if self.over_limit(state, request) {
             self.insert(state, request, Status::Skipped, 0);
-            self.announce(state, request);
+            self.enqueue_event(state, request);
             return Admission::Over;
         }
         self.insert(state, request, Status::Running, self.clock.lease);
-        Admission::Granted(Lease { request, attempt: 1, grant: 1 })
+        Admission::Granted(Lease { request, attempt: 1, generation: 1 })
     }
 
     fn over_limit(&self, state: &mut State, request: u8) -> bool {
         let locks = self.same_selection && self.keeps(Guard::SelectionLock);
         for other in (0..self.requests as u8).filter(|other| locks && *other != request) {
             let Some(run) = state.run(other).copied().filter(Run::running) else { continue };
-            if run.alive() || run.handed_back {
+            if run.alive() || run.released {
                 return true;
             }
-            self.end_lost(state, other, Status::Displaced);
+            self.fail_lost_run(state, other, Status::Superseded);
         }
         let count = state.requests.iter().filter_map(|other| other.run).filter(Run::running).count();
         count >= usize::from(self.tenant_limit)
     }
 
     fn insert(&self, state: &mut State, request: u8, status: Status, lease: i8) {
-        let run = Run { status, attempt: 1, interruptions: 0, handed_back: false, lease, grant: 1 };
+        let run = Run { status, attempt: 1, interruptions: 0, released: false, lease, generation: 1 };
         state.requests[usize::from(request)].run = Some(run);
     }
 
-    /// `store/leases.rs`: `renew_leases`
+    /// Renews a lease (`src/store/leases.rs`).
     pub fn renew(&self, state: &mut State, lease: Lease) -> bool {
         let Some(run) = state.run(lease.request).copied() else { return false };
-        let fenced = run.attempt == lease.attempt && !run.handed_back || !self.keeps(Guard::RenewalFence);
-        let in_time = run.lease > 0 || !self.keeps(Guard::RenewalExpiry);
+        let fenced = run.attempt == lease.attempt && !run.released || !self.keeps(Guard::RenewalFence);
+        let in_time = run.lease > 0 || !self.keeps(Guard::RenewalExpiryCheck);
         if !run.running() || !fenced || !in_time {
             return false;
         }
         if !run.belongs_to(lease) {
-            state.breach(Breach::StaleRenewal);
+            state.record_violation(Violation::StaleRenewal);
         }
         if run.lease <= 0 {
-            state.breach(Breach::Revived);
+            state.record_violation(Violation::Revived);
         }
         state.requests[usize::from(lease.request)].run = Some(Run { lease: self.clock.lease, ..run });
         true
     }
 
-    /// `store/items.rs`: `upsert_items`; `store/recording.rs`: `record` has the same fence.
+    /// Upserts items under the fence (`src/store/items.rs`); recording a finished type has the same fence.
     pub fn write_items(&self, state: &mut State, lease: Lease) -> bool {
         let Some(run) = state.run(lease.request).copied() else { return false };
         let accepted = run.running() && run.attempt == lease.attempt || !self.keeps(Guard::ItemFence);
         if accepted && !run.belongs_to(lease) {
-            state.breach(Breach::StaleItems);
+            state.record_violation(Violation::StaleItems);
         }
         accepted
     }
 
-    /// `store/runs.rs`: `finish_run`, whose fence is `recording::record`; what was left to write of the last list is
-    /// written in the same transaction, under the same fence as any other
+    /// Ends a run and enqueues its event in one transaction (`src/store/runs.rs`).
     pub fn finish_run(&self, state: &mut State, lease: Lease) -> bool {
         let Some(run) = state.run(lease.request).copied() else { return false };
-        let status_fits = run.running() || !self.keeps(Guard::EndStatus);
-        let fenced = run.attempt == lease.attempt || !self.keeps(Guard::EndFence);
+        let status_fits = run.running() || !self.keeps(Guard::FinishStatusCheck);
+        let fenced = run.attempt == lease.attempt || !self.keeps(Guard::FinishFence);
         if !status_fits || !fenced {
             return false;
         }
         if !run.belongs_to(lease) {
-            state.breach(Breach::StaleEnd);
+            state.record_violation(Violation::StaleEnd);
         }
-        self.end(state, lease.request, Status::Done);
+        self.end(state, lease.request, Status::Finished);
         if self.keeps(Guard::EventInTransaction) {
-            self.announce(state, lease.request);
+            self.enqueue_event(state, lease.request);
         }
         true
     }
 
-    /// `store/runs.rs`: `end_lost`
-    fn end_lost(&self, state: &mut State, request: u8, status: Status) {
-        let handed_back = state.run(request).is_some_and(|run| run.handed_back);
-        match (status, self.also) {
-            (Status::Displaced, Some(Promise::HandedBackRunGoesOn)) if handed_back => {
-                state.breach(Breach::HandedBackRunDisplaced);
+    /// Ends a run as `worker_lost`.
+    fn fail_lost_run(&self, state: &mut State, request: u8, status: Status) {
+        let released = state.run(request).is_some_and(|run| run.released);
+        match (status, self.extra) {
+            (Status::Superseded, Some(ExtraProperty::ReleasedRunContinues)) if released => {
+                state.record_violation(Violation::ReleasedRunSuperseded);
             }
-            (Status::Abandoned, Some(Promise::WaitingRunGoesOn)) if state.requests[usize::from(request)].ready > 0 => {
-                state.breach(Breach::WaitingRunEnded);
+            (Status::Abandoned, Some(ExtraProperty::QueuedRunContinues))
+                if state.requests[usize::from(request)].ready > 0 =>
+            {
+                state.record_violation(Violation::QueuedRunEnded);
             }
             _ => {}
         }
         self.end(state, request, status);
-        self.announce(state, request);
+        self.enqueue_event(state, request);
     }
 
-    /// `store/runs.rs`: `end`
+    /// Sets the terminal status.
     fn end(&self, state: &mut State, request: u8, status: Status) {
         let Some(run) = state.run_mut(request) else { return };
         let had_ended = !run.running();
-        // What an ended run's lease was is read by nobody: forgotten, it makes no states of its own.
-        *run = Run { status, lease: 0, handed_back: false, ..*run };
+        // Nothing reads the lease of a terminal run; resetting it merges equivalent states.
+        *run = Run { status, lease: 0, released: false, ..*run };
         if had_ended {
-            state.breach(Breach::TerminalChanged);
+            state.record_violation(Violation::TerminalChanged);
         }
     }
 
-    /// `store/runs.rs`: `announce`
-    pub fn announce(&self, state: &mut State, request: u8) {
+    /// Enqueues the run-completed event.
+    pub fn enqueue_event(&self, state: &mut State, request: u8) {
         let outbox = &mut state.requests[usize::from(request)].outbox;
         outbox.rows = (outbox.rows + 1).min(2);
     }
 
-    /// `store/leases.rs`: `hand_back_lease`
-    pub fn hand_back(&self, state: &mut State, lease: Lease) {
+    /// Releases a lease (`src/store/leases.rs`).
+    pub fn release_lease(&self, state: &mut State, lease: Lease) {
         let Some(run) = state.run(lease.request).copied() else { return };
-        let fenced = run.attempt == lease.attempt || !self.keeps(Guard::HandBackFence);
+        let fenced = run.attempt == lease.attempt || !self.keeps(Guard::ReleaseFence);
         if !run.running() || !fenced {
             return;
         }
         if !run.belongs_to(lease) {
-            state.breach(Breach::StaleHandBack);
+            state.record_violation(Violation::StaleRelease);
         }
-        state.requests[usize::from(lease.request)].run = Some(Run { handed_back: true, lease: 0, ..run });
+        state.requests[usize::from(lease.request)].run = Some(Run { released: true, lease: 0, ..run });
     }
 
-    /// `store/runs.rs`: whether `end_abandoned_runs` finds the run
+    /// True for a run that the janitor would end.
     pub fn is_abandoned(&self, state: &State, request: u8) -> bool {
-        let patience = if self.keeps(Guard::JanitorPatience) { -self.clock.abandoned } else { self.clock.lease };
+        let patience = if self.keeps(Guard::JanitorGracePeriod) { -self.clock.abandoned } else { self.clock.lease };
         self.keeps(Guard::Janitor) && state.run(request).is_some_and(|run| run.running() && run.lease <= patience)
     }
 
-    /// `store/runs.rs`: `end_if_still_abandoned`
+    /// Ends an abandoned run (`src/store/runs.rs`).
     pub fn end_abandoned(&self, state: &mut State, request: u8) {
-        self.end_lost(state, request, Status::Abandoned);
+        self.fail_lost_run(state, request, Status::Abandoned);
     }
 
-    /// `store/outbox.rs`: whether `claim_events` finds the event
+    /// True for an event that a relay may claim.
     pub fn is_due(&self, state: &State, request: u8) -> bool {
         let outbox = &state.requests[usize::from(request)].outbox;
         outbox.rows > 0 && !outbox.sent && outbox.claimed == 0
     }
 
-    /// `store/outbox.rs`: `claim_events`
+    /// Claims an event (`src/store/outbox.rs`).
     pub fn claim(&self, state: &mut State, request: u8) {
         state.requests[usize::from(request)].outbox.claimed = self.clock.claim;
     }
 
-    /// `store/outbox.rs`: `release_events`
+    /// Defers an event that could not be published.
     pub fn release(&self, state: &mut State, request: u8) {
         self.claim(state, request);
     }
 
-    /// `store/outbox.rs`: `mark_sent`
+    /// Marks an event as sent.
     pub fn mark_sent(&self, state: &mut State, request: u8) {
         let outbox = &mut state.requests[usize::from(request)].outbox;
         outbox.sent = true;

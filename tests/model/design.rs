@@ -1,78 +1,78 @@
-//! The design under check: its size, the faults that may befall it, and the guard that a mutant does without.
+//! Configuration of a model: its size, its faults, and the guard that a mutant lacks.
 
-/// What is checked.
+/// Configuration of one check.
 #[derive(Clone, Copy, Debug)]
 pub struct Design {
     pub requests: usize,
     pub workers: usize,
     pub relays: usize,
     pub clock: Clock,
-    /// How many faults may happen in all.
+    /// Maximum number of faults.
     pub faults: u8,
-    /// Which ones.
+    /// Kinds of faults.
     pub kinds: &'static [Fault],
-    /// Whether the requests are of one selection.
+    /// True if all requests have the same selection.
     pub same_selection: bool,
-    /// `limits.tenant_max_runs`; the requests are of one tenant.
+    /// `limits.tenant_max_runs`; all requests belong to one tenant.
     pub tenant_limit: u8,
-    /// The guard that is left out.
+    /// Guard that is removed.
     pub without: Option<Guard>,
-    /// A promise that is asked for on top of the others.
-    pub also: Option<Promise>,
+    /// Property that is checked in addition.
+    pub extra: Option<ExtraProperty>,
 }
 
-/// How long things last, in ticks. What counts is which is longer: a finer clock only tells more moments apart.
+/// Durations in ticks. Only their order matters; a finer clock distinguishes more interleavings.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
-    /// How long the database honours a lease (`run.lease_s`).
+    /// Lease duration in the database (`run.lease_s`).
     pub lease: i8,
-    /// How long a worker trusts it: less than the database does (`LeaseKeeper::trusted_for`).
-    pub trust: u8,
-    /// How long a copy is on a rung of the retry ladder: two at most.
-    pub rung: usize,
-    /// How long after the end of its lease the janitor ends a run (`run.abandoned_after_s`): longer than a rung.
+    /// Local deadline of a worker, shorter than the lease.
+    pub deadline: u8,
+    /// Delay of a retry tier: at most two.
+    pub retry_delay: usize,
+    /// Time after lease expiry at which the janitor ends a run (`run.abandoned_after_s`), longer than the retry delay.
     pub abandoned: i8,
-    /// How long a relay has an event to itself (`outbox.claim_s`).
+    /// Duration of a relay's claim on an event (`outbox.claim_s`).
     pub claim: u8,
 }
 
 impl Clock {
-    pub const FINE: Self = Self { lease: 3, trust: 2, rung: 2, abandoned: 3, claim: 2 };
-    pub const COARSE: Self = Self { lease: 2, trust: 1, rung: 1, abandoned: 2, claim: 1 };
+    pub const FINE: Self = Self { lease: 3, deadline: 2, retry_delay: 2, abandoned: 3, claim: 2 };
+    pub const COARSE: Self = Self { lease: 2, deadline: 1, retry_delay: 1, abandoned: 2, claim: 1 };
 }
 
-/// Workers that a run may lose (`run.max_attempts`).
+/// Attempts of a run that may lose their worker (`run.max_attempts`).
 pub const MAX_ATTEMPTS: u8 = 2;
 
-/// A promise that is asked for on top of what must always hold.
+/// Property that is checked only on request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Promise {
-    /// No more runs are at work than the limit allows: every running run counts, whether its lease is alive or not.
+pub enum ExtraProperty {
+    /// Live leases stay within the limit: every running run counts, live or expired.
     LimitHolds,
-    /// A run that was handed back in order counts as one that is at work, until it is taken over or abandoned.
-    HandedBackRunGoesOn,
-    /// Not kept, and not to be kept short of asking the queue.
-    WaitingRunGoesOn,
+    /// A released run blocks its selection until it is taken over or abandoned.
+    ReleasedRunContinues,
+    /// A run whose message is still queued is never ended as lost.
+    QueuedRunContinues,
 }
 
-/// What may go wrong.
+/// Kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// A process dies; another starts in its place.
     Crash,
-    /// A process is stopped and may go on at any later time.
+    /// A process is suspended and may resume at any later time.
     Pause,
-    /// A process is told to stop, and hands its run back.
-    Stop,
-    /// The connection to the broker is lost with a delivery on it: its ack never arrives, it is delivered again.
-    Cut,
-    /// The broker loses a message for good.
+    /// A process shuts down and releases its run.
+    Shutdown,
+    /// The broker connection is lost with an unacked delivery, which is redelivered.
+    ConnectionLost,
+    /// The broker loses a message.
     LostMessage,
-    /// The database has committed, and the worker does not learn of it.
-    LostAnswer,
-    /// The database does not do what it was asked.
-    StoreAway,
-    /// A publish has no known outcome.
+    /// The database commits and the response is lost.
+    LostResponse,
+    /// The database is unavailable.
+    DatabaseUnavailable,
+    /// A publish has no confirm.
     LostConfirm,
 }
 
@@ -80,57 +80,57 @@ impl Fault {
     pub const ALL: &[Self] = &[
         Self::Crash,
         Self::Pause,
-        Self::Stop,
-        Self::Cut,
+        Self::Shutdown,
+        Self::ConnectionLost,
         Self::LostMessage,
-        Self::LostAnswer,
-        Self::StoreAway,
+        Self::LostResponse,
+        Self::DatabaseUnavailable,
         Self::LostConfirm,
     ];
 }
 
-/// What holds the design together.
+/// Mechanism that a mutant removes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guard {
-    /// An item write checks status and attempt.
+    /// Item writes check status and attempt.
     ItemFence,
-    /// The end of a run checks the attempt.
-    EndFence,
-    /// The end of a run checks that it has not ended.
-    EndStatus,
-    /// A renewal checks the attempt.
+    /// Finishing a run checks the attempt.
+    FinishFence,
+    /// Finishing a run checks that it is running.
+    FinishStatusCheck,
+    /// Renewals check the attempt.
     RenewalFence,
-    /// A renewal takes no expired lease back.
-    RenewalExpiry,
-    /// A hand-back checks the attempt.
-    HandBackFence,
-    /// A take-over is a new attempt.
-    NewAttempt,
-    /// A run may lose so many workers and no more.
+    /// Renewals reject an expired lease.
+    RenewalExpiryCheck,
+    /// Releasing a lease checks the attempt.
+    ReleaseFence,
+    /// A take-over increments the attempt.
+    AttemptIncrement,
+    /// The number of attempts is limited.
     AttemptLimit,
-    /// A terminal run is not run again for its key.
-    Deduplication,
-    /// One running run of a selection.
+    /// A key whose run is terminal is a duplicate.
+    IdempotencyKey,
+    /// A selection has at most one running run.
     SelectionLock,
-    /// The run is ended before its message is acked.
+    /// The run ends before its message is acked.
     CommitBeforeAck,
-    /// The copy is on the ladder before the message is acked.
-    ParkBeforeAck,
-    /// The event is written by the transaction that ends the run.
+    /// The retry copy is published before the message is acked.
+    RetryCopyBeforeAck,
+    /// The transaction that ends a run enqueues its event.
     EventInTransaction,
-    /// The janitor leaves a run alone whose lease is alive.
-    JanitorPatience,
-    /// There is a janitor.
+    /// The janitor ignores runs whose lease is alive or just expired.
+    JanitorGracePeriod,
+    /// The janitor runs.
     Janitor,
-    /// A worker has a deadline of its own.
-    OwnDeadline,
-    /// The deadline is counted from before the database was asked.
-    TrustFromAsking,
-    /// The deadline's clock goes on while the process does not.
-    ClockRunsOn,
-    /// The broker has confirmed an event before it is marked sent.
+    /// A worker has a local deadline.
+    LocalDeadline,
+    /// The local deadline counts from before the request was sent.
+    DeadlineFromSendTime,
+    /// The local clock advances while the process is suspended.
+    ClockCountsSuspend,
+    /// An event is marked as sent only after its confirm.
     ConfirmBeforeMark,
-    /// A claim on an event runs out.
+    /// A claim on an event expires.
     ClaimExpiry,
 }
 
@@ -143,7 +143,7 @@ impl Design {
         Self { without: Some(guard), ..self }
     }
 
-    pub fn promising(self, promise: Promise) -> Self {
-        Self { also: Some(promise), ..self }
+    pub fn requiring(self, property: ExtraProperty) -> Self {
+        Self { extra: Some(property), ..self }
     }
 }

@@ -1,33 +1,42 @@
-//! A model of the daemon: the queue with its retry ladder, workers, run rows with their leases, the outbox, the janitor
-//! and the relay, under crashes, stops, lost connections, lost messages, lost answers and a clock that runs on.
+//! Model of the daemon, checked exhaustively: the request queue with its retry tiers, workers, runs with their leases, the
+//! outbox, the janitor and the relay, under crashes, suspended processes, shutdowns, lost connections, lost messages, lost
+//! responses and a running clock.
 //!
-//! `state.rs` says what there is, `actions.rs` what can happen and which code it stands for, `database.rs` what
-//! PostgreSQL decides, `steps.rs` the rest, `properties.rs` what always holds, `ends.rs` what must come in the end.
-//! Every order of all actions is searched. `mutants.rs` takes one guard away at a time and says what breaks without it;
-//! `known.rs` holds what the design as it is does not promise.
+//! | file | content |
+//! |---|---|
+//! | `state.rs` | state of the model |
+//! | `actions.rs` | actions, the source file of each, and when they are enabled |
+//! | `database.rs` | database transactions |
+//! | `steps.rs` | effects of all other actions |
+//! | `properties.rs` | safety properties, and witnesses that the search is not vacuous |
+//! | `liveness.rs` | goals that must stay reachable |
+//! | `state_graph.rs` | reachability search for liveness |
+//! | `design.rs` | size of a model, its faults and its guards |
+//! | `mutants.rs` | removes one guard at a time and names the properties that fail |
+//! | `extra_properties.rs` | properties of two requests that have a configuration of their own |
 //!
-//! Left out: how items are read, what a request may say wrong, deferral, retention, the fleet's limit, and that a
-//! database transaction has an inside. Whether the real transactions are as atomic as these is for `tests/it`.
+//! Not modelled: reading items, invalid requests, deferral, retention, the fleet limit and the inside of a database
+//! transaction. The atomicity of the real transactions is covered by `tests/it`.
 
 mod actions;
 mod database;
 mod design;
-mod ends;
-mod graph;
-mod known;
+mod extra_properties;
+mod liveness;
 mod mutants;
 mod properties;
 mod state;
+mod state_graph;
 mod steps;
 
 use std::time::Instant;
 
 use design::{Clock, Design, Fault};
-use graph::Graph;
-use properties::{SIGHTS, SIGHTS_OF_TWO, Sight};
+use properties::{WITNESSES, WITNESSES_OF_TWO_REQUESTS, Witness};
+use state_graph::StateGraph;
 use stateright::{Checker, Model};
 
-/// One request that two workers can come to get, with everything that can go wrong.
+/// One request, two workers and every fault.
 const ONE_REQUEST: Design = Design {
     requests: 1,
     workers: 2,
@@ -38,15 +47,15 @@ const ONE_REQUEST: Design = Design {
     same_selection: true,
     tenant_limit: 2,
     without: None,
-    also: None,
+    extra: None,
 };
 
-/// Two requests of one selection. Of their events nothing is to be learnt that one request does not show, and a coarse
-/// clock keeps the number of states down.
+/// Two requests of one selection. A single request covers events, so there is no relay; a coarse clock bounds the number of
+/// states.
 const TWO_REQUESTS: Design = Design { requests: 2, relays: 0, clock: Clock::COARSE, faults: 1, ..ONE_REQUEST };
 
-/// Searches with stateright: no promise is broken in any state.
-fn holds(name: &str, design: Design) -> usize {
+/// Checks with stateright that every safety property holds in every reachable state.
+fn check_safety(name: &str, design: Design) -> usize {
     let begun = Instant::now();
     let checker = design.checker().threads(2).spawn_bfs().join();
     let (states, steps) = (checker.unique_state_count(), checker.state_count());
@@ -55,51 +64,51 @@ fn holds(name: &str, design: Design) -> usize {
     states
 }
 
-/// Searches the graph: no promise is broken, every end stays within reach, and all the sights were there to be seen.
-fn ends_well(name: &str, design: Design, sights: &[Sight]) -> usize {
+/// Checks on the state graph that every property holds, every goal stays reachable and every witness occurs.
+fn check_liveness(name: &str, design: Design, witnesses: &[Witness]) -> usize {
     let begun = Instant::now();
-    let graph = Graph::of(design);
-    let broken = graph.broken();
-    println!("{name}, to its end: {} states, {:.1} s", graph.size(), begun.elapsed().as_secs_f64());
+    let graph = StateGraph::build(design);
+    let broken = graph.failed_properties();
+    println!("{name}, liveness: {} states, {:.1} s", graph.size(), begun.elapsed().as_secs_f64());
     assert!(broken.is_empty(), "{name}: {broken:#?}");
-    for sight in sights {
-        assert!(graph.shows(sight), "{name}: the search never saw that {}", sight.0);
+    for witness in witnesses {
+        assert!(graph.reaches(witness), "{name}: no reachable state shows that {}", witness.0);
     }
     graph.size()
 }
 
 #[test]
-fn one_request_and_two_workers() {
-    holds("one request, two workers, two faults", ONE_REQUEST);
-    // The graph is built by one thread: a coarse clock spares it half of the states.
+fn one_request_with_two_workers_holds_under_two_faults() {
+    check_safety("one request, two workers, two faults", ONE_REQUEST);
+    // The graph is built by one thread; a coarse clock halves its states.
     let coarse = Design { clock: Clock::COARSE, ..ONE_REQUEST };
-    ends_well("one request, two workers, two faults, a coarse clock", coarse, SIGHTS);
+    check_liveness("one request, two workers, two faults, a coarse clock", coarse, WITNESSES);
 }
 
 #[test]
-fn one_request_and_three_workers() {
+fn one_request_with_three_workers_holds_under_one_fault() {
     let design = Design { workers: 3, faults: 1, ..ONE_REQUEST };
-    let searched = holds("one request, three workers, one fault", design);
-    let built = ends_well("one request, three workers, one fault", design, SIGHTS);
-    assert_eq!(searched, built, "both searches come past the same states");
+    let searched = check_safety("one request, three workers, one fault", design);
+    let built = check_liveness("one request, three workers, one fault", design, WITNESSES);
+    assert_eq!(searched, built, "both searches reach the same states");
 }
 
 #[test]
-fn two_requests_of_one_selection() {
-    holds("two requests, two workers, one fault", TWO_REQUESTS);
+fn two_requests_of_one_selection_hold() {
+    check_safety("two requests, two workers, one fault", TWO_REQUESTS);
     let one_worker = Design { workers: 1, ..TWO_REQUESTS };
-    ends_well("two requests, one worker, one fault", one_worker, SIGHTS_OF_TWO);
+    check_liveness("two requests, one worker, one fault", one_worker, WITNESSES_OF_TWO_REQUESTS);
 }
 
 #[test]
-fn two_requests_over_the_limit_of_their_tenant() {
+fn two_requests_over_the_tenant_limit_hold() {
     let design = Design { workers: 1, same_selection: false, tenant_limit: 1, ..TWO_REQUESTS };
-    ends_well("two requests of two selections, a limit of one", design, &SIGHTS_OF_TWO[..1]);
+    check_liveness("two requests of two selections, a limit of one", design, &WITNESSES_OF_TWO_REQUESTS[..1]);
 }
 
 #[test]
-fn two_relays() {
+fn two_relays_publish_every_event() {
     let design = Design { workers: 1, relays: 2, faults: 3, ..ONE_REQUEST };
-    holds("one worker, two relays, three faults", design);
-    ends_well("one worker, two relays, two faults", Design { faults: 2, ..design }, SIGHTS);
+    check_safety("one worker, two relays, three faults", design);
+    check_liveness("one worker, two relays, two faults", Design { faults: 2, ..design }, WITNESSES);
 }

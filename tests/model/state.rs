@@ -1,46 +1,45 @@
-//! What a state of the model holds. Every moment is kept as a distance from now, so that time can go on for ever
-//! within a finite number of states.
+//! State of the model. Times are stored relative to now, which keeps the number of states finite.
 
 use crate::design::Design;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct State {
-    /// Kept in order: as requests of one tenant they differ in nothing but what has become of them.
+    /// Sorted: requests of one tenant are interchangeable (symmetry reduction).
     pub requests: [Request; 2],
-    /// Kept in order for the same reason: states that differ in who is who are one state.
+    /// Sorted, as `requests`.
     pub workers: [Worker; 3],
     pub relays: [Relay; 2],
-    /// Faults that may still happen.
+    /// Number of faults that may still occur.
     pub faults_left: u8,
-    /// The promises of a single step that were broken on the way here.
+    /// Bit set of recorded [`Violation`]s.
     pub broken: u8,
 }
 
-/// A promise that can be judged only while a step is taken, as a bit of [`State::broken`].
+/// Violation that is visible only during a step, as a bit of [`State::broken`].
 #[derive(Clone, Copy, Debug)]
-pub enum Breach {
+pub enum Violation {
     StaleItems = 1,
     StaleEnd = 2,
     StaleRenewal = 4,
-    StaleHandBack = 8,
+    StaleRelease = 8,
     TerminalChanged = 16,
     Revived = 32,
-    HandedBackRunDisplaced = 64,
-    WaitingRunEnded = 128,
+    ReleasedRunSuperseded = 64,
+    QueuedRunEnded = 128,
 }
 
-/// One request with all that the broker and the database know of it.
+/// One request: its messages, its run and its event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Request {
-    /// Copies of its message that wait in the requests queue.
+    /// Copies of the message in the requests queue.
     pub ready: u8,
-    /// Copies on the retry ladder, by the ticks that they still have to wait, less one.
-    pub parked: [u8; 2],
-    /// Whether a fault has destroyed a copy.
+    /// Copies in a retry tier, indexed by the remaining ticks minus one.
+    pub retrying: [u8; 2],
+    /// True after a fault destroyed a copy.
     pub lost: bool,
-    /// Its row in `inventory_sync_runs`.
+    /// Row in `inventory_sync_runs`.
     pub run: Option<Run>,
-    /// Its rows in `outbox_events`.
+    /// Rows in the outbox.
     pub outbox: Outbox,
 }
 
@@ -49,38 +48,38 @@ pub struct Run {
     pub status: Status,
     pub attempt: u8,
     pub interruptions: u8,
-    /// `lease_owner is null`
-    pub handed_back: bool,
-    /// Ticks until `lease_expires_at`; not above zero means expired.
+    /// True once the lease was released.
+    pub released: bool,
+    /// Ticks until `lease_expires_at`; zero or less means expired.
     pub lease: i8,
-    /// Leases that were given on it so far: names the one rightful writer even where a broken design gives two of them
-    /// the same attempt.
-    pub grant: u8,
+    /// Number of leases granted so far. Identifies the only legitimate writer, even in a mutant that grants one attempt
+    /// twice.
+    pub generation: u8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Status {
     Running,
-    /// By its worker: success, partial or failed.
-    Done,
-    /// By an admission that found its attempts used up.
-    GivenUp,
-    /// By an admission of another request of its selection.
-    Displaced,
-    /// By the janitor.
+    /// Ended by its worker: success, partial or failed.
+    Finished,
+    /// Ended by an admission that found no attempts left.
+    AttemptsExhausted,
+    /// Ended by the admission of another request of the selection.
+    Superseded,
+    /// Ended by the janitor.
     Abandoned,
     Skipped,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Outbox {
-    /// Rows; the design allows one.
+    /// Number of rows; the design allows one.
     pub rows: u8,
-    /// Ticks until `claimed_until`.
+    /// Ticks until the claim expires.
     pub claimed: u8,
-    /// `sent_at is not null`
+    /// True once the event is marked as sent.
     pub sent: bool,
-    /// Whether the broker has stored the event.
+    /// True once the broker has stored the event.
     pub stored: bool,
 }
 
@@ -88,33 +87,33 @@ pub struct Outbox {
 pub struct Worker {
     pub phase: Phase,
     pub renewal: Renewal,
-    /// Whether the broker still counts the delivery as this worker's.
-    pub in_hand: bool,
-    /// Stopped by SIGSTOP or by a long stall; what it sent before is still on the wire.
+    /// True while the broker counts the delivery as unacked by this worker.
+    pub in_flight: bool,
+    /// Suspended by SIGSTOP or a long stall; statements sent before may still execute.
     pub paused: bool,
-    /// A lease that it has given up because the database was away, and still has to hand back.
+    /// Lease abandoned because the database was unavailable, to be released later.
     pub orphan: Option<Lease>,
 }
 
-/// Where a worker is in the recipe of `src/run/mod.rs`. `trust` is the ticks until its own deadline.
+/// Phase of a worker's delivery (`src/run/mod.rs`). `deadline` counts the ticks until its local deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Phase {
     Idle,
-    /// Its admission is on the way to the database.
-    Asking {
+    /// The admission was sent to the database.
+    AwaitingAdmission {
         request: u8,
-        trust: u8,
+        deadline: u8,
     },
-    /// The database has granted the lease, the worker has not heard of it yet.
-    Granted {
+    /// The database has granted the lease; the response is on the way.
+    Admitted {
         lease: Lease,
-        trust: u8,
+        deadline: u8,
     },
-    Working {
+    Running {
         lease: Lease,
-        trust: u8,
+        deadline: u8,
     },
-    /// What had to be durable is; the message has to be settled.
+    /// Everything durable is committed; the message must be settled.
     Settling {
         request: u8,
         how: Settle,
@@ -125,28 +124,28 @@ pub enum Phase {
 pub struct Lease {
     pub request: u8,
     pub attempt: u8,
-    pub grant: u8,
+    pub generation: u8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Settle {
     Ack,
     Nack,
-    /// A copy to the retry ladder, then ack.
-    Park,
-    /// Only in a broken design: the event in a transaction of its own, then ack.
-    Announce,
+    /// Publish a copy to a retry tier, then ack.
+    ScheduleRetry,
+    /// Enqueue the event in a separate transaction, then ack; only a mutant does this.
+    EnqueueEvent,
 }
 
-/// A renewal on its way, with the ticks that the worker may trust the lease if it is kept.
+/// Renewal in progress, with the local deadline that it sets when granted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Renewal {
     None,
-    Asked(u8),
-    Kept(u8),
+    Sent(u8),
+    Granted(u8),
 }
 
-/// A relay and the request whose event it has in hand.
+/// State of a relay, with the request whose event it is publishing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Relay {
     Idle,
@@ -155,12 +154,12 @@ pub enum Relay {
 }
 
 impl State {
-    pub fn breach(&mut self, breach: Breach) {
-        self.broken |= breach as u8;
+    pub fn record_violation(&mut self, violation: Violation) {
+        self.broken |= violation as u8;
     }
 
-    pub fn has(&self, breach: Breach) -> bool {
-        self.broken & breach as u8 != 0
+    pub fn violated(&self, violation: Violation) -> bool {
+        self.broken & violation as u8 != 0
     }
 
     pub fn run(&self, request: u8) -> Option<&Run> {
@@ -171,9 +170,9 @@ impl State {
         self.requests[usize::from(request)].run.as_mut()
     }
 
-    /// The one state that stands for all that differ from this in who is who. Requests, workers and relays beyond those
-    /// of the design are in no order with the others, and stay where they are.
-    pub fn in_order(mut self, design: &Design) -> Self {
+    /// Canonical representative under permutation of requests, workers and relays (symmetry reduction). Slots beyond the
+    /// design's size stay in place.
+    pub fn canonical(mut self, design: &Design) -> Self {
         self.forget_orphans_of_ended_runs();
         if design.requests == 2 && self.requests[0] > self.requests[1] {
             self.requests.swap(0, 1);
@@ -192,7 +191,7 @@ impl State {
         self
     }
 
-    /// Nothing is to be handed back of them, whenever it is tried.
+    /// Drops orphaned leases of ended runs: releasing them has no effect.
     fn forget_orphans_of_ended_runs(&mut self) {
         let requests = self.requests;
         let running = |lease: &Lease| requests[usize::from(lease.request)].run.is_some_and(|run| run.running());
@@ -201,13 +200,13 @@ impl State {
         }
     }
 
-    /// Copies of a request's message, wherever they are.
+    /// Number of copies of a request's message, in queues and unacked.
     pub fn copies(&self, request: usize) -> usize {
         let waiting = &self.requests[request];
-        let in_hand = |worker: &&Worker| worker.in_hand && worker.phase.request() == Some(request);
+        let in_flight = |worker: &&Worker| worker.in_flight && worker.phase.request() == Some(request);
         usize::from(waiting.ready)
-            + waiting.parked.iter().map(|copies| usize::from(*copies)).sum::<usize>()
-            + self.workers.iter().filter(in_hand).count()
+            + waiting.retrying.iter().map(|copies| usize::from(*copies)).sum::<usize>()
+            + self.workers.iter().filter(in_flight).count()
     }
 }
 
@@ -220,26 +219,26 @@ impl Run {
         self.running() && self.lease > 0
     }
 
-    /// Whether `lease` is the one right to write to this run.
+    /// True if `lease` is the only lease that may write to this run.
     pub fn belongs_to(&self, lease: Lease) -> bool {
-        self.running() && self.grant == lease.grant
+        self.running() && self.generation == lease.generation
     }
 }
 
 impl Worker {
     pub const IDLE: Self =
-        Self { phase: Phase::Idle, renewal: Renewal::None, in_hand: false, paused: false, orphan: None };
+        Self { phase: Phase::Idle, renewal: Renewal::None, in_flight: false, paused: false, orphan: None };
 
     pub fn is_idle(&self) -> bool {
         self.phase == Phase::Idle
     }
 
-    /// Has settled, and is free for the next message.
-    pub fn rest(&mut self) {
+    /// Makes the worker ready for the next message; an orphaned lease is kept.
+    pub fn become_idle(&mut self) {
         *self = Self { orphan: self.orphan, ..Self::IDLE };
     }
 
-    /// Goes on to settle the message; what its lease was is of no interest any more.
+    /// Moves on to settling the message and drops the lease.
     pub fn settle(&mut self, request: u8, how: Settle) {
         self.phase = Phase::Settling { request, how };
         self.renewal = Renewal::None;
@@ -258,16 +257,16 @@ impl Phase {
     fn swap_requests(&mut self) {
         match self {
             Self::Idle => {}
-            Self::Asking { request, .. } | Self::Settling { request, .. } => *request = 1 - *request,
-            Self::Granted { lease, .. } | Self::Working { lease, .. } => lease.request = 1 - lease.request,
+            Self::AwaitingAdmission { request, .. } | Self::Settling { request, .. } => *request = 1 - *request,
+            Self::Admitted { lease, .. } | Self::Running { lease, .. } => lease.request = 1 - lease.request,
         }
     }
 
     pub fn request(self) -> Option<usize> {
         match self {
             Self::Idle => None,
-            Self::Asking { request, .. } | Self::Settling { request, .. } => Some(usize::from(request)),
-            Self::Granted { lease, .. } | Self::Working { lease, .. } => Some(usize::from(lease.request)),
+            Self::AwaitingAdmission { request, .. } | Self::Settling { request, .. } => Some(usize::from(request)),
+            Self::Admitted { lease, .. } | Self::Running { lease, .. } => Some(usize::from(lease.request)),
         }
     }
 }

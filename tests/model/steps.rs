@@ -1,4 +1,4 @@
-//! What an action does to the state.
+//! Effects of the actions on the state.
 
 use stateright::{Model, Property};
 
@@ -20,7 +20,7 @@ impl Model for Design {
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
-        self.possible(state, actions);
+        self.enabled(state, actions);
     }
 
     fn next_state(&self, state: &State, action: Action) -> Option<State> {
@@ -29,14 +29,14 @@ impl Model for Design {
         if self.is_fault(state, action) {
             next.faults_left -= 1;
         }
-        let next = next.in_order(self);
+        let next = next.canonical(self);
         (next != *state).then_some(next)
     }
 
     fn within_boundary(&self, state: &State) -> bool {
-        // No design that holds comes here; a broken one could go on for ever.
+        // Bounds the attempts of mutants, which may be unlimited; a correct design stays below.
         let most = MAX_ATTEMPTS + self.faults + 1;
-        state.requests.iter().filter_map(|request| request.run).all(|run| run.grant <= most)
+        state.requests.iter().filter_map(|request| request.run).all(|run| run.generation <= most)
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
@@ -48,20 +48,20 @@ impl Design {
     fn step(&self, state: &mut State, action: Action) {
         match action {
             Action::LoseMessage(request) => lose_message(&mut state.requests[usize::from(request)]),
-            Action::Janitor(request) => self.end_abandoned(state, request),
+            Action::EndAbandoned(request) => self.end_abandoned(state, request),
             Action::Claim(number, _)
             | Action::Publish(number)
-            | Action::PublishUnknown(number, _)
-            | Action::Release(number)
-            | Action::Mark(number)
-            | Action::RelayGone(number) => self.step_relay(state, action, number),
+            | Action::PublishUnconfirmed(number, _)
+            | Action::PublishRefused(number)
+            | Action::MarkSent(number)
+            | Action::RelayCrash(number) => self.step_relay(state, action, number),
             Action::Tick => self.tick(state),
             Action::Deliver(number, request) => {
                 state.requests[usize::from(request)].ready -= 1;
-                let phase = Phase::Asking { request, trust: self.clock.trust };
-                state.workers[number] = Worker { phase, in_hand: true, ..state.workers[number] };
+                let phase = Phase::AwaitingAdmission { request, deadline: self.clock.deadline };
+                state.workers[number] = Worker { phase, in_flight: true, ..state.workers[number] };
             }
-            Action::Cut(number) => requeue(state, number),
+            Action::ConnectionLost(number) => requeue(state, number),
             Action::Crash(number) => {
                 requeue(state, number);
                 state.workers[number] = Worker::IDLE;
@@ -69,15 +69,15 @@ impl Design {
             Action::Pause(number) => state.workers[number].paused = true,
             Action::Resume(number) => state.workers[number].paused = false,
             Action::Settle(number) => self.settle(state, number),
-            Action::ParkUnknown(number) => self.park(state, number),
-            Action::ParkGivenUp(number) | Action::HandBackUnheard(number) => give_up(state, number),
+            Action::RetryCopyUnconfirmed(number) => self.schedule_retry(state, number),
+            Action::RetryCopyGivenUp(number) | Action::ReleaseFails(number) => requeue_message(state, number),
             Action::Admit(number) => self.step_admission(state, number),
-            Action::Begin(number) => self.begin(state, number),
-            Action::AdmitUnheard(number) => self.ask_again(state, number),
-            Action::StoreAway(number) => self.give_up_for_now(state, number),
-            Action::HandBackOrphan(number) => {
+            Action::StartRun(number) => self.start_run(state, number),
+            Action::AdmitResponseLost(number) => self.retry_admission(state, number),
+            Action::DatabaseUnavailable(number) => self.abandon_lease(state, number),
+            Action::ReleaseOrphan(number) => {
                 if let Some(lease) = state.workers[number].orphan.take() {
-                    self.hand_back(state, lease);
+                    self.release_lease(state, lease);
                 }
             }
             _ => self.step_working(state, action),
@@ -85,61 +85,61 @@ impl Design {
     }
 
     fn step_admission(&self, state: &mut State, number: usize) {
-        let Phase::Asking { request, trust } = state.workers[number].phase else { return };
+        let Phase::AwaitingAdmission { request, deadline } = state.workers[number].phase else { return };
         let admission = self.admit(state, request);
         let worker = &mut state.workers[number];
         match admission {
-            Admission::Granted(lease) => worker.phase = Phase::Granted { lease, trust },
+            Admission::Granted(lease) => worker.phase = Phase::Admitted { lease, deadline },
             Admission::Over => worker.settle(request, Settle::Ack),
-            Admission::Busy if self.keeps(Guard::ParkBeforeAck) => worker.settle(request, Settle::Park),
+            Admission::Busy if self.keeps(Guard::RetryCopyBeforeAck) => worker.settle(request, Settle::ScheduleRetry),
             Admission::Busy => worker.settle(request, Settle::Ack),
         }
     }
 
-    fn begin(&self, state: &mut State, number: usize) {
-        let Phase::Granted { lease, trust } = state.workers[number].phase else { return };
-        let trust = self.trust(trust);
-        state.workers[number].phase = Phase::Working { lease, trust };
+    fn start_run(&self, state: &mut State, number: usize) {
+        let Phase::Admitted { lease, deadline } = state.workers[number].phase else { return };
+        let deadline = self.deadline(deadline);
+        state.workers[number].phase = Phase::Running { lease, deadline };
     }
 
-    /// What an answer to a question with `left` to trust by now is worth.
-    fn trust(&self, left: u8) -> u8 {
-        if self.keeps(Guard::TrustFromAsking) { left } else { self.clock.trust }
+    /// Local deadline set by a response whose request was sent `left` ticks before its deadline.
+    fn deadline(&self, left: u8) -> u8 {
+        if self.keeps(Guard::DeadlineFromSendTime) { left } else { self.clock.deadline }
     }
 
     fn step_working(&self, state: &mut State, action: Action) {
-        let (Action::Write(number)
-        | Action::Finish(number)
-        | Action::FinishUnheard(number)
-        | Action::AskRenewal(number)
-        | Action::Renew(number)
-        | Action::HearRenewal(number)
-        | Action::StopItself(number)
+        let (Action::WriteItems(number)
+        | Action::FinishRun(number)
+        | Action::FinishResponseLost(number)
+        | Action::SendRenewal(number)
+        | Action::CommitRenewal(number)
+        | Action::ReceiveRenewal(number)
+        | Action::StopAtDeadline(number)
         | Action::AckEarly(number)
-        | Action::HandBack(number)) = action
+        | Action::ReleaseLease(number)) = action
         else {
             return;
         };
-        let Phase::Working { lease, .. } = state.workers[number].phase else { return };
+        let Phase::Running { lease, .. } = state.workers[number].phase else { return };
         match action {
-            Action::Write(_) => {
+            Action::WriteItems(_) => {
                 if !self.write_items(state, lease) {
-                    give_up(state, number);
+                    requeue_message(state, number);
                 }
             }
-            Action::Finish(_) => self.finish(state, number, lease),
-            Action::FinishUnheard(_) => {
+            Action::FinishRun(_) => self.finish(state, number, lease),
+            Action::FinishResponseLost(_) => {
                 self.finish_run(state, lease);
-                self.give_up_for_now(state, number);
+                self.abandon_lease(state, number);
             }
-            Action::AskRenewal(_) => state.workers[number].renewal = Renewal::Asked(self.clock.trust),
-            Action::Renew(_) => self.answer_renewal(state, number, lease),
-            Action::HearRenewal(_) => self.hear_renewal(&mut state.workers[number], lease),
-            Action::StopItself(_) => give_up(state, number),
-            Action::AckEarly(_) => state.workers[number].in_hand = false,
+            Action::SendRenewal(_) => state.workers[number].renewal = Renewal::Sent(self.clock.deadline),
+            Action::CommitRenewal(_) => self.commit_renewal(state, number, lease),
+            Action::ReceiveRenewal(_) => self.receive_renewal(&mut state.workers[number], lease),
+            Action::StopAtDeadline(_) => requeue_message(state, number),
+            Action::AckEarly(_) => state.workers[number].in_flight = false,
             _ => {
-                self.hand_back(state, lease);
-                give_up(state, number);
+                self.release_lease(state, lease);
+                requeue_message(state, number);
             }
         }
     }
@@ -147,69 +147,69 @@ impl Design {
     fn finish(&self, state: &mut State, number: usize, lease: Lease) {
         let how = match self.finish_run(state, lease) {
             true if self.keeps(Guard::EventInTransaction) => Settle::Ack,
-            true => Settle::Announce,
+            true => Settle::EnqueueEvent,
             false => Settle::Nack,
         };
         state.workers[number].settle(lease.request, how);
     }
 
-    fn answer_renewal(&self, state: &mut State, number: usize, lease: Lease) {
-        let Renewal::Asked(trust) = state.workers[number].renewal else { return };
+    fn commit_renewal(&self, state: &mut State, number: usize, lease: Lease) {
+        let Renewal::Sent(deadline) = state.workers[number].renewal else { return };
         if self.renew(state, lease) {
-            state.workers[number].renewal = Renewal::Kept(trust);
+            state.workers[number].renewal = Renewal::Granted(deadline);
         } else {
-            give_up(state, number);
+            requeue_message(state, number);
         }
     }
 
-    fn hear_renewal(&self, worker: &mut Worker, lease: Lease) {
-        let Renewal::Kept(left) = worker.renewal else { return };
-        worker.phase = Phase::Working { lease, trust: self.trust(left) };
+    fn receive_renewal(&self, worker: &mut Worker, lease: Lease) {
+        let Renewal::Granted(left) = worker.renewal else { return };
+        worker.phase = Phase::Running { lease, deadline: self.deadline(left) };
         worker.renewal = Renewal::None;
     }
 
-    /// An ack or a nack on a lost connection reaches nobody: the broker has given the message to others before.
+    /// Settles the delivery. On a lost connection this has no effect: the broker has requeued the message.
     fn settle(&self, state: &mut State, number: usize) {
         let Phase::Settling { request, how } = state.workers[number].phase else { return };
         match how {
-            Settle::Ack => state.workers[number].rest(),
+            Settle::Ack => state.workers[number].become_idle(),
             Settle::Nack => {
                 requeue(state, number);
-                state.workers[number].rest();
+                state.workers[number].become_idle();
             }
-            Settle::Park => {
-                self.park(state, number);
+            Settle::ScheduleRetry => {
+                self.schedule_retry(state, number);
                 state.workers[number].settle(request, Settle::Ack);
             }
-            Settle::Announce => {
-                self.announce(state, request);
+            Settle::EnqueueEvent => {
+                self.enqueue_event(state, request);
                 state.workers[number].settle(request, Settle::Ack);
             }
         }
     }
 
-    fn give_up_for_now(&self, state: &mut State, number: usize) {
-        if let Phase::Working { lease, .. } = state.workers[number].phase {
+    fn abandon_lease(&self, state: &mut State, number: usize) {
+        if let Phase::Running { lease, .. } = state.workers[number].phase {
             state.workers[number].orphan = Some(lease);
         }
-        self.ask_again(state, number);
+        self.retry_admission(state, number);
     }
 
-    /// With its delivery still in hand a worker asks for admission once more; else others have the message.
-    fn ask_again(&self, state: &mut State, number: usize) {
+    /// Requests admission again for a delivery that is still unacked; otherwise the broker has requeued it.
+    fn retry_admission(&self, state: &mut State, number: usize) {
         let worker = state.workers[number];
         match worker.phase.request() {
-            Some(request) if worker.in_hand && !matches!(worker.phase, Phase::Asking { .. }) => {
-                let phase = Phase::Asking { request: request as u8, trust: self.clock.trust };
+            Some(request) if worker.in_flight && !matches!(worker.phase, Phase::AwaitingAdmission { .. }) => {
+                let phase = Phase::AwaitingAdmission { request: request as u8, deadline: self.clock.deadline };
                 state.workers[number] = Worker { phase, renewal: Renewal::None, ..worker };
             }
-            _ => give_up(state, number),
+            _ => requeue_message(state, number),
         }
     }
 
-    fn park(&self, state: &mut State, number: usize) {
+    fn schedule_retry(&self, state: &mut State, number: usize) {
         if let Some(request) = state.workers[number].phase.request() {
-            state.requests[request].parked[self.clock.rung - 1] += 1;
+            state.requests[request].retrying[self.clock.retry_delay - 1] += 1;
         }
     }
 
@@ -226,15 +226,15 @@ impl Design {
                 outbox.stored = true;
                 state.relays[number] = Relay::Confirmed(request);
             }
-            Action::PublishUnknown(_, stored) => {
+            Action::PublishUnconfirmed(_, stored) => {
                 outbox.stored |= stored;
                 state.relays[number] = Relay::Idle;
             }
-            Action::Release(_) => {
+            Action::PublishRefused(_) => {
                 self.release(state, request);
                 state.relays[number] = Relay::Idle;
             }
-            Action::Mark(_) => {
+            Action::MarkSent(_) => {
                 self.mark_sent(state, request);
                 state.relays[number] = Relay::Idle;
             }
@@ -244,8 +244,8 @@ impl Design {
 
     fn tick(&self, state: &mut State) {
         for request in &mut state.requests {
-            request.ready += request.parked[0];
-            request.parked = [request.parked[1], 0];
+            request.ready += request.retrying[0];
+            request.retrying = [request.retrying[1], 0];
             if let Some(run) = request.run.as_mut().filter(|run| run.running()) {
                 *run = Run { lease: (run.lease - 1).max(-self.clock.abandoned), ..*run };
             }
@@ -253,37 +253,39 @@ impl Design {
                 request.outbox = Outbox { claimed: request.outbox.claimed.saturating_sub(1), ..request.outbox };
             }
         }
-        let stands = |worker: &Worker| worker.paused && !self.keeps(Guard::ClockRunsOn);
+        let stands = |worker: &Worker| worker.paused && !self.keeps(Guard::ClockCountsSuspend);
         for worker in state.workers.iter_mut().filter(|worker| !stands(worker)) {
-            self.age(worker);
+            self.advance_clock(worker);
         }
     }
 
-    fn age(&self, worker: &mut Worker) {
+    fn advance_clock(&self, worker: &mut Worker) {
         match &mut worker.phase {
-            Phase::Working { .. } if !self.keeps(Guard::OwnDeadline) => {}
-            Phase::Asking { trust, .. } | Phase::Granted { trust, .. } | Phase::Working { trust, .. } => {
-                *trust = trust.saturating_sub(1);
+            Phase::Running { .. } if !self.keeps(Guard::LocalDeadline) => {}
+            Phase::AwaitingAdmission { deadline, .. }
+            | Phase::Admitted { deadline, .. }
+            | Phase::Running { deadline, .. } => {
+                *deadline = deadline.saturating_sub(1);
             }
             Phase::Idle | Phase::Settling { .. } => {}
         }
-        if let Renewal::Asked(left) | Renewal::Kept(left) = &mut worker.renewal {
+        if let Renewal::Sent(left) | Renewal::Granted(left) = &mut worker.renewal {
             *left = left.saturating_sub(1);
         }
     }
 }
 
-/// Leaves the run to whoever has it, and the message to whoever gets it next.
-fn give_up(state: &mut State, number: usize) {
+/// Stops working on the run and requeues the message.
+fn requeue_message(state: &mut State, number: usize) {
     if let Some(request) = state.workers[number].phase.request() {
         state.workers[number].settle(request as u8, Settle::Nack);
     }
 }
 
-/// The broker takes a delivery back and has it ready for the next one.
+/// Makes an unacked delivery ready again.
 fn requeue(state: &mut State, number: usize) {
     let worker = &mut state.workers[number];
-    if std::mem::take(&mut worker.in_hand)
+    if std::mem::take(&mut worker.in_flight)
         && let Some(request) = worker.phase.request()
     {
         state.requests[request].ready += 1;
@@ -294,7 +296,7 @@ fn lose_message(request: &mut Request) {
     request.lost = true;
     if request.ready > 0 {
         request.ready -= 1;
-    } else if let Some(copies) = request.parked.iter_mut().find(|copies| **copies > 0) {
+    } else if let Some(copies) = request.retrying.iter_mut().find(|copies| **copies > 0) {
         *copies -= 1;
     }
 }

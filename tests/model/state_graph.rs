@@ -1,9 +1,8 @@
-//! The graph of all states, for what stateright does not answer.
+//! State graph for liveness checks, which stateright does not support for models with cycles.
 //!
-//! Its `Property::eventually` overlooks whatever goes in a circle, and this model does. So the graph is built once and
-//! searched backwards from where things have ended well. An end that stays within reach of every state, by steps that
-//! are no faults, is enough: a system that does not avoid any of its possible steps for ever gets there once the faults
-//! cease. Built breadth first, the graph also has the shortest way to whatever is broken.
+//! `Property::eventually` ignores cycles, and this model has them. The graph is therefore built once and searched backwards
+//! from the states that satisfy a goal. A goal that stays reachable from every state by steps that are not faults is
+//! reached under fair scheduling once faults cease. Breadth-first construction also yields the shortest counterexample.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -12,27 +11,28 @@ use stateright::Model;
 
 use crate::actions::Action;
 use crate::design::Design;
-use crate::ends::{ENDS, End};
-use crate::properties::Sight;
+use crate::liveness::{LIVENESS, LivenessGoal};
+use crate::properties::Witness;
 use crate::state::State;
 
-/// All states with the steps between them.
-pub struct Graph {
+/// Reachable states and the steps between them.
+pub struct StateGraph {
     design: Design,
     states: Vec<State>,
-    /// The state and the step by which each was found first.
+    /// Predecessor and action by which each state was first reached.
     found_by: Vec<Option<(usize, Action)>>,
-    /// For each state those from which a step that is no fault leads to it.
+    /// Predecessors of each state by steps that are not faults.
     before: Vec<Vec<u32>>,
 }
 
-/// Promises by name, with the shortest way to where each is broken.
-pub type Broken = BTreeMap<&'static str, Vec<Action>>;
+/// Violated properties by name, each with its shortest counterexample.
+pub type Failures = BTreeMap<&'static str, Vec<Action>>;
 
-impl Graph {
-    pub fn of(design: Design) -> Self {
+impl StateGraph {
+    pub fn build(design: Design) -> Self {
         let states = design.init_states();
-        let mut numbers: HashMap<State, usize, BuildHasherDefault<Mixer>> = states.iter().copied().zip(0..).collect();
+        let mut numbers: HashMap<State, usize, BuildHasherDefault<FastHasher>> =
+            states.iter().copied().zip(0..).collect();
         let mut graph = Self { design, found_by: vec![None; states.len()], before: vec![vec![]; states.len()], states };
         let mut number = 0;
         while number < graph.states.len() {
@@ -42,7 +42,7 @@ impl Graph {
                     continue;
                 }
                 let found = *numbers.entry(next).or_insert_with(|| graph.add(next, (number, action)));
-                if goes_on_by_itself(&design, &from, action) {
+                if is_fault_free(&design, &from, action) {
                     graph.before[found].push(number as u32);
                 }
             }
@@ -62,25 +62,26 @@ impl Graph {
         self.states.len()
     }
 
-    /// Whether the search has come past a state.
-    pub fn shows(&self, sight: &Sight) -> bool {
-        self.states.iter().any(sight.1)
+    /// True if any reachable state satisfies the witness.
+    pub fn reaches(&self, witness: &Witness) -> bool {
+        self.states.iter().any(witness.1)
     }
 
-    /// What always has to hold and does not, and what has to come in the end and can't. Without a relay no event is
-    /// looked for.
-    pub fn broken(&self) -> Broken {
-        let ends = ENDS.iter().filter(|end| self.design.relays > 0 || end.0 != crate::ends::EVERY_EVENT_IS_SENT);
-        let dead = ends.filter_map(|end| Some((end.0, self.dead_end(end)?)));
+    /// Safety properties that some state violates and liveness goals that some state cannot reach. Events are checked only
+    /// with a relay.
+    pub fn failed_properties(&self) -> Failures {
+        let ends =
+            LIVENESS.iter().filter(|end| self.design.relays > 0 || end.0 != crate::liveness::EVERY_EVENT_IS_PUBLISHED);
+        let dead = ends.filter_map(|end| Some((end.0, self.first_state_that_cannot_reach(end)?)));
         let violated = self.design.properties().into_iter().filter_map(|property| {
             let first = self.states.iter().position(|state| !(property.condition)(&self.design, state))?;
             Some((property.name, first))
         });
-        violated.chain(dead).map(|(name, number)| (name, self.way_to(number))).collect()
+        violated.chain(dead).map(|(name, number)| (name, self.path_to(number))).collect()
     }
 
-    /// The first state from which `end` can't be reached any more, if there is one.
-    fn dead_end(&self, end: &End) -> Option<usize> {
+    /// First state, in breadth-first order, from which the goal is unreachable.
+    fn first_state_that_cannot_reach(&self, end: &LivenessGoal) -> Option<usize> {
         let mut leads_there: Vec<bool> = self.states.iter().map(|state| end.1(&self.design, state)).collect();
         let mut new: Vec<usize> = (0..self.size()).filter(|number| leads_there[*number]).collect();
         while let Some(number) = new.pop() {
@@ -94,28 +95,28 @@ impl Graph {
         leads_there.iter().position(|leads| !leads)
     }
 
-    fn way_to(&self, mut number: usize) -> Vec<Action> {
-        let mut way = Vec::new();
+    fn path_to(&self, mut number: usize) -> Vec<Action> {
+        let mut path = Vec::new();
         while let Some((before, action)) = self.found_by[number] {
-            way.push(action);
+            path.push(action);
             number = before;
         }
-        way.reverse();
-        way
+        path.reverse();
+        path
     }
 }
 
-/// The standard library's hasher keeps strangers from guessing its sums, for half of the time that a graph takes.
+/// Multiplicative hasher: the keys are not attacker-controlled, and SipHash takes half of the construction time.
 #[derive(Default)]
-struct Mixer(u64);
+struct FastHasher(u64);
 
-impl Mixer {
+impl FastHasher {
     fn mix(&mut self, value: u64) {
         self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x517c_c1b7_2722_0a95);
     }
 }
 
-impl Hasher for Mixer {
+impl Hasher for FastHasher {
     fn write(&mut self, bytes: &[u8]) {
         bytes.iter().for_each(|byte| self.mix(u64::from(*byte)));
     }
@@ -133,8 +134,8 @@ impl Hasher for Mixer {
     }
 }
 
-/// Steps that happen without a fault. A stopped worker is not waited for, unless there is no other.
-fn goes_on_by_itself(design: &Design, state: &State, action: Action) -> bool {
+/// True for steps that occur without a fault. A suspended worker resumes only if every worker is suspended.
+fn is_fault_free(design: &Design, state: &State, action: Action) -> bool {
     let all_stopped = || state.workers[..design.workers].iter().all(|worker| worker.paused);
     !design.is_fault(state, action) && (!matches!(action, Action::Resume(_)) || all_stopped())
 }
