@@ -1,9 +1,10 @@
 //! The benchmark: `deploy/dev bench [--quick|--full] [LINE...]`.
 //!
-//! Every line is a ratio against bare parts that are measured in the same run, in turn with the daemon, round by round;
-//! what counts is the median. Servers are private ones with their durable settings; the daemon and the Graph simulator
-//! are release builds in processes of their own. The table goes to the terminal, the rounds to `target/bench/report.json`.
+//! Most lines are ratios against a baseline measured in the same run, alternating with the daemon round by round; the
+//! median counts. The servers are private and durable; the daemon and the Graph simulator are release builds in processes
+//! of their own. The table goes to the terminal and to `tests/bench/README.md`, the rounds to `target/bench/report.json`.
 
+mod baseline;
 mod events;
 mod footprint;
 mod growth;
@@ -11,7 +12,6 @@ mod ingest;
 mod latency;
 mod peer;
 mod process;
-mod raw;
 mod replicas;
 mod report;
 mod rig;
@@ -24,9 +24,9 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use report::{Line, Report};
-use rig::{Outcome, Rig, Scale};
+use rig::{Result, Rig, Scale};
 
-/// The lines in the order of their worth.
+/// Lines in the order of measurement.
 const LINES: &[&str] = &[
     "ingest_fresh",
     "resync_unchanged",
@@ -44,20 +44,20 @@ const LINES: &[&str] = &[
     "peer_celery",
 ];
 
-/// Measures the daemon against the bare parts that it is made of.
+/// Measures the daemon against baselines of its parts.
 #[derive(Debug, Parser)]
 #[command(name = "bench")]
 struct Args {
-    /// Smaller sizes: a few minutes in all. Lines that need longer are left out unless they are named.
+    /// Use small sizes, for a few minutes in all; lines that need longer run only if named.
     #[arg(long, conflicts_with = "full")]
     quick: bool,
-    /// The big tables too: 5 million runs, 10 million items.
+    /// Use the big tables too: 5 million runs, 10 million items.
     #[arg(long)]
     full: bool,
-    /// Rounds of every line.
+    /// Rounds per line.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Lines to measure; all without one.
+    /// Lines to measure; all by default.
     #[arg(value_parser = clap::builder::PossibleValuesParser::new(LINES))]
     lines: Vec<String>,
 }
@@ -74,7 +74,7 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn measure(args: Args) -> Outcome<()> {
+async fn measure(args: Args) -> Result<()> {
     let scale = match (args.quick, args.full) {
         (true, _) => Scale::Quick,
         (_, true) => Scale::Full,
@@ -95,10 +95,10 @@ async fn measure(args: Args) -> Outcome<()> {
         report.add(name, line(&rig, name).await);
         eprintln!("  {name}: {} s", begun.elapsed().as_secs());
     }
-    report.finish(&rig)
+    report.finish(&rig, args.lines.is_empty() && scale != Scale::Quick)
 }
 
-async fn line(rig: &Rig, name: &str) -> Outcome<Vec<Line>> {
+async fn line(rig: &Rig, name: &str) -> Result<Vec<Line>> {
     match name {
         "small_runs" => runs::measure(rig).await,
         "memory" => footprint::memory(rig).await,

@@ -1,4 +1,4 @@
-//! Events out of the outbox, beside the same bytes published with confirms and nothing else.
+//! Throughput of the outbox relay, against publishing the same bytes with confirms.
 
 use std::time::{Duration, Instant};
 
@@ -7,36 +7,38 @@ use lapin::options::{BasicPublishOptions, QueueBindOptions, QueueDeclareOptions,
 use lapin::types::{AMQPValue, FieldTable};
 
 use super::report::{Line, Round, Target};
-use super::rig::{Outcome, Rig};
+use super::rig::{Result, Rig};
 use super::world::World;
 
-/// A common event has some 1,500 bytes.
+/// Size of a common event.
 const BYTES: usize = 1_500;
 
 /// Measures the line.
-pub async fn measure(rig: &Rig) -> Outcome<Vec<Line>> {
+pub async fn measure(rig: &Rig) -> Result<Vec<Line>> {
     let count = rig.scale.pick(5_000, 20_000, 20_000);
     let world = World::new(rig, "outbox", 1, &[]).await?;
     let queue = subscriber(&world).await?;
-    // What a daemon ends itself it is woken for; these rows it has to find.
+    // The relay is woken for runs that its own process ends; these rows it must find by polling.
     let _daemon = world.daemon(&[("OUTBOX__POLL_MS", "10")], 1).await?;
     relayed(&world, count).await?;
     purge(&world, &queue).await?;
     world.analyze().await?;
     let mut rounds = Vec::new();
     for _ in 0..rig.rounds {
-        let raw = bare(&world, count).await?;
+        let baseline = publish_directly(&world, count).await?;
         purge(&world, &queue).await?;
         let ours = relayed(&world, count).await?;
         purge(&world, &queue).await?;
-        rounds.push(Round::beside(count as f64 / ours, count as f64 / raw));
+        rounds.push(Round::against(count as f64 / ours, count as f64 / baseline));
     }
-    let note = format!("{count} events of {BYTES} bytes into one quorum queue");
+    let note = format!(
+        "{count} events of {BYTES} bytes into one quorum queue, against publishing the same bytes with confirms"
+    );
     Ok(vec![Line::new("outbox", "events/s", Target::RatioAtLeast(0.7), rounds).note(note)])
 }
 
-/// A durable queue for all events, as a subscriber would have it.
-async fn subscriber(world: &World) -> Outcome<String> {
+/// Declares a durable queue for all events, as a subscriber would.
+async fn subscriber(world: &World) -> Result<String> {
     let queue = format!("{}subscriber", world.prefix);
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
@@ -48,12 +50,12 @@ async fn subscriber(world: &World) -> Outcome<String> {
     Ok(queue)
 }
 
-async fn purge(world: &World, queue: &str) -> Outcome<()> {
+async fn purge(world: &World, queue: &str) -> Result<()> {
     world.channel.queue_purge(queue.into(), QueuePurgeOptions::default()).await?;
     Ok(())
 }
 
-async fn bare(world: &World, count: usize) -> Outcome<f64> {
+async fn publish_directly(world: &World, count: usize) -> Result<f64> {
     let (exchange, body) = (format!("{}inventory.events", world.prefix), "x".repeat(BYTES));
     let key = format!("run.completed.success.{}", world.tenants[0]);
     let begun = Instant::now();
@@ -70,7 +72,7 @@ async fn bare(world: &World, count: usize) -> Outcome<f64> {
     Ok(begun.elapsed().as_secs_f64())
 }
 
-async fn relayed(world: &World, count: usize) -> Outcome<f64> {
+async fn relayed(world: &World, count: usize) -> Result<f64> {
     world.execute("truncate outbox_events").await?;
     let since = world.now().await?;
     let tenant = world.tenants[0];
@@ -85,9 +87,9 @@ async fn relayed(world: &World, count: usize) -> Outcome<f64> {
     let unsent = "select exists (select from outbox_events where sent_at is null)::int::float8";
     while world.float(unsent).await? > 0.0 {
         if world.now().await? - since > 120.0 {
-            return Err("the outbox does not get empty".into());
+            return Err("the outbox was not empty within 120 s".into());
         }
-        // The rows know when they were sent: this only asks whether all are.
+        // The rows carry the time of publication; the poll only detects the end.
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     Ok(world.float("select extract(epoch from max(sent_at))::float8 from outbox_events").await? - committed)

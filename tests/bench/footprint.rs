@@ -1,20 +1,20 @@
-//! What a replica needs: memory in a run of any length, next to nothing while it waits, and no time to start.
+//! Footprint of a replica: memory during a run, cost while idle, and time to start.
 
 use std::time::Duration;
 
 use sqlx::{Connection, PgConnection, Row};
 
-use super::raw::Lists;
+use super::baseline::Lists;
 use super::report::{Line, Round, Target, median};
-use super::rig::{Outcome, Rig};
+use super::rig::{Result, Rig};
 use super::world::World;
 
-/// Lists of the runs whose memory is compared. Each has a thousand objects at least, so that the longest pages, of 999, are
-/// in both: what is compared is how long the lists are, not how long their pages are.
+/// Lists of the compared runs. Each list has at least a thousand objects, so that pages of the maximum length, 999, occur in
+/// both: the comparison varies the length of lists, not of pages.
 const LISTS: usize = 20;
 
-/// The most memory that a run takes, ten times longer than another.
-pub async fn memory(rig: &Rig) -> Outcome<Vec<Line>> {
+/// Measures the peak memory of a run, against a run a tenth as long.
+pub async fn memory(rig: &Rig) -> Result<Vec<Line>> {
     let (small, large) = (20_000, 200_000);
     let (mut few, mut many) = (Vec::new(), Vec::new());
     for (name, objects, peaks) in [("memory_few", small, &mut few), ("memory_many", large, &mut many)] {
@@ -31,24 +31,24 @@ pub async fn memory(rig: &Rig) -> Outcome<Vec<Line>> {
             daemon.stop().await?;
         }
     }
-    let rounds = many.iter().zip(&few).map(|(many, few)| Round::beside(*many, *few)).collect();
-    let peaks = many.iter().copied().map(Round::alone).collect();
-    let note = format!("{large} objects in a run of {LISTS} lists, beside {small}");
+    let rounds = many.iter().zip(&few).map(|(many, few)| Round::against(*many, *few)).collect();
+    let peaks = many.iter().copied().map(Round::absolute).collect();
+    let note = format!("peak of a run over {large} objects in {LISTS} lists, against {small}");
     Ok(vec![
         Line::new("memory", "MiB", Target::RatioAtMost(1.15), rounds).note(note),
-        Line::new("memory_peak", "MiB", Target::AtMost(64.0), peaks),
+        Line::new("memory_peak", "MiB", Target::AtMost(64.0), peaks).note("that peak alone"),
     ])
 }
 
-/// What a replica costs that has nothing to do.
-pub async fn idle(rig: &Rig) -> Outcome<Vec<Line>> {
+/// Measures the cost of a replica without work.
+pub async fn idle(rig: &Rig) -> Result<Vec<Line>> {
     const STATEMENTS: &str =
         "select sum(xact_commit + xact_rollback)::float8 from pg_stat_database where datname = 'idle'";
     let world = World::new(rig, "idle", 1, &[]).await?;
     let mut apart = PgConnection::connect(&rig.postgres).await?;
     world.db.close().await;
     let daemon = world.daemon(&[], 1).await?;
-    // What starting has cost is counted by then.
+    // The server's statistics lag by up to ten seconds; afterwards the start is counted.
     tokio::time::sleep(Duration::from_secs(11)).await;
     let window = Duration::from_secs(rig.scale.pick(6, 20, 20));
     let (mut cpu, mut queries) = (Vec::new(), Vec::new());
@@ -56,19 +56,22 @@ pub async fn idle(rig: &Rig) -> Outcome<Vec<Line>> {
         let cpu_before = daemon.cpu_s();
         let before: f64 = sqlx::query(STATEMENTS).fetch_one(&mut apart).await?.get(0);
         tokio::time::sleep(window).await;
-        cpu.push(Round::alone((daemon.cpu_s() - cpu_before) / window.as_secs_f64() * 100.0));
+        cpu.push(Round::absolute((daemon.cpu_s() - cpu_before) / window.as_secs_f64() * 100.0));
         let after: f64 = sqlx::query(STATEMENTS).fetch_one(&mut apart).await?.get(0);
-        queries.push(Round::alone((after - before) / window.as_secs_f64()));
+        queries.push(Round::absolute((after - before) / window.as_secs_f64()));
     }
-    let note = format!("windows of {} s; transactions, as the server counts them", window.as_secs());
+    let note = format!(
+        "transactions of a replica without work, as the server counts them, in windows of {} s",
+        window.as_secs()
+    );
     Ok(vec![
-        Line::new("idle_cpu", "% of a core", Target::AtMost(0.3), cpu),
+        Line::new("idle_cpu", "% of a core", Target::AtMost(0.3), cpu).note("processor time of a replica without work"),
         Line::new("idle_queries", "a second", Target::AtMost(2.0), queries).note(note),
     ])
 }
 
-/// From the start of the process to its first admitted request, which waits in the queue already.
-pub async fn start(rig: &Rig) -> Outcome<Vec<Line>> {
+/// Measures the time from the start of the process to its first admitted request, which is already in the queue.
+pub async fn start(rig: &Rig) -> Result<Vec<Line>> {
     let world = World::new(rig, "start", 1, &[]).await?;
     let lists = Lists::first(1);
     let mut rounds = Vec::new();
@@ -84,10 +87,10 @@ pub async fn start(rig: &Rig) -> Outcome<Vec<Line>> {
         rounds.push((world.float(&started).await? - since) * 1_000.0);
         daemon.stop().await?;
     }
-    // The first one warms the database and the file cache.
+    // The first round warms the database and the file cache.
     rounds.remove(0);
     let spread = median(rounds.iter().copied()).unwrap_or_default();
-    let rounds = rounds.into_iter().map(Round::alone).collect();
+    let rounds = rounds.into_iter().map(Round::absolute).collect();
     let line = Line::new("start", "ms", Target::AtMost(300.0), rounds);
-    Ok(vec![line.note(format!("exec to admitted: {spread:.0} ms"))])
+    Ok(vec![line.note(format!("start of the process to its first admitted request; median {spread:.0} ms"))])
 }

@@ -1,4 +1,4 @@
-//! What must not get slower while the tables grow: two databases, small and big, asked in turn.
+//! Reads and admissions that must not slow down as tables grow: a small and a big database, measured in turn.
 
 use std::time::Instant;
 
@@ -9,16 +9,16 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::report::{Line, Round, Target};
-use super::rig::{Outcome, Rig};
+use super::rig::{Result, Rig};
 use super::world::World;
 
 const SMALL: u64 = 10_000;
-/// Items of the tenant that is asked about.
+/// Items of the measured tenant.
 const OWN_ITEMS: u64 = 5_000;
 const TENANTS: usize = 1_000;
 
-/// Asks what is missing of a tenant.
-pub async fn missing(rig: &Rig) -> Outcome<Vec<Line>> {
+/// Measures `inventory_missing` of one tenant.
+pub async fn missing(rig: &Rig) -> Result<Vec<Line>> {
     let big = rig.scale.pick(500_000, 2_000_000, 10_000_000);
     let small_world = world(rig, "missing_small", SMALL, SMALL / 10).await?;
     let big_world = world(rig, "missing_big", big, SMALL / 10).await?;
@@ -26,18 +26,20 @@ pub async fn missing(rig: &Rig) -> Outcome<Vec<Line>> {
     for _ in 0..rig.rounds {
         let small_ms = ask(&small_world).await?;
         let big_ms = ask(&big_world).await?;
-        rounds.push(Round::beside(big_ms, small_ms));
-        times.push(Round::alone(big_ms));
+        rounds.push(Round::against(big_ms, small_ms));
+        times.push(Round::absolute(big_ms));
     }
-    let note = format!("median of 50 with {big} items beside {SMALL}; {OWN_ITEMS} of the tenant, 100 missing");
+    let note = format!(
+        "inventory_missing, median of 50 with {big} items against {SMALL}; {OWN_ITEMS} of the tenant, 100 missing"
+    );
     Ok(vec![
         Line::new("missing", "ms", Target::RatioAtMost(1.3), rounds).note(note),
-        Line::new("missing_ms", "ms", Target::AtMost(20.0), times),
+        Line::new("missing_ms", "ms", Target::AtMost(20.0), times).note("the same in the big database"),
     ])
 }
 
-/// Admits requests.
-pub async fn admission(rig: &Rig) -> Outcome<Vec<Line>> {
+/// Measures admissions.
+pub async fn admission(rig: &Rig) -> Result<Vec<Line>> {
     let (runs, items) = rig.scale.pick((300_000, 300_000), (1_000_000, 1_000_000), (5_000_000, 10_000_000));
     let count = rig.scale.pick(400, 1_000, 1_000);
     let small_world = world(rig, "admission_small", SMALL, SMALL).await?;
@@ -49,18 +51,19 @@ pub async fn admission(rig: &Rig) -> Outcome<Vec<Line>> {
     for _ in 0..rig.rounds {
         let small = admit(&small_world, count).await?;
         let big = admit(&big_world, count).await?;
-        rounds.push(Round::beside(big.p99_ms, small.p99_ms));
-        rates.push(Round::beside(big.per_s, small.per_s));
+        rounds.push(Round::against(big.p99_ms, small.p99_ms));
+        rates.push(Round::against(big.per_s, small.per_s));
     }
-    let note = format!("p99 of {count} with {runs} runs and {items} items beside {SMALL} and {SMALL}");
+    let note = format!("p99 of {count} admissions with {runs} runs and {items} items against {SMALL} and {SMALL}");
     Ok(vec![
         Line::new("admission", "ms", Target::RatioAtMost(1.3), rounds).note(note),
-        Line::new("admission_rate", "admissions/s", Target::RatioAtLeast(0.75), rates).note("one after the other"),
+        Line::new("admission_rate", "admissions/s", Target::RatioAtLeast(0.75), rates)
+            .note("sequential admissions a second"),
     ])
 }
 
-/// A database with so many items and ended runs.
-async fn world(rig: &Rig, name: &str, items: u64, runs: u64) -> Outcome<World> {
+/// Creates a database with `items` items and `runs` finished runs.
+async fn world(rig: &Rig, name: &str, items: u64, runs: u64) -> Result<World> {
     let world = World::new(rig, name, TENANTS, &[]).await?;
     let own = world.tenants[0];
     let hash = hash();
@@ -98,13 +101,13 @@ fn body(tenant: Uuid, key: &str) -> String {
     .to_string()
 }
 
-/// The hash of the selection that all of these runs have.
+/// Hash of the selection of all generated runs.
 fn hash() -> String {
     let request = SyncRequest::parse(None, body(Uuid::nil(), "k").as_bytes());
     request.map(|request| request.selection.hash()).unwrap_or_default()
 }
 
-async fn ask(world: &World) -> Outcome<f64> {
+async fn ask(world: &World) -> Result<f64> {
     let query = format!("select count(*)::float8 from inventory_missing('{}', '{}')", world.tenants[0], hash());
     let mut times = Vec::new();
     for _ in 0..50 {
@@ -115,7 +118,7 @@ async fn ask(world: &World) -> Outcome<f64> {
             return Err(format!("{found} items are missing, not 100").into());
         }
     }
-    super::report::median(times.into_iter()).ok_or_else(|| "nothing was asked".into())
+    super::report::median(times.into_iter()).ok_or_else(|| "nothing was measured".into())
 }
 
 struct Admitted {
@@ -123,8 +126,8 @@ struct Admitted {
     per_s: f64,
 }
 
-/// Admits `count` requests, one after the other; each run is ended before the next, which is not measured.
-async fn admit(world: &World, count: usize) -> Outcome<Admitted> {
+/// Admits `count` requests sequentially; ends each run before the next, outside the measured time.
+async fn admit(world: &World, count: usize) -> Result<Admitted> {
     let store = Store::connect(&world.config()?.database, "bench")?;
     let rules = AdmissionRules {
         owner: "bench".to_owned(),

@@ -1,4 +1,4 @@
-//! The same work by a small Celery worker (`tests/bench/peer/`), on the same servers, with the same durability.
+//! Comparison with a small Celery worker (`tests/bench/peer/`) on the same servers with the same durability.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,17 +12,17 @@ use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::baseline::Lists;
 use super::process::Process;
-use super::raw::Lists;
 use super::report::{Line, Round, Target};
-use super::rig::{Outcome, Rig, text};
+use super::rig::{Result, Rig, text};
 use super::world::{CLIENT_ID, CLIENT_SECRET, World};
 
 const TYPES: usize = 30;
 const OBJECTS: usize = 20_000;
 const TENANTS: usize = 200;
 
-/// One kind of work, done by both.
+/// Workload that both execute.
 struct Work<'a> {
     name: &'a str,
     world: World,
@@ -31,17 +31,17 @@ struct Work<'a> {
     items: usize,
 }
 
-/// What a round took.
-struct Took {
+/// Cost of a round.
+struct Cost {
     seconds: f64,
     cpu_s: f64,
 }
 
-/// Measures the three lines.
-pub async fn measure(rig: &Rig) -> Outcome<Vec<Line>> {
+/// Measures throughput and processor time of two workloads.
+pub async fn measure(rig: &Rig) -> Result<Vec<Line>> {
     let Some(celery) = install(rig)? else {
-        let why = "left out: Celery can't be installed (no network, or no python3 with venv)";
-        return Ok(vec![Line::left_out("peer_celery", why.to_owned())]);
+        let why = "skipped: Celery can't be installed (no network, or no python3 with venv)";
+        return Ok(vec![Line::skipped("peer_celery", why.to_owned())]);
     };
     let per_list = OBJECTS / TYPES;
     let big = ["--objects".to_owned(), per_list.to_string(), "--page-size".to_owned(), "100".to_owned()];
@@ -67,16 +67,16 @@ pub async fn measure(rig: &Rig) -> Outcome<Vec<Line>> {
     let third = Target::RatioAtMost(0.333);
     Ok(vec![
         Line::new("peer_celery_items", "items/s", Target::RatioAtLeast(3.0), item_rounds)
-            .note(format!("one run, {} objects", per_list * TYPES)),
-        Line::new("peer_celery_cpu", "us of CPU an item", third, item_cpu),
+            .note(format!("one run over {} objects, against a Celery worker", per_list * TYPES)),
+        Line::new("peer_celery_cpu", "us of CPU an item", third, item_cpu).note("processor time of that run"),
         Line::new("peer_celery_runs", "runs/s", Target::RatioAtLeast(5.0), run_rounds)
-            .note(format!("{runs} runs of one page; the peer has 4 processes, the daemon prefetch 32")),
-        Line::new("peer_celery_runs_cpu", "us of CPU a run", third, run_cpu),
+            .note(format!("{runs} runs of one page; 4 Celery processes, daemon with prefetch 32")),
+        Line::new("peer_celery_runs_cpu", "us of CPU a run", third, run_cpu).note("processor time of those runs"),
     ])
 }
 
-/// Installs what the worker needs into `target/bench-peer`; nothing if that can't be done.
-fn install(rig: &Rig) -> Outcome<Option<PathBuf>> {
+/// Installs the worker's dependencies into `target/bench-peer`; returns `None` where that fails.
+fn install(rig: &Rig) -> Result<Option<PathBuf>> {
     let folder = rig.folder.with_file_name("bench-peer");
     let (celery, done) = (folder.join("bin/celery"), folder.join("installed"));
     let wanted = fs::read_to_string(source().join("requirements.txt"))?;
@@ -101,31 +101,31 @@ fn source() -> PathBuf {
 }
 
 impl Work<'_> {
-    /// Both in turn: how many of `unit` a second, and how much processor time each of them costs.
+    /// Runs both in turn; returns the rate of `unit` and the processor time per unit.
     async fn compare(
         &self,
         rig: &Rig,
         celery: &Path,
         unit: impl Fn(&Self) -> usize,
-    ) -> Outcome<(Vec<Round>, Vec<Round>)> {
+    ) -> Result<(Vec<Round>, Vec<Round>)> {
         let count = unit(self) as f64;
         let daemon = self.world.daemon(&[("CONSUMER__PREFETCH", "32"), ("DATABASE__MAX_CONNECTIONS", "16")], 1).await?;
         let peer = self.peer(rig, celery).await?;
-        // Once before anything counts: both have their tokens, the simulator its pages.
+        // Warm-up: both fetch tokens, the simulator builds its pages.
         self.peer_round(&peer, "warm-p").await?;
         self.daemon_round(&daemon, "warm-d").await?;
         let (mut rates, mut cpu) = (Vec::new(), Vec::new());
         for round in 0..rig.rounds {
             let theirs = self.peer_round(&peer, &format!("p{round}")).await?;
             let ours = self.daemon_round(&daemon, &format!("d{round}")).await?;
-            rates.push(Round::beside(count / ours.seconds, count / theirs.seconds));
-            cpu.push(Round::beside(ours.cpu_s / count * 1e6, theirs.cpu_s / count * 1e6));
+            rates.push(Round::against(count / ours.seconds, count / theirs.seconds));
+            cpu.push(Round::against(ours.cpu_s / count * 1e6, theirs.cpu_s / count * 1e6));
         }
         daemon.stop().await?;
         Ok((rates, cpu))
     }
 
-    async fn peer(&self, rig: &Rig, celery: &Path) -> Outcome<Process> {
+    async fn peer(&self, rig: &Rig, celery: &Path) -> Result<Process> {
         let (world, queue) = (&self.world, self.queue());
         let lists = rig.folder.join(format!("{}-lists.json", self.name));
         fs::write(&lists, self.contracts().to_string())?;
@@ -184,7 +184,7 @@ impl Work<'_> {
         format!("{}peer", self.world.prefix)
     }
 
-    /// What the worker has to know of the lists.
+    /// Contracts of the lists, for the worker.
     fn contracts(&self) -> Value {
         let catalog = Catalog::built_in();
         let entries = self.lists.keys.iter().zip(&self.lists.links).filter_map(|(key, link)| {
@@ -194,17 +194,17 @@ impl Work<'_> {
         entries.collect()
     }
 
-    async fn daemon_round(&self, daemon: &Process, name: &str) -> Outcome<Took> {
+    async fn daemon_round(&self, daemon: &Process, name: &str) -> Result<Cost> {
         let (before, since) = (daemon.cpu_s(), self.world.now().await?);
         for number in 0..self.runs {
             let tenant = self.world.tenants[number % self.world.tenants.len()];
             self.world.publish(tenant, &format!("{name}.{number}"), &self.lists.types()).await?;
         }
         let seconds = self.world.seconds_to_end(&format!("{name}."), self.runs, since).await?;
-        Ok(Took { seconds, cpu_s: daemon.cpu_s() - before })
+        Ok(Cost { seconds, cpu_s: daemon.cpu_s() - before })
     }
 
-    async fn peer_round(&self, peer: &Process, name: &str) -> Outcome<Took> {
+    async fn peer_round(&self, peer: &Process, name: &str) -> Result<Cost> {
         let (before, since) = (peer.cpu_s(), self.world.now().await?);
         for number in 0..self.runs {
             let (id, run) = (Uuid::new_v4().to_string(), Uuid::now_v7().to_string());
@@ -226,6 +226,6 @@ impl Work<'_> {
             self.world.channel.basic_publish("".into(), queue.into(), options, body.as_bytes(), properties).await?;
         }
         let seconds = self.world.seconds_to_end(&format!("{name}."), self.runs, since).await?;
-        Ok(Took { seconds, cpu_s: peer.cpu_s() - before })
+        Ok(Cost { seconds, cpu_s: peer.cpu_s() - before })
     }
 }

@@ -1,4 +1,4 @@
-//! A program in a process group of its own: what it costs, and its end.
+//! Child process in a group of its own, with its processor time and peak memory.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -7,22 +7,22 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::rig::Outcome;
+use super::rig::Result;
 
-/// What the kernel counts processor time in on Linux, whatever its own tick is.
+/// Unit of processor time in `/proc` on Linux, independent of the kernel's own tick.
 const TICKS_PER_S: f64 = 100.0;
 
-/// A running program; it and all that it has started are killed when this is dropped.
+/// Running program; its process group is killed on drop.
 pub struct Process(Child);
 
 impl Process {
-    /// Starts a program with these variables and no others but `PATH`; what it says goes to `log`.
+    /// Starts a program with only these variables and `PATH`; its output goes to `log`.
     pub fn start<'a>(
         program: impl AsRef<OsStr>,
         arguments: &[&str],
         variables: impl IntoIterator<Item = (&'a str, &'a str)>,
         log: &Path,
-    ) -> Outcome<Self> {
+    ) -> Result<Self> {
         let log = File::options().create(true).append(true).open(log)?;
         let child = Command::new(program)
             .args(arguments)
@@ -37,18 +37,18 @@ impl Process {
         Ok(Self(child))
     }
 
-    /// Its number.
+    /// Process id.
     pub fn id(&self) -> u32 {
         self.0.id()
     }
 
-    /// Seconds of processor time that it and its children have used.
+    /// Seconds of processor time used by the process group.
     pub fn cpu_s(&self) -> f64 {
         let group = self.id().to_string();
         let mut ticks = 0;
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
-            // What stands after the name in brackets: state, parent, group, ...; user and system time are 12th and 13th.
+            // Fields after the bracketed name: state, parent, group, ...; user and system time are the 12th and 13th.
             let Some((_, rest)) = stat.rsplit_once(") ") else { continue };
             let fields: Vec<&str> = rest.split(' ').collect();
             if fields.get(2) == Some(&group.as_str()) {
@@ -58,20 +58,20 @@ impl Process {
         ticks as f64 / TICKS_PER_S
     }
 
-    /// The most memory that it has had at a time, in MiB.
-    pub fn peak_mib(&self) -> Outcome<f64> {
+    /// Peak resident memory in MiB.
+    pub fn peak_mib(&self) -> Result<f64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).ok_or("the kernel counts no VmHWM")?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).ok_or("/proc has no VmHWM")?;
         Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
     }
 
-    /// Asks it to end, and waits for it.
-    pub async fn stop(mut self) -> Outcome<()> {
+    /// Terminates the process gracefully and waits for it.
+    pub async fn stop(mut self) -> Result<()> {
         signal("TERM", self.id());
         let begun = Instant::now();
         while self.0.try_wait()?.is_none() {
             if begun.elapsed() > Duration::from_secs(40) {
-                return Err("a process does not end".into());
+                return Err("the process did not exit within 40 s".into());
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -86,7 +86,7 @@ impl Drop for Process {
     }
 }
 
-/// Sends a signal to a whole group.
+/// Sends a signal to a process group.
 fn signal(name: &str, group: u32) {
     let _ = Command::new("kill").args([&format!("-{name}"), "--", &format!("-{group}")]).stderr(Stdio::null()).status();
 }

@@ -1,50 +1,54 @@
-//! Lines, their medians, the table and the file.
+//! Report: lines with their medians, the table on the terminal, and the generated files.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use comfy_table::{CellAlignment, ContentArrangement, Table};
 use serde::Serialize;
 use sqlx::{Connection, PgConnection, Row};
 
-use super::rig::{Outcome, Rig};
+use super::rig::{Result, Rig};
 
-/// What a line has to reach.
+/// Line of a Markdown file below which everything is generated.
+const GENERATED: &str = "<!-- Everything below is written by `deploy/dev bench`. -->";
+
+/// Target of a line.
 #[derive(Debug, Clone, Copy)]
 pub enum Target {
-    /// The ratio to the bare part is to be at least this.
+    /// Least ratio to the baseline.
     RatioAtLeast(f64),
-    /// The ratio to the bare part is to be at most this.
+    /// Greatest ratio to the baseline.
     RatioAtMost(f64),
-    /// The figure itself is to be at least this.
+    /// Least value.
     AtLeast(f64),
-    /// The figure itself is to be at most this.
+    /// Greatest value.
     AtMost(f64),
 }
 
-/// One round: the daemon's figure and, where there is one, the bare part's.
+/// Round: the daemon's value and, where there is one, the baseline's.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Round {
-    /// What the daemon did.
+    /// Value of the daemon.
     pub ours: f64,
-    /// What the bare part did.
-    pub raw: Option<f64>,
-    /// The one by the other.
+    /// Value of the baseline.
+    pub baseline: Option<f64>,
+    /// Quotient of the two.
     pub ratio: Option<f64>,
 }
 
 impl Round {
-    /// A figure beside that of the bare part.
-    pub fn beside(ours: f64, raw: f64) -> Self {
-        Self { ours, raw: Some(raw), ratio: Some(ours / raw) }
+    /// Creates a round with a baseline.
+    pub fn against(ours: f64, baseline: f64) -> Self {
+        Self { ours, baseline: Some(baseline), ratio: Some(ours / baseline) }
     }
 
-    /// A figure that has nothing beside it.
-    pub fn alone(ours: f64) -> Self {
-        Self { ours, raw: None, ratio: None }
+    /// Creates a round without a baseline.
+    pub fn absolute(ours: f64) -> Self {
+        Self { ours, baseline: None, ratio: None }
     }
 }
 
-/// One line of the table; figures are medians of the rounds.
+/// Line of the table; values are medians of the rounds.
 #[derive(Debug, Serialize)]
 pub struct Line {
     name: String,
@@ -55,13 +59,13 @@ pub struct Line {
     met: Option<bool>,
     unit: &'static str,
     ours: Option<f64>,
-    raw: Option<f64>,
+    baseline: Option<f64>,
     rounds: Vec<Round>,
     note: String,
 }
 
 impl Line {
-    /// A line of these rounds.
+    /// Creates a line from its rounds.
     pub fn new(name: &str, unit: &'static str, target: Target, rounds: Vec<Round>) -> Self {
         let ratios: Vec<f64> = rounds.iter().filter_map(|round| round.ratio).collect();
         let (ours, ratio) = (median(rounds.iter().map(|round| round.ours)), median(ratios.iter().copied()));
@@ -80,28 +84,28 @@ impl Line {
             met,
             unit,
             ours,
-            raw: median(rounds.iter().filter_map(|round| round.raw)),
+            baseline: median(rounds.iter().filter_map(|round| round.baseline)),
             rounds,
             note: String::new(),
         }
     }
 
-    /// A line that could not be measured, and why.
-    pub fn left_out(name: &str, why: String) -> Self {
+    /// Creates a line that was not measured, with the reason.
+    pub fn skipped(name: &str, why: String) -> Self {
         let mut line = Self::new(name, "", Target::AtLeast(0.0), Vec::new());
         line.target = "-".to_owned();
         line.note = why;
         line
     }
 
-    /// Adds what else is to be known.
+    /// Sets the description.
     pub fn note(mut self, note: impl Into<String>) -> Self {
         self.note = note.into();
         self
     }
 }
 
-/// The middle one, or the mean of the two in the middle.
+/// Returns the median; of an even count, the mean of the two in the middle.
 pub fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
@@ -113,7 +117,7 @@ pub fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     }
 }
 
-/// All lines of a run.
+/// All lines of a benchmark run.
 #[derive(Serialize)]
 pub struct Report {
     machine: String,
@@ -123,8 +127,8 @@ pub struct Report {
 }
 
 impl Report {
-    /// An empty one, with the machine and the date.
-    pub async fn new(rig: &Rig) -> Outcome<Self> {
+    /// Creates an empty report with machine and date.
+    pub async fn new(rig: &Rig) -> Result<Self> {
         let mut db = PgConnection::connect(&rig.postgres).await?;
         let row = sqlx::query("select to_char(now(), 'YYYY-MM-DD HH24:MI TZ'), current_setting('server_version')")
             .fetch_one(&mut db)
@@ -142,22 +146,22 @@ impl Report {
         })
     }
 
-    /// Takes what a measurement came to; one that failed is a line too.
-    pub fn add(&mut self, name: &str, measured: Outcome<Vec<Line>>) {
+    /// Adds the lines of a measurement, or one line with the error.
+    pub fn add(&mut self, name: &str, measured: Result<Vec<Line>>) {
         match measured {
             Ok(lines) => self.lines.extend(lines),
-            Err(error) => self.lines.push(Line::left_out(name, format!("not measured: {error}"))),
+            Err(error) => self.lines.push(Line::skipped(name, format!("not measured: {error}"))),
         }
         for line in self.lines.iter().filter(|line| line.name.starts_with(name) || name == "ingest") {
             eprintln!("  {}: {} (target {}) {}", line.name, shown(line.ratio.or(line.ours)), line.target, line.note);
         }
     }
 
-    /// Prints the table and writes the file.
-    pub fn finish(&self, rig: &Rig) -> Outcome<()> {
+    /// Prints the table and writes the files; a `complete` report replaces the committed one.
+    pub fn finish(&self, rig: &Rig, complete: bool) -> Result<()> {
         let mut table = Table::new();
         table.set_content_arrangement(ContentArrangement::Dynamic);
-        table.set_header(["line", "ratio", "min .. max", "target", "met", "ours", "bare", "unit", "note"]);
+        table.set_header(["line", "ratio", "min .. max", "target", "met", "ours", "baseline", "unit", "note"]);
         for line in &self.lines {
             let spread = line.ratio_min.map(|least| format!("{} .. {}", shown(Some(least)), shown(line.ratio_max)));
             let met = line.met.map_or("-", |met| if met { "yes" } else { "no" });
@@ -168,7 +172,7 @@ impl Report {
                 line.target.clone(),
                 met.to_owned(),
                 shown(line.ours),
-                shown(line.raw),
+                shown(line.baseline),
                 line.unit.to_owned(),
                 line.note.clone(),
             ]);
@@ -182,33 +186,46 @@ impl Report {
         let file = rig.folder.join("report.json");
         fs::write(&file, serde_json::to_string_pretty(self)?)?;
         println!("rounds: {}", file.display());
-        let file = rig.folder.join("report.md");
-        fs::write(&file, self.markdown(rig.rounds))?;
-        println!("for README: {}", file.display());
+        let file = if complete { readme() } else { rig.folder.join("report.md") };
+        self.write_markdown(&file, rig.rounds)?;
+        println!("table: {}", file.display());
         Ok(())
     }
 
-    /// The table as README has it.
+    /// Replaces the generated part of a Markdown file, or creates the file.
+    fn write_markdown(&self, file: &Path, rounds: usize) -> Result<()> {
+        let old = fs::read_to_string(file).unwrap_or_default();
+        let written_by_hand = old.split(GENERATED).next().unwrap_or_default();
+        Ok(fs::write(file, format!("{written_by_hand}{GENERATED}\n\n{}", self.markdown(rounds)))?)
+    }
+
+    /// Formats the values as a table and the descriptions as a list, so that no line needs sideways scrolling.
     fn markdown(&self, rounds: usize) -> String {
-        let mut text = String::from("| line | what | measured | target | met |\n|---|---|---|---|---|\n");
+        let mut table =
+            String::from("| line | ratio (min to max) | measured | target | met |\n|---|---|---|---|---|\n");
+        let mut list = String::new();
         for line in &self.lines {
-            let measured = match (line.ratio, line.ours) {
-                (Some(_), _) => {
-                    let [ratio, least, most] = [line.ratio, line.ratio_min, line.ratio_max].map(shown);
-                    let [ours, raw] = [line.ours, line.raw].map(shown);
-                    format!("{ratio} x ({least} to {most}); {ours} beside {raw} {}", line.unit)
-                }
-                (None, Some(_)) => format!("{} {}", shown(line.ours), line.unit),
-                (None, None) => "-".to_owned(),
-            };
+            let [ratio, least, most] = [line.ratio, line.ratio_min, line.ratio_max].map(shown);
+            let ratio = line.ratio.map_or_else(|| "-".to_owned(), |_| format!("{ratio} x ({least} to {most})"));
+            let baseline = line.baseline.map_or_else(String::new, |_| format!(" / {}", shown(line.baseline)));
+            let measured =
+                line.ours.map_or_else(|| "-".to_owned(), |_| format!("{}{baseline} {}", shown(line.ours), line.unit));
             let met = line.met.map_or("-", |met| if met { "yes" } else { "no" });
-            text.push_str(&format!("| `{}` | {} | {measured} | {} | {met} |\n", line.name, line.note, line.target));
+            table.push_str(&format!("| `{}` | {ratio} | {measured} | {} | {met} |\n", line.name, line.target));
+            if !line.note.is_empty() {
+                list.push_str(&format!("- `{}`: {}\n", line.name, line.note));
+            }
         }
-        text + &format!("\n{}, {}, {} sizes, {rounds} rounds.\n", self.machine, self.date, self.scale)
+        format!("{table}\nMedians of {rounds} rounds, {} sizes, {}, {}.\n\n{list}", self.scale, self.machine, self.date)
     }
 }
 
-/// Three digits that mean something.
+/// Path of the committed report, which only a run of every line replaces.
+fn readme() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bench/README.md")
+}
+
+/// Formats a value with about three significant digits.
 pub fn shown(figure: Option<f64>) -> String {
     match figure {
         None => "-".to_owned(),

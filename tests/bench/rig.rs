@@ -1,26 +1,26 @@
-//! The private servers that everything is measured on, and where things lie.
+//! Test rig: private servers, and the paths of programs and files.
 
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What a measurement comes to.
-pub type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
+/// Result of a measurement.
+pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// How big the numbers are.
+/// Size of the workloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scale {
-    /// A few minutes.
+    /// Small sizes for a few minutes.
     Quick,
-    /// The sizes of the targets, but for tables of many millions.
+    /// Sizes of the targets, except tables of many millions.
     Usual,
-    /// Those too.
+    /// Sizes of the targets, tables of many millions included.
     Full,
 }
 
 impl Scale {
-    /// The number that belongs to this scale.
+    /// Returns the value for this scale.
     pub fn pick<T>(self, quick: T, usual: T, full: T) -> T {
         match self {
             Self::Quick => quick,
@@ -29,36 +29,36 @@ impl Scale {
         }
     }
 
-    /// As it stands in the report.
+    /// Name in the report.
     pub fn as_str(self) -> &'static str {
         self.pick("quick", "usual", "full")
     }
 }
 
-/// The servers, durable as in production, and the built programs.
+/// Servers, durable as in production, and the built programs.
 pub struct Rig {
-    /// `target/bench`
+    /// Folder `target/bench`.
     pub folder: PathBuf,
-    /// The daemon.
+    /// Path of the daemon.
     pub daemon: PathBuf,
-    /// The Graph simulator.
+    /// Path of the Graph simulator.
     pub simulator: PathBuf,
-    /// Address of the database server.
+    /// URL of the database server.
     pub postgres: String,
-    /// Address of the broker.
+    /// URL of the broker.
     pub rabbitmq: String,
-    /// How big the numbers are.
+    /// Size of the workloads.
     pub scale: Scale,
-    /// Rounds of every line.
+    /// Rounds per line.
     pub rounds: usize,
 }
 
 impl Rig {
-    /// Starts the servers with empty folders.
-    pub fn start(scale: Scale, rounds: usize) -> Outcome<Self> {
-        let examples = std::env::current_exe()?.parent().ok_or("a program lies in a folder")?.to_owned();
-        let release = examples.parent().ok_or("examples lie below target/<profile>")?;
-        let folder = release.parent().ok_or("profiles lie below target")?.join("bench");
+    /// Starts the servers with empty data folders.
+    pub fn start(scale: Scale, rounds: usize) -> Result<Self> {
+        let examples = std::env::current_exe()?.parent().ok_or("the executable has no folder")?.to_owned();
+        let release = examples.parent().ok_or("the executable is not in target/<profile>/examples")?;
+        let folder = release.parent().ok_or("the executable is not in target/<profile>/examples")?.join("bench");
         fs::create_dir_all(folder.join("log"))?;
         instance(&["remove-all", text(&folder)?])?;
         let start = |kind| instance(&[kind, "start", text(&folder.join(kind))?]);
@@ -74,7 +74,7 @@ impl Rig {
         })
     }
 
-    /// A file for what a process says.
+    /// Path of a process's log.
     pub fn log(&self, name: &str) -> PathBuf {
         self.folder.join("log").join(format!("{name}.log"))
     }
@@ -88,13 +88,13 @@ impl Drop for Rig {
     }
 }
 
-/// A path as text.
-pub fn text(path: &Path) -> Outcome<&str> {
-    path.to_str().ok_or_else(|| "the checkout has a path in UTF-8".into())
+/// Converts a path to text.
+pub fn text(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| "the checkout's path is not UTF-8".into())
 }
 
-/// Runs `deploy/instance` and gives what it prints.
-fn instance(arguments: &[&str]) -> Outcome<String> {
+/// Runs `deploy/instance` and returns its output.
+fn instance(arguments: &[&str]) -> Result<String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/instance");
     let output = Command::new(script).args(arguments).output()?;
     if !output.status.success() {

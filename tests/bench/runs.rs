@@ -1,4 +1,4 @@
-//! Many small runs, beside what is left of one without everything that makes it safe: consume, one GET, two commits, ack.
+//! Small runs, against a consumer without any of the safety: consume, one GET, two commits, ack.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,40 +13,42 @@ use sqlx::postgres::PgPool;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use super::raw::{Graph, Lists};
+use super::baseline::{Graph, Lists};
 use super::report::{Line, Round, Target, median};
-use super::rig::{Outcome, Rig};
+use super::rig::{Result, Rig};
 use super::world::World;
 
 const TENANTS: usize = 200;
 const PREFETCH: u16 = 32;
 
-/// Measures the line.
-pub async fn measure(rig: &Rig) -> Outcome<Vec<Line>> {
+/// Measures small runs a second.
+pub async fn measure(rig: &Rig) -> Result<Vec<Line>> {
     let count = rig.scale.pick(1_000, 5_000, 5_000);
     let simulator = ["--objects".to_owned(), "10".to_owned()];
     let world = World::new(rig, "small_runs", TENANTS, &simulator).await?;
     let lists = Lists::first(1);
-    let bare = Arc::new(Bare::new(&world, &lists).await?);
+    let baseline = Arc::new(Baseline::new(&world, &lists).await?);
     let daemon = world.daemon(&[("CONSUMER__PREFETCH", "32"), ("DATABASE__MAX_CONNECTIONS", "16")], 1).await?;
-    // Tokens and pages are there before anything counts.
+    // Warm-up: both fetch tokens, the simulator builds its pages.
     ours(&world, &lists, "warm", TENANTS).await?;
-    bare.round(&world, TENANTS).await?;
+    baseline.round(&world, TENANTS).await?;
     world.analyze().await?;
     let (mut rounds, mut cpu) = (Vec::new(), Vec::new());
     for round in 0..rig.rounds {
-        let raw = bare.round(&world, count).await?;
+        let baseline = baseline.round(&world, count).await?;
         let before = daemon.cpu_s();
         let seconds = ours(&world, &lists, &format!("r{round}"), count).await?;
         cpu.push((daemon.cpu_s() - before) / count as f64 * 1e6);
-        rounds.push(Round::beside(count as f64 / seconds, count as f64 / raw));
+        rounds.push(Round::against(count as f64 / seconds, count as f64 / baseline));
     }
     let cpu = median(cpu.into_iter()).unwrap_or_default();
-    let note = format!("{count} requests of {TENANTS} tenants, prefetch {PREFETCH}; {cpu:.0} us of CPU a run");
+    let note = format!(
+        "{count} requests of {TENANTS} tenants, prefetch {PREFETCH}, against consume, GET, two commits, ack; {cpu:.0} us of CPU a run"
+    );
     Ok(vec![Line::new("small_runs", "runs/s", Target::RatioAtLeast(0.75), rounds).note(note)])
 }
 
-async fn ours(world: &World, lists: &Lists, name: &str, count: usize) -> Outcome<f64> {
+async fn ours(world: &World, lists: &Lists, name: &str, count: usize) -> Result<f64> {
     let since = world.now().await?;
     for number in 0..count {
         world.publish(world.tenants[number % TENANTS], &format!("{name}.{number}"), &lists.types()).await?;
@@ -54,8 +56,8 @@ async fn ours(world: &World, lists: &Lists, name: &str, count: usize) -> Outcome
     world.seconds_to_end(&format!("{name}."), count, since).await
 }
 
-/// The bare life of a run.
-struct Bare {
+/// Minimal consumer.
+struct Baseline {
     graph: Graph,
     link: String,
     tokens: Vec<String>,
@@ -65,8 +67,8 @@ struct Bare {
     queue: String,
 }
 
-impl Bare {
-    async fn new(world: &World, lists: &Lists) -> Outcome<Self> {
+impl Baseline {
+    async fn new(world: &World, lists: &Lists) -> Result<Self> {
         world.execute(TABLES).await?;
         let graph = Graph::new(world)?;
         let mut tokens = Vec::new();
@@ -74,7 +76,7 @@ impl Bare {
             tokens.push(graph.token(*tenant).await?);
         }
         let channel = world.connection.create_channel().await?;
-        let queue = format!("{}bare", world.prefix);
+        let queue = format!("{}baseline", world.prefix);
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
         let options = QueueDeclareOptions { durable: true, ..Default::default() };
@@ -84,7 +86,7 @@ impl Bare {
         Ok(Self { graph, link, tokens, tenants: world.tenants.clone(), db: world.db.clone(), channel, queue })
     }
 
-    async fn round(self: &Arc<Self>, world: &World, count: usize) -> Outcome<f64> {
+    async fn round(self: &Arc<Self>, world: &World, count: usize) -> Result<f64> {
         let tag = Uuid::new_v4().to_string();
         let consumer = self
             .channel
@@ -108,12 +110,12 @@ impl Bare {
         Ok(seconds)
     }
 
-    async fn take(self: &Arc<Self>, mut consumer: Consumer, count: usize) -> Outcome<()> {
+    async fn take(self: &Arc<Self>, mut consumer: Consumer, count: usize) -> Result<()> {
         let mut tasks = JoinSet::new();
         for _ in 0..count {
-            let delivery = consumer.next().await.ok_or("the queue is gone")??;
-            let bare = Arc::clone(self);
-            tasks.spawn(async move { bare.handle(delivery).await });
+            let delivery = consumer.next().await.ok_or("the consumer was cancelled")??;
+            let baseline = Arc::clone(self);
+            tasks.spawn(async move { baseline.handle(delivery).await });
         }
         while let Some(done) = tasks.join_next().await {
             done??;
@@ -121,16 +123,17 @@ impl Bare {
         Ok(())
     }
 
-    async fn handle(&self, delivery: Delivery) -> Outcome<()> {
+    async fn handle(&self, delivery: Delivery) -> Result<()> {
         let number: usize = std::str::from_utf8(&delivery.data)?.parse()?;
         let (tenant, run) = (self.tenants[number % TENANTS], Uuid::now_v7());
-        let begin = sqlx::query("insert into bare_runs (tenant_id, id, key, status) values ($1, $2, $3, 'running')");
+        let begin =
+            sqlx::query("insert into baseline_runs (tenant_id, id, key, status) values ($1, $2, $3, 'running')");
         begin.bind(tenant).bind(run).bind(run.to_string()).execute(&self.db).await?;
         let body = self.graph.get(&self.link, &self.tokens[number % TENANTS]).await?;
         let end = sqlx::query(
-            "with ended as (update bare_runs set status = 'success', items = $3, finished_at = now()
+            "with ended as (update baseline_runs set status = 'success', items = $3, finished_at = now()
                              where tenant_id = $1 and id = $2 returning tenant_id, id)
-             insert into bare_outbox select tenant_id, id, $4 from ended",
+             insert into baseline_outbox select tenant_id, id, $4 from ended",
         );
         let event = "x".repeat(1_500);
         end.bind(tenant).bind(run).bind(i64::try_from(body.len())?).bind(event).execute(&self.db).await?;
@@ -140,6 +143,6 @@ impl Bare {
 }
 
 const TABLES: &str = "
-create table bare_runs (tenant_id uuid, id uuid, key text, status text, items bigint, finished_at timestamptz,
+create table baseline_runs (tenant_id uuid, id uuid, key text, status text, items bigint, finished_at timestamptz,
                         primary key (tenant_id, id), unique (tenant_id, key)) with (fillfactor = 50);
-create table bare_outbox (tenant_id uuid, id uuid, payload text, primary key (tenant_id, id))";
+create table baseline_outbox (tenant_id uuid, id uuid, payload text, primary key (tenant_id, id))";

@@ -1,24 +1,23 @@
-//! A list longer than Graph's limits allow at once, beside the shortest time that they leave.
+//! A run longer than Graph's limits allow at once, against the shortest time that they permit.
 
 use std::time::Duration;
 
 use serde_json::Value;
 
-use super::raw::{Graph, Lists};
+use super::baseline::{Graph, Lists};
 use super::report::{Line, Round, Target};
-use super::rig::{Outcome, Rig, Scale};
+use super::rig::{Result, Rig, Scale};
 use super::world::World;
 
 const LISTS: usize = 10;
 const PAGES: usize = 5_000;
-/// The simulator lets a tenant ask a thousand times in any twenty seconds: the last page is asked for in the fifth of
-/// these windows at the earliest.
+/// Shortest possible time: at a thousand requests per twenty seconds the last page falls into the fifth window.
 const SHORTEST_S: f64 = 80.0;
-/// A daemon that has just begun leaves room for what the one before it may have sent; by then that is forgotten.
+/// Time after which a new daemon no longer reserves quota for requests of its predecessor.
 const SETTLED: Duration = Duration::from_secs(20);
 
-/// Measures the line.
-pub async fn measure(rig: &Rig) -> Outcome<Vec<Line>> {
+/// Measures the duration, and the share of requests that Graph throttled.
+pub async fn measure(rig: &Rig) -> Result<Vec<Line>> {
     let simulator = ["--limits", "--page-size", "1", "--objects", &(PAGES / LISTS).to_string()].map(str::to_owned);
     let world = World::new(rig, "throttled", rig.rounds, &simulator).await?;
     let (graph, lists) = (Graph::new(&world)?, Lists::without_page_size(LISTS));
@@ -30,19 +29,19 @@ pub async fn measure(rig: &Rig) -> Outcome<Vec<Line>> {
         tokio::time::sleep(SETTLED).await;
         let (key, since) = (format!("{tenant}."), world.now().await?);
         world.publish(*tenant, &key, &lists.types()).await?;
-        times.push(Round::beside(world.seconds_to_end(&key, 1, since).await?, SHORTEST_S));
+        times.push(Round::against(world.seconds_to_end(&key, 1, since).await?, SHORTEST_S));
         let state = graph.http.get(graph.link("admin/state")).send().await?.bytes().await?;
         let state: Value = serde_json::from_slice(&state)?;
         let state = &state["tenants"][tenant.to_string()];
         let of = |name: &str| state[name].as_f64().unwrap_or(f64::NAN);
-        refused.push(Round::alone(of("throttled") / of("requests") * 100.0));
+        refused.push(Round::absolute(of("throttled") / of("requests") * 100.0));
         daemon.stop().await?;
     }
-    let note = format!(
-        "{PAGES} pages, all of the limits used (graph.rate_share = 1), beside the shortest time that they allow"
-    );
+    let note =
+        format!("{PAGES} pages with the whole quota (graph.rate_share = 1), against the shortest time it permits");
     Ok(vec![
         Line::new("throttled", "s", Target::RatioAtMost(1.1), times).note(note),
-        Line::new("throttled_429", "% of requests", Target::AtMost(1.0), refused),
+        Line::new("throttled_429", "% of requests", Target::AtMost(1.0), refused)
+            .note("share of its requests with status 429"),
     ])
 }

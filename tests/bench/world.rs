@@ -1,4 +1,4 @@
-//! What one line is measured in: a simulator, a database and a prefix on the broker of its own.
+//! Isolated environment of one line: a simulator, a database and a broker prefix of its own.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -16,34 +16,34 @@ use sqlx::{AssertSqlSafe, Connection as _, Row};
 use uuid::Uuid;
 
 use super::process::Process;
-use super::rig::{Outcome, Rig, text};
+use super::rig::{Result, Rig, text};
 
-/// The credentials that the simulator knows.
+/// Client id that the simulator accepts.
 pub const CLIENT_ID: &str = "11111111-2222-4333-8444-555555555555";
-/// See [`CLIENT_ID`].
+/// Secret of [`CLIENT_ID`].
 pub const CLIENT_SECRET: &str = "simulated-secret";
-/// Nothing that is measured takes longer.
-const PATIENCE: Duration = Duration::from_secs(900);
-/// Connections of the daemon's work and of what is measured beside it.
+/// Longest wait for the end of measured runs.
+const DEADLINE: Duration = Duration::from_secs(900);
+/// Database connections of the environment itself.
 pub const CONNECTIONS: u32 = 16;
 
-/// Everything around the daemon.
+/// Everything that the daemon talks to.
 pub struct World {
     /// Root of the simulated Graph and its token service.
     pub graph: String,
-    /// The authority that the simulator's certificate is from.
+    /// Path of the simulator's certificate authority.
     pub ca_file: PathBuf,
-    /// The database.
+    /// Connections to the database.
     pub db: PgPool,
-    /// Its address.
+    /// URL of the database.
     pub database_url: String,
-    /// The broker's address.
+    /// URL of the broker.
     pub amqp_url: String,
-    /// What stands before every exchange and queue.
+    /// Prefix of every exchange and queue.
     pub prefix: String,
-    /// A channel with confirms.
+    /// Channel in confirm mode.
     pub channel: Channel,
-    /// The connection that it is on.
+    /// Connection of the channel.
     pub connection: Connection,
     /// Registered tenants.
     pub tenants: Vec<Uuid>,
@@ -53,8 +53,8 @@ pub struct World {
 }
 
 impl World {
-    /// A world with so many tenants, whose simulator is started with these arguments.
-    pub async fn new(rig: &Rig, name: &str, tenants: usize, simulator: &[String]) -> Outcome<Self> {
+    /// Creates an environment with `tenants` tenants, and starts its simulator with these arguments.
+    pub async fn new(rig: &Rig, name: &str, tenants: usize, simulator: &[String]) -> Result<Self> {
         let (process, graph, ca_file) = start_simulator(rig, name, simulator).await?;
         let database_url = make_database(&rig.postgres, name).await?;
         let db = PgPoolOptions::new().max_connections(CONNECTIONS).connect(&database_url).await?;
@@ -85,7 +85,7 @@ impl World {
         Ok(world)
     }
 
-    /// The variables that lead a daemon here. Graph's limits are off: they would be all that is measured.
+    /// Environment variables of a daemon. The rate limiter is off, because it would dominate every measurement.
     pub fn variables(&self) -> BTreeMap<String, String> {
         let pairs = [
             ("BROKER__URL", self.amqp_url.as_str()),
@@ -105,21 +105,21 @@ impl World {
         pairs.into_iter().map(|(key, value)| (format!("INVENTORYD__{key}"), value.to_owned())).collect()
     }
 
-    /// The configuration of a daemon here.
-    pub fn config(&self) -> Outcome<Config> {
+    /// Configuration of a daemon.
+    pub fn config(&self) -> Result<Config> {
         Ok(Config::load_with(None, self.variables())?)
     }
 
     /// Starts a daemon without waiting for it.
-    pub fn launch(&self, extra: &[(&str, &str)]) -> Outcome<Process> {
+    pub fn launch(&self, extra: &[(&str, &str)]) -> Result<Process> {
         let mut variables = self.variables();
         variables.extend(extra.iter().map(|(key, value)| (format!("INVENTORYD__{key}"), (*value).to_owned())));
         let variables = variables.iter().map(|(key, value)| (key.as_str(), value.as_str()));
         Process::start(&self.daemon, &["serve"], variables, &self.log)
     }
 
-    /// Starts a daemon and waits until it takes requests, as one of `replicas`.
-    pub async fn daemon(&self, extra: &[(&str, &str)], replicas: u32) -> Outcome<Process> {
+    /// Starts a daemon and waits until `replicas` replicas consume.
+    pub async fn daemon(&self, extra: &[(&str, &str)], replicas: u32) -> Result<Process> {
         let process = self.launch(extra)?;
         let options = QueueDeclareOptions { passive: true, ..Default::default() };
         let begun = Instant::now();
@@ -130,14 +130,14 @@ impl World {
                 return Ok(process);
             }
             if begun.elapsed() > Duration::from_secs(30) {
-                return Err(format!("the daemon does not start: see {}", self.log.display()).into());
+                return Err(format!("the daemon did not start within 30 s: see {}", self.log.display()).into());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
-    /// Publishes a request for some types of a tenant, as a scheduler would; it is not waited for the confirm.
-    pub async fn publish(&self, tenant: Uuid, key: &str, types: &[&str]) -> Outcome<()> {
+    /// Publishes a request for some types of a tenant without awaiting the confirm.
+    pub async fn publish(&self, tenant: Uuid, key: &str, types: &[&str]) -> Result<()> {
         let request = json!({ "schema_version": 1, "tenant_id": tenant, "idempotency_key": key,
             "selection": { "policy_types": types, "include_foundations": false } });
         let properties = BasicProperties::default().with_content_type("application/json".into()).with_delivery_mode(2);
@@ -155,12 +155,12 @@ impl World {
         Ok(())
     }
 
-    /// Waits until so many runs whose keys begin with `prefix` have succeeded; gives the seconds from `since`, a time
+    /// Waits until `count` runs whose keys start with `prefix` have succeeded; returns the seconds from `since`, a time
     /// of [`World::now`], to the end of the last.
-    pub async fn seconds_to_end(&self, prefix: &str, count: usize, since: f64) -> Outcome<f64> {
+    pub async fn seconds_to_end(&self, prefix: &str, count: usize, since: f64) -> Result<f64> {
         let begun = Instant::now();
         loop {
-            // By the index on the end: to look must not cost what is measured.
+            // Uses the index on the end: polling must not disturb the measurement.
             let row = sqlx::query(
                 "select count(*) filter (where status = 'success'), count(*) filter (where status <> 'success'),
                         coalesce(extract(epoch from max(finished_at)), 0)::float8
@@ -177,36 +177,36 @@ impl World {
             if succeeded == i64::try_from(count)? {
                 return Ok(row.get::<f64, _>(2) - since);
             }
-            if begun.elapsed() > PATIENCE {
+            if begun.elapsed() > DEADLINE {
                 return Err(format!("{succeeded} of {count} runs of {prefix} have ended").into());
             }
             tokio::time::sleep(Duration::from_millis(if count == 1 { 10 } else { 200 })).await;
         }
     }
 
-    /// Lets the planner know the tables as they are by now, as autovacuum does within a minute where there is any work.
-    pub async fn analyze(&self) -> Outcome<()> {
+    /// Updates the planner's statistics, as autovacuum does within a minute in production.
+    pub async fn analyze(&self) -> Result<()> {
         self.execute("analyze").await
     }
 
-    /// The database's time in seconds.
-    pub async fn now(&self) -> Outcome<f64> {
+    /// Current time of the database in seconds.
+    pub async fn now(&self) -> Result<f64> {
         self.float("select extract(epoch from clock_timestamp())::float8").await
     }
 
-    /// The only value of a query.
-    pub async fn float(&self, query: &str) -> Outcome<f64> {
+    /// Returns the single value of a query.
+    pub async fn float(&self, query: &str) -> Result<f64> {
         Ok(sqlx::query(AssertSqlSafe(query.to_owned())).fetch_one(&self.db).await?.get(0))
     }
 
-    /// Does something to the database.
-    pub async fn execute(&self, statements: &str) -> Outcome<()> {
+    /// Executes statements in the database.
+    pub async fn execute(&self, statements: &str) -> Result<()> {
         sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&self.db).await?;
         Ok(())
     }
 
-    /// Asks the simulator's remote control.
-    pub async fn control(&self, http: &reqwest::Client, path: &str, body: &Value) -> Outcome<()> {
+    /// Calls the simulator's admin interface.
+    pub async fn control(&self, http: &reqwest::Client, path: &str, body: &Value) -> Result<()> {
         let answer = http
             .post(format!("{}/admin/{path}", self.graph))
             .header("content-type", "application/json")
@@ -214,13 +214,13 @@ impl World {
             .send()
             .await?;
         if answer.status() != 200 {
-            return Err(format!("the simulator refuses {path}: {}", answer.text().await?).into());
+            return Err(format!("the simulator rejected {path}: {}", answer.text().await?).into());
         }
         Ok(())
     }
 }
 
-async fn start_simulator(rig: &Rig, name: &str, extra: &[String]) -> Outcome<(Process, String, PathBuf)> {
+async fn start_simulator(rig: &Rig, name: &str, extra: &[String]) -> Result<(Process, String, PathBuf)> {
     let (ca_file, log) = (rig.folder.join(format!("{name}-ca.pem")), rig.log(&format!("{name}-graph-sim")));
     for old in [&ca_file, &log] {
         let _ = std::fs::remove_file(old);
@@ -235,16 +235,16 @@ async fn start_simulator(rig: &Rig, name: &str, extra: &[String]) -> Outcome<(Pr
             return Ok((process, url.to_owned(), ca_file));
         }
         if begun.elapsed() > Duration::from_secs(20) {
-            return Err(format!("the simulator does not start: {said}").into());
+            return Err(format!("the simulator did not start within 20 s: {said}").into());
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-async fn make_database(server: &str, name: &str) -> Outcome<String> {
+async fn make_database(server: &str, name: &str) -> Result<String> {
     let mut admin = sqlx::PgConnection::connect(server).await?;
     sqlx::raw_sql(AssertSqlSafe(format!("drop database if exists {name} with (force)"))).execute(&mut admin).await?;
     sqlx::raw_sql(AssertSqlSafe(format!("create database {name}"))).execute(&mut admin).await?;
-    let (base, _) = server.rsplit_once('/').ok_or("an address names a database")?;
+    let (base, _) = server.rsplit_once('/').ok_or("the URL names no database")?;
     Ok(format!("{base}/{name}"))
 }

@@ -1,7 +1,7 @@
-"""The peer of the benchmark: the same work as the daemon's, as a small Celery worker would do it.
+"""Peer of the benchmark: the daemon's work done by a small Celery worker.
 
 Tasks come from a quorum queue and are acknowledged late, commits are durable, the event is published with a confirm.
-It has no lease, no fence, no outbox relay and no guard against throttling or endless lists.
+It has no lease, no fence, no outbox relay and no protection against throttling or endless lists.
 """
 
 import json

@@ -1,4 +1,4 @@
-//! The bare parts: a download that throws the bodies away, and an upsert of rows that are there already.
+//! Baselines: a download that discards the bodies, and an upsert of existing rows.
 
 use std::time::Instant;
 
@@ -10,27 +10,27 @@ use serde_json::Value;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::rig::Outcome;
+use super::rig::Result;
 use super::world::{CLIENT_ID, CLIENT_SECRET, World};
 
-/// Rows of one bare statement.
+/// Rows of one baseline statement.
 const BATCH: usize = 1_000;
 
-/// Lists that one policy type has for itself: their keys and first links (without the root).
+/// Lists that belong to a single policy type each: keys and first links (relative to the root).
 pub struct Lists {
-    /// The types.
+    /// Keys of the policy types.
     pub keys: Vec<String>,
-    /// What the daemon asks for first.
+    /// First link of each list, as the daemon requests it.
     pub links: Vec<String>,
 }
 
 impl Lists {
-    /// The first `count` of the catalog.
+    /// Returns the first `count` lists of the catalog.
     pub fn first(count: usize) -> Self {
         Self::of(count, |_| true)
     }
 
-    /// The first `count` whose pages have the length that Graph chooses, and that count against its limits for Intune.
+    /// Returns the first `count` lists without `$top` that count against Intune's default limits.
     pub fn without_page_size(count: usize) -> Self {
         Self::of(count, |collection| collection.top.is_none() && collection.throttle == "intune-default")
     }
@@ -49,12 +49,12 @@ impl Lists {
         Self { keys, links }
     }
 
-    /// The keys, borrowed.
+    /// Returns the keys.
     pub fn types(&self) -> Vec<&str> {
         self.keys.iter().map(String::as_str).collect()
     }
 
-    /// The paths with their versions.
+    /// Returns the paths with their API versions.
     pub fn paths(&self) -> impl Iterator<Item = &str> {
         self.links.iter().map(|link| link.split('?').next().unwrap_or(link))
     }
@@ -69,16 +69,16 @@ fn first_link(collection: &Collection) -> String {
     format!("{}/{}{joint}{}", collection.api_version, collection.path, options.join("&"))
 }
 
-/// A bare client of the simulated Graph, with the same TLS, HTTP/2 and compression as the daemon's.
+/// Minimal client of the simulated Graph, with the daemon's TLS, HTTP/2 and compression settings.
 pub struct Graph {
-    /// The client.
+    /// HTTP client.
     pub http: Client,
     root: String,
 }
 
 impl Graph {
-    /// A client that trusts the world's simulator.
-    pub fn new(world: &World) -> Outcome<Self> {
+    /// Creates a client that trusts the environment's simulator.
+    pub fn new(world: &World) -> Result<Self> {
         let authority = Certificate::from_pem(&std::fs::read(&world.ca_file)?)?;
         let http = Client::builder()
             .tls_certs_merge([authority])
@@ -90,35 +90,35 @@ impl Graph {
         Ok(Self { http, root: world.graph.clone() })
     }
 
-    /// A token for a tenant, as the header wants it.
-    pub async fn token(&self, tenant: Uuid) -> Outcome<String> {
+    /// Fetches a token for a tenant, formatted as an `Authorization` value.
+    pub async fn token(&self, tenant: Uuid) -> Result<String> {
         let form = format!(
             "grant_type=client_credentials&client_id={CLIENT_ID}&client_secret={CLIENT_SECRET}&scope={}%2F.default",
             self.root.replace(':', "%3A").replace('/', "%2F")
         );
         let request = self.http.post(format!("{}/{tenant}/oauth2/v2.0/token", self.root));
         let request = request.header("content-type", "application/x-www-form-urlencoded").body(form);
-        let answer: Value = serde_json::from_slice(&request.send().await?.bytes().await?)?;
-        let token = answer["access_token"].as_str().ok_or_else(|| format!("no token: {answer}"))?;
+        let response: Value = serde_json::from_slice(&request.send().await?.bytes().await?)?;
+        let token = response["access_token"].as_str().ok_or_else(|| format!("no token: {response}"))?;
         Ok(format!("Bearer {token}"))
     }
 
-    /// Gets one link; the body comes decompressed and whole.
-    pub async fn get(&self, link: &str, token: &str) -> Outcome<Vec<u8>> {
+    /// Fetches one link; returns the decompressed body.
+    pub async fn get(&self, link: &str, token: &str) -> Result<Vec<u8>> {
         let request = self.http.get(link).header("authorization", token).header("accept", "application/json");
-        let mut answer = request.header("prefer", "include-unknown-enum-members").send().await?;
-        if answer.status() != 200 {
-            return Err(format!("Graph answers {}", answer.status()).into());
+        let mut response = request.header("prefer", "include-unknown-enum-members").send().await?;
+        if response.status() != 200 {
+            return Err(format!("Graph responded with {}", response.status()).into());
         }
         let mut body = Vec::new();
-        while let Some(chunk) = answer.chunk().await? {
+        while let Some(chunk) = response.chunk().await? {
             body.extend_from_slice(&chunk);
         }
         Ok(body)
     }
 
-    /// Downloads the lists one page after the other and throws them away; gives the seconds.
-    pub async fn download(&self, lists: &Lists, token: &str) -> Outcome<f64> {
+    /// Downloads the lists page by page, discards them, and returns the seconds.
+    pub async fn download(&self, lists: &Lists, token: &str) -> Result<f64> {
         let begun = Instant::now();
         for first in &lists.links {
             let mut link = Some(format!("{}/{first}", self.root));
@@ -129,20 +129,20 @@ impl Graph {
         Ok(begun.elapsed().as_secs_f64())
     }
 
-    /// The first link of a list.
+    /// Returns the absolute link of a path.
     pub fn link(&self, path: &str) -> String {
         format!("{}/{path}", self.root)
     }
 }
 
-/// The next link stands in front of the objects, and nothing in it is escaped.
+/// Extracts the next link, which the simulator writes before the objects and without escapes.
 fn next_link(body: &[u8]) -> Option<String> {
     let head = String::from_utf8_lossy(&body[..body.len().min(16 << 10)]);
     let (_, rest) = head.split_once("\"@odata.nextLink\":\"")?;
     rest.split('"').next().map(str::to_owned)
 }
 
-/// The rows of a policy type, column by column.
+/// Rows of a policy type, by column.
 struct Columns {
     policy_type: String,
     category: String,
@@ -152,12 +152,12 @@ struct Columns {
     metas: Vec<String>,
 }
 
-/// Rows as the daemon has written them, prepared to be written again.
+/// Rows written by the daemon, ready to be written again.
 pub struct Rows(Vec<Columns>);
 
 impl Rows {
-    /// All that is in the inventory, in the order that it was written in.
-    pub async fn read(world: &World) -> Outcome<Self> {
+    /// Reads the inventory in the order in which it was written.
+    pub async fn read(world: &World) -> Result<Self> {
         let rows = sqlx::query(
             "select policy_type, category, external_id, display_name, platform, meta_jsonb::text from inventory_items
               order by policy_type, ctid",
@@ -171,7 +171,7 @@ impl Rows {
                 let (ids, names, platforms, metas) = Default::default();
                 all.push(Columns { policy_type, category: row.get(1), ids, names, platforms, metas });
             }
-            let columns = all.last_mut().ok_or("there is one by now")?;
+            let columns = all.last_mut().ok_or("columns were pushed above")?;
             columns.ids.push(row.get(2));
             columns.names.push(row.get(3));
             columns.platforms.push(row.get(4));
@@ -180,25 +180,25 @@ impl Rows {
         Ok(Self(all))
     }
 
-    /// How many there are.
+    /// Counts the rows.
     pub fn count(&self) -> usize {
         self.0.iter().map(|columns| columns.ids.len()).sum()
     }
 
-    /// Gives every hundredth another name.
+    /// Renames every hundredth row.
     pub fn change(&mut self, mark: usize) {
         for name in self.0.iter_mut().flat_map(|columns| columns.names.iter_mut().step_by(100)) {
             *name = Some(format!("changed {mark}"));
         }
     }
 
-    /// Writes them to `bare_items`, statement by statement on one connection; gives the seconds.
-    pub async fn upsert(&self, db: &mut PgConnection, tenant: Uuid) -> Outcome<f64> {
+    /// Writes the rows to `baseline_items` on one connection and returns the seconds.
+    pub async fn upsert(&self, db: &mut PgConnection, tenant: Uuid) -> Result<f64> {
         let begun = Instant::now();
         for columns in &self.0 {
             for start in (0..columns.ids.len()).step_by(BATCH) {
                 let end = columns.ids.len().min(start + BATCH);
-                sqlx::query(BARE_UPSERT)
+                sqlx::query(UPSERT)
                     .bind(tenant)
                     .bind(&columns.policy_type)
                     .bind(&columns.category)
@@ -214,8 +214,8 @@ impl Rows {
     }
 }
 
-const BARE_UPSERT: &str =
-    "insert into bare_items as i (tenant_id, policy_type, external_id, display_name, category, platform,
+const UPSERT: &str =
+    "insert into baseline_items as i (tenant_id, policy_type, external_id, display_name, category, platform,
        meta_jsonb, first_seen_at, last_changed_at, last_seen_at, last_seen_run_id)
 select $1, $2, u.id, u.name, $3, u.platform, u.meta::jsonb, now(), now(), now(), $1
   from unnest($4::text[], $5::text[], $6::text[], $7::text[]) u(id, name, platform, meta)
