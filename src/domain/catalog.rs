@@ -279,10 +279,26 @@ mod tests {
             (good.to_owned() + good, "twice"),
             (good.to_owned() + &good.replace("\"a\"", "\"b\""), "no `discriminator`"),
             (format!("{good}discriminator = {{ fallback = true, odata_type = [\"#x\"] }}"), "`discriminator` needs"),
+            (
+                format!("{good}discriminator = {{ property = \"kind\", values = [\"x\"] }}"),
+                "`discriminator.property` reads `kind`",
+            ),
+            (format!("{good}platform = {{ property = \"os\" }}"), "`platform.property` reads `os`"),
+            (shared(good, "fallback = true", "fallback = true"), "more than one fallback"),
+            (
+                shared(good, "odata_type = [\"#x\"]", "fallback = true").replacen("\"t\"", "\"other\"", 1),
+                "differ in shape, parent or throttle",
+            ),
         ];
         for (text, expected) in cases {
             let error = Catalog::parse(&text).unwrap_err();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    /// Two types, `a` and `b`, that share the list of `contract`, with their discriminators.
+    fn shared(contract: &str, a: &str, b: &str) -> String {
+        let b_contract = contract.replace("\"a\"", "\"b\"");
+        format!("{contract}discriminator = {{ {a} }}\n{b_contract}discriminator = {{ {b} }}\n")
     }
 }

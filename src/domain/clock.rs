@@ -81,3 +81,18 @@ impl Heartbeat {
         u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_counts_from_its_start_and_passes() {
+        let start = Instant::now();
+        let deadline = Deadline::from_start(start, Duration::from_secs(5));
+        assert_eq!(deadline.instant(), start + Duration::from_secs(5));
+        assert!(!deadline.passed() && deadline.remaining() <= Duration::from_secs(5));
+        let passed = Deadline::from_start(start, Duration::ZERO);
+        assert!(passed.passed() && passed.remaining().is_zero());
+    }
+}

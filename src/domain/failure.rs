@@ -221,6 +221,15 @@ mod tests {
     }
 
     #[test]
+    fn a_graph_code_longer_than_64_bytes_is_dropped() {
+        let code =
+            |length| Failure::from_graph(ErrorCode::GraphForbidden, 403, Some(&"c".repeat(length)), None).graph_code;
+        assert_eq!(code(64).map(|code| code.len()), Some(64));
+        assert_eq!(code(65), None);
+        assert_eq!(code(0), None);
+    }
+
+    #[test]
     fn free_text_of_graph_goes_no_further() {
         let failure =
             Failure::from_graph(ErrorCode::GraphForbidden, 403, Some("see https://x/?t=Bearer abc"), Some("not an id"));

@@ -278,7 +278,9 @@ mod tests {
         {
             assert!(looks_like_credential(text), "{text}");
         }
-        for text in ["the bearer of this", "eyJ is how they begin", "-----BEGIN CERTIFICATE-----", "v1.2.3"] {
+        for text in
+            ["the bearer of this", "eyJ is how they begin", "-----BEGIN CERTIFICATE-----", "v1.2.3", "eyJa.bc.d"]
+        {
             assert!(!looks_like_credential(text), "{text}");
         }
     }

@@ -251,6 +251,23 @@ mod tests {
         assert_eq!(report(vec![bad_object]).status(), RunStatus::Partial, "one bad object is an error, not the end");
     }
 
+    /// Counters in which field number `n` has the value `factor * 10^n`.
+    fn counted<T: Serialize + for<'de> Deserialize<'de> + Default>(factor: i64) -> T {
+        let fields = serde_json::to_value(T::default()).unwrap();
+        let names = fields.as_object().unwrap().keys().enumerate();
+        let filled = names.map(|(n, name)| (name.clone(), (factor * 10_i64.pow(n as u32)).into()));
+        serde_json::from_value(filled.collect::<serde_json::Map<_, _>>().into()).unwrap()
+    }
+
+    #[test]
+    fn every_counter_is_added_and_every_usage_subtracted() {
+        let mut sum: TypeCounters = counted(1);
+        sum.add(&counted(2));
+        assert_eq!(sum, counted(3));
+        let later: GraphUsage = counted(3);
+        assert_eq!(later.since(&counted(2)), counted(1));
+    }
+
     #[test]
     fn the_error_context_stays_within_its_bound() {
         let many = (0..500).map(|n| failed(&format!("policyTypeNumber{n}"), ErrorCode::GraphForbidden)).collect();

@@ -81,6 +81,17 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_selection_is_empty_only_without_any_of_its_three_parts() {
+        let nothing =
+            Selection { categories: BTreeSet::new(), include_foundations: false, policy_types: BTreeSet::new() };
+        let name = || BTreeSet::from(["a".to_owned()]);
+        assert!(nothing.is_empty());
+        assert!(!Selection { include_foundations: true, ..nothing.clone() }.is_empty());
+        assert!(!Selection { categories: name(), ..nothing.clone() }.is_empty());
+        assert!(!Selection { policy_types: name(), ..nothing }.is_empty());
+    }
+
     proptest! {
         #[test]
         fn order_repeats_and_unknown_keys_change_nothing(

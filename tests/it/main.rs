@@ -7,6 +7,7 @@ mod support;
 
 mod admission;
 mod architecture;
+mod boundaries;
 mod broker;
 mod commands;
 mod contracts;
