@@ -21,12 +21,12 @@ use crate::run::{Runner, Stop};
 use crate::store::Store;
 use crate::telemetry;
 
-mod attend;
-mod gate;
+mod backpressure;
+mod delivery_handler;
 mod health;
 
-use attend::Attendant;
-use gate::Gate;
+use backpressure::Intake;
+use delivery_handler::DeliveryHandler;
 pub use health::ConsumerHealth;
 use health::Paused;
 
@@ -63,10 +63,10 @@ struct Settings {
 }
 
 /// Why the pump stands still.
-enum Standstill {
+enum LoopExit {
     Drain,
-    /// The gate has closed or opened.
-    Gate,
+    /// The intake has closed or opened.
+    IntakeChanged,
     Lost(&'static str, Option<BrokerError>),
 }
 
@@ -94,53 +94,53 @@ impl Consumer {
     /// after the drain budget.
     pub async fn run(self, stop: Stop) {
         let trouble = Arc::new(Notify::new());
-        let gate = Gate::new(self.store, self.settings.high_water, stop.quiet.subscribe(), Arc::clone(&trouble));
-        let watched = gate.watch();
-        let attendant = Attendant {
+        let intake = Intake::new(self.store, self.settings.high_water, stop.quiet.subscribe(), Arc::clone(&trouble));
+        let watched = intake.watch();
+        let handler = DeliveryHandler {
             runner: self.runner,
             publisher: self.publisher,
             hold: self.settings.spare / 3,
             name: self.broker.client_name().to_owned(),
             health: Arc::clone(&self.health),
-            gate: watched.clone(),
+            intake: watched.clone(),
             trouble,
             drain: stop.drain.clone(),
             abort: stop.abort.child_token(),
         };
-        let pump = Pump {
+        let consume_loop = ConsumeLoop {
             broker: self.broker,
             settings: self.settings,
             health: self.health,
-            gate: watched,
+            intake: watched,
             permits: Arc::new(Semaphore::new(usize::from(self.settings.prefetch))),
-            attendant: Arc::new(attendant),
+            handler: Arc::new(handler),
             tasks: TaskTracker::new(),
             waiting: VecDeque::new(),
             stop,
         };
         tokio::select! {
-            () = pump.run() => {}
-            () = gate.keep() => {}
+            () = consume_loop.run() => {}
+            () = intake.keep() => {}
         }
     }
 }
 
-struct Pump {
+struct ConsumeLoop {
     broker: Broker,
     settings: Settings,
     health: Arc<ConsumerHealth>,
-    gate: watch::Receiver<Option<Paused>>,
+    intake: watch::Receiver<Option<Paused>>,
     /// The cap on requests in hand. The broker's prefetch has the same number, but counts for a session: after a
     /// rebuild the runs of the one before are still in hand.
     permits: Arc<Semaphore>,
-    attendant: Arc<Attendant>,
+    handler: Arc<DeliveryHandler>,
     tasks: TaskTracker,
     /// Arrived, but without a permit; each with the moment until which it may wait.
     waiting: VecDeque<(Deadline, Delivery)>,
     stop: Stop,
 }
 
-impl Pump {
+impl ConsumeLoop {
     async fn run(mut self) {
         let health = Arc::clone(&self.health);
         let mut session = None;
@@ -149,14 +149,14 @@ impl Pump {
             let begun = Instant::now();
             let opened = health.beating(BROKER_PATIENCE, self.open(&mut session)).await;
             let standstill = match opened {
-                Ok(Some(subscription)) => self.pump(subscription).await,
-                Ok(None) => self.wait_at_the_gate(&mut session).await,
-                Err(error) => Standstill::Lost("error", Some(error)),
+                Ok(Some(subscription)) => self.consume(subscription).await,
+                Ok(None) => self.wait_while_paused(&mut session).await,
+                Err(error) => LoopExit::Lost("error", Some(error)),
             };
             match standstill {
-                Standstill::Drain => break,
-                Standstill::Gate => {}
-                Standstill::Lost(cause, error) => {
+                LoopExit::Drain => break,
+                LoopExit::IntakeChanged => {}
+                LoopExit::Lost(cause, error) => {
                     self.note_loss(cause, error);
                     session = None;
                     if begun.elapsed() >= GOOD_SESSION {
@@ -170,12 +170,12 @@ impl Pump {
         health.beating(self.settings.drain + BROKER_PATIENCE, self.drain(session)).await;
     }
 
-    /// A subscription that takes requests, unless the gate is closed.
+    /// A subscription that takes requests, unless the intake is closed.
     async fn open<'a>(
         &mut self,
         session: &'a mut Option<Subscription>,
     ) -> Result<Option<&'a mut Subscription>, BrokerError> {
-        let paused = *self.gate.borrow_and_update();
+        let paused = *self.intake.borrow_and_update();
         self.health.set_paused(paused);
         if paused.is_some() || self.stop.drain.is_cancelled() {
             return Ok(None);
@@ -197,7 +197,7 @@ impl Pump {
     }
 
     /// Takes requests until something stands in the way.
-    async fn pump(&mut self, session: &mut Subscription) -> Standstill {
+    async fn consume(&mut self, session: &mut Subscription) -> LoopExit {
         let mut tick = interval(Duration::from_secs(1));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut watchdog = Watchdog::new(self.settings.watchdog);
@@ -207,16 +207,16 @@ impl Pump {
             let permits = Arc::clone(&self.permits);
             tokio::select! {
                 biased;
-                () = drain.cancelled() => return Standstill::Drain,
-                changed = self.gate.changed() => {
-                    if changed.is_err() || self.gate.borrow().is_some() {
-                        return Standstill::Gate;
+                () = drain.cancelled() => return LoopExit::Drain,
+                changed = self.intake.changed() => {
+                    if changed.is_err() || self.intake.borrow().is_some() {
+                        return LoopExit::IntakeChanged;
                     }
                 }
                 permit = permits.acquire_owned(), if !self.waiting.is_empty() => {
                     let permit = permit.expect("nobody closes the semaphore");
                     if let Some((_, delivery)) = self.waiting.pop_front() {
-                        self.attend(delivery, permit);
+                        self.handle_delivery(delivery, permit);
                     }
                 }
                 next = session.next() => match next {
@@ -224,46 +224,46 @@ impl Pump {
                         watchdog.pet();
                         // Taken at once if there is a permit; the stream is listened to in any case, for its end.
                         match Arc::clone(&self.permits).try_acquire_owned() {
-                            Ok(permit) if self.waiting.is_empty() => self.attend(delivery, permit),
+                            Ok(permit) if self.waiting.is_empty() => self.handle_delivery(delivery, permit),
                             _ => self.waiting.push_back((Deadline::after(self.settings.spare / 3), delivery)),
                         }
                     }
-                    Some(Err(error)) => return Standstill::Lost("error", Some(error)),
-                    None => return Standstill::Lost("ended", None),
+                    Some(Err(error)) => return LoopExit::Lost("error", Some(error)),
+                    None => return LoopExit::Lost("ended", None),
                 },
                 _ = tick.tick() => {
-                    if let Err(error) = self.hand_back_overdue().await {
-                        return Standstill::Lost("error", Some(error));
+                    if let Err(error) = self.requeue_overdue().await {
+                        return LoopExit::Lost("error", Some(error));
                     }
                     let expects = self.waiting.is_empty() && self.permits.available_permits() > 0;
                     let look = drain.run_until_cancelled(watchdog.look(session, expects));
                     let looked = self.health.beating(BROKER_PATIENCE, look).await;
                     match looked {
                         Some(Ok(false)) | None => {}
-                        Some(Ok(true)) => return Standstill::Lost("watchdog", None),
-                        Some(Err(error)) => return Standstill::Lost("error", Some(error)),
+                        Some(Ok(true)) => return LoopExit::Lost("watchdog", None),
+                        Some(Err(error)) => return LoopExit::Lost("error", Some(error)),
                     }
                 }
             }
         }
     }
 
-    fn attend(&self, delivery: Delivery, permit: OwnedSemaphorePermit) {
-        self.tasks.spawn(Arc::clone(&self.attendant).attend(delivery, permit));
+    fn handle_delivery(&self, delivery: Delivery, permit: OwnedSemaphorePermit) {
+        self.tasks.spawn(Arc::clone(&self.handler).handle_delivery(delivery, permit));
     }
 
     /// Cancels the consumer, gives back what was not begun, and waits. The channel stays for what is in hand.
-    async fn wait_at_the_gate(&mut self, session: &mut Option<Subscription>) -> Standstill {
+    async fn wait_while_paused(&mut self, session: &mut Option<Subscription>) -> LoopExit {
         if self.stop.drain.is_cancelled() {
-            return Standstill::Drain;
+            return LoopExit::Drain;
         }
         if self.health.subscribed() {
-            let paused = self.gate.borrow().map(Paused::as_str);
-            info!(paused, in_hand = self.health.in_hand(), "no new requests are taken for now");
+            let paused = self.intake.borrow().map(Paused::as_str);
+            info!(paused, in_flight = self.health.in_flight(), "no new requests are taken for now");
         }
         self.health.set_subscribed(false);
-        if let Err(error) = self.hand_back_unbegun(session.as_mut()).await {
-            return Standstill::Lost("error", Some(error));
+        if let Err(error) = self.requeue_unstarted(session.as_mut()).await {
+            return LoopExit::Lost("error", Some(error));
         }
         let lost = async {
             match session {
@@ -273,33 +273,33 @@ impl Pump {
         };
         let change = async {
             tokio::select! {
-                () = self.stop.drain.cancelled() => Standstill::Drain,
-                _ = self.gate.changed() => Standstill::Gate,
-                lost = lost => Standstill::Lost("ended", lost.and_then(Result::err)),
+                () = self.stop.drain.cancelled() => LoopExit::Drain,
+                _ = self.intake.changed() => LoopExit::IntakeChanged,
+                lost = lost => LoopExit::Lost("ended", lost.and_then(Result::err)),
             }
         };
         self.health.beating(Duration::MAX, change).await
     }
 
-    async fn hand_back_unbegun(&mut self, session: Option<&mut Subscription>) -> Result<(), BrokerError> {
+    async fn requeue_unstarted(&mut self, session: Option<&mut Subscription>) -> Result<(), BrokerError> {
         if let Some(session) = session {
             session.cancel().await?;
         }
         for (_, delivery) in self.waiting.drain(..) {
             // One of a session that is lost is back already.
-            delivery.hand_back().await?;
-            telemetry::delivery("handed_back");
+            delivery.requeue().await?;
+            telemetry::delivery("requeued");
         }
         Ok(())
     }
 
     /// After a rebuild the runs of the session before may be in hand for long: what would have to wait too long behind
     /// them is for another replica.
-    async fn hand_back_overdue(&mut self) -> Result<(), BrokerError> {
+    async fn requeue_overdue(&mut self) -> Result<(), BrokerError> {
         while self.waiting.front().is_some_and(|(until, _)| until.passed()) {
             let Some((_, delivery)) = self.waiting.pop_front() else { break };
-            delivery.hand_back().await?;
-            telemetry::delivery("handed_back");
+            delivery.requeue().await?;
+            telemetry::delivery("requeued");
         }
         Ok(())
     }
@@ -307,7 +307,7 @@ impl Pump {
     fn note_loss(&mut self, cause: &'static str, error: Option<BrokerError>) {
         self.health.set_subscribed(false);
         let what = error.map_or_else(|| what_ended(cause).to_owned(), |error| error.to_string());
-        warn!(cause, problem = what, in_hand = self.health.in_hand(), "no subscription; trying again");
+        warn!(cause, problem = what, in_flight = self.health.in_flight(), "no subscription; trying again");
         self.health.set_problem(what);
         telemetry::session(cause);
         self.waiting.clear();
@@ -318,9 +318,9 @@ impl Pump {
     async fn drain(mut self, mut session: Option<Subscription>) {
         self.health.set_paused(Some(Paused::Draining));
         self.health.set_subscribed(false);
-        info!(in_hand = self.health.in_hand(), budget_s = self.settings.drain.as_secs(), "draining");
+        info!(in_flight = self.health.in_flight(), budget_s = self.settings.drain.as_secs(), "draining");
         let begun = Instant::now();
-        if let Err(error) = self.hand_back_unbegun(session.as_mut()).await {
+        if let Err(error) = self.requeue_unstarted(session.as_mut()).await {
             debug!(%error, "the broker takes back what was not begun by itself");
         }
         self.tasks.close();
@@ -330,10 +330,10 @@ impl Pump {
             () = self.stop.abort.cancelled() => false,
         };
         if !in_time {
-            warn!(in_hand = self.health.in_hand(), "handing back what is not finished");
-            self.attendant.abort.cancel();
+            warn!(in_flight = self.health.in_flight(), "handing back what is not finished");
+            self.handler.abort.cancel();
             if timeout(HAND_BACK, self.tasks.wait()).await.is_err() {
-                warn!(in_hand = self.health.in_hand(), "left to the broker, and to the end of their leases");
+                warn!(in_flight = self.health.in_flight(), "left to the broker, and to the end of their leases");
             }
         }
         if let Some(session) = session {

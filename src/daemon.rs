@@ -223,7 +223,7 @@ async fn http_server(
             draining: stop.drain.clone(),
             consuming: Arc::new(move || Consuming {
                 subscribed: health.subscribed(),
-                in_hand: health.in_hand(),
+                in_flight: health.in_flight(),
                 paused: health.paused().map(str::to_owned),
                 problem: health.problem(),
             }),

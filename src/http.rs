@@ -63,7 +63,7 @@ pub struct Consuming {
     /// Whether there is a live subscription.
     pub subscribed: bool,
     /// Deliveries in hand.
-    pub in_hand: usize,
+    pub in_flight: usize,
     /// Why nothing new is taken, if so.
     pub paused: Option<String>,
     /// Why there is no subscription, in words, if so.
@@ -165,7 +165,7 @@ async fn status(State(state): State<Arc<HttpState>>, headers: HeaderMap) -> Resp
         "uptime_s": state.started.elapsed().as_secs(),
         "draining": state.draining.is_cancelled(),
         "subscribed": consuming.subscribed,
-        "in_hand": consuming.in_hand,
+        "in_flight": consuming.in_flight,
         "paused": consuming.paused,
         "problem": consuming.problem,
         "database": if figures.is_some() { "ok" } else { "away" },
@@ -231,7 +231,7 @@ mod tests {
             heartbeat: Arc::default(),
             stuck_after: Duration::from_secs(60),
             draining: CancellationToken::new(),
-            consuming: Arc::new(|| Consuming { subscribed: true, in_hand: 4, paused: None, problem: None }),
+            consuming: Arc::new(|| Consuming { subscribed: true, in_flight: 4, paused: None, problem: None }),
             ping: Arc::new(|| async { Ok(()) }.boxed()),
             figures: Arc::new(move || async move { Ok(figures) }.boxed()),
         }
@@ -319,7 +319,7 @@ mod tests {
         let server = Server::start(state()).await;
         let (_, body) = server.get("/status", "").await;
         let status: serde_json::Value = serde_json::from_str(&body).unwrap();
-        assert_eq!((&status["in_hand"], &status["outbox_unsent"]), (&json!(4), &json!(3)));
+        assert_eq!((&status["in_flight"], &status["outbox_unsent"]), (&json!(4), &json!(3)));
         assert_eq!((&status["replica"], &status["running_runs"]), (&json!("here"), &json!(2)));
         // A connection that never sends its request must not hold the daemon.
         let _idle = TcpStream::connect(server.address).await.unwrap();

@@ -14,7 +14,7 @@
 //!   -> rows              store/items.rs         one fenced upsert per batch
 //!   -> RunReport         run/collect.rs         outcomes and counters, type by type
 //!   -> run and event     store/runs.rs          ONE transaction: the only truth
-//!   -> ack               consumer/attend.rs     only after that commit
+//!   -> ack               consumer/delivery_handler.rs only after that commit
 //!   -> published event   relay.rs               outbox, publish, confirm, mark
 //! ```
 //!

@@ -11,7 +11,7 @@ use tracing::{Span, debug, warn};
 use uuid::Uuid;
 
 use crate::backoff::{Waits, full_jitter};
-use crate::broker::{Fate, Outgoing, Publisher};
+use crate::broker::{Outgoing, PublishOutcome, Publisher};
 use crate::config::OutboxConfig;
 use crate::store::{OutboxEvent, Store, StoreError};
 use crate::telemetry::{self, spans};
@@ -41,7 +41,7 @@ type EventId = (Uuid, Uuid);
 #[derive(Default)]
 struct Published {
     ids: Vec<EventId>,
-    fates: Vec<Fate>,
+    outcomes: Vec<PublishOutcome>,
 }
 
 /// How a round went.
@@ -130,12 +130,12 @@ impl Relay {
             let more_may_be_due = all_sent && self.is_full(&batch) && batches < MOST_BATCHES;
             let spans: Vec<Span> = batch.iter().map(|event| spans::publish(event.traceparent.as_deref())).collect();
             let publish = self.publisher.publish(batch.into_iter().map(outgoing).collect());
-            let publish = async { publish.await.into_iter().zip(spans).map(end_span).collect::<Vec<Fate>>() };
+            let publish = async { publish.await.into_iter().zip(spans).map(end_span).collect::<Vec<PublishOutcome>>() };
             let claim = async { if more_may_be_due { self.claim().await } else { Ok(Vec::new()) } };
-            let (fates, settled, next) = tokio::join!(publish, self.settle(&published), claim);
-            let unroutable = fates.iter().filter(|fate| **fate == Fate::Unroutable).count();
-            all_sent &= fates.iter().all(|fate| *fate == Fate::Confirmed);
-            published = Published { ids, fates };
+            let (outcomes, settled, next) = tokio::join!(publish, self.settle(&published), claim);
+            let unroutable = outcomes.iter().filter(|outcome| **outcome == PublishOutcome::Unroutable).count();
+            all_sent &= outcomes.iter().all(|outcome| *outcome == PublishOutcome::Confirmed);
+            published = Published { ids, outcomes };
             self.note_unroutable(unroutable);
             batch = match settled.and(next) {
                 Ok(next) => next,
@@ -168,12 +168,13 @@ impl Relay {
 
     /// Marks what the broker has, and puts back what no queue took.
     async fn settle(&self, published: &Published) -> Result<(), StoreError> {
-        let with = |wanted: Fate| -> Vec<EventId> {
-            let both = published.ids.iter().zip(&published.fates);
-            both.filter(|(_, fate)| **fate == wanted).map(|(id, _)| *id).collect()
+        let with = |wanted: PublishOutcome| -> Vec<EventId> {
+            let both = published.ids.iter().zip(&published.outcomes);
+            both.filter(|(_, outcome)| **outcome == wanted).map(|(id, _)| *id).collect()
         };
-        // Those of unknown fate stay claimed: the claim runs out, and they are published again.
-        let (sent, unroutable, refused) = (with(Fate::Confirmed), with(Fate::Unroutable), with(Fate::Refused));
+        // Those of unknown outcome stay claimed: the claim runs out, and they are published again.
+        let (sent, unroutable, refused) =
+            (with(PublishOutcome::Confirmed), with(PublishOutcome::Unroutable), with(PublishOutcome::Refused));
         if !sent.is_empty() {
             self.store.mark_sent(&sent).await?;
             telemetry::event_published(sent.len() as u64);
@@ -210,11 +211,11 @@ impl Relay {
     }
 }
 
-fn end_span((fate, span): (Fate, Span)) -> Fate {
-    if fate != Fate::Confirmed {
-        spans::not_published(&span, fate.as_str());
+fn end_span((outcome, span): (PublishOutcome, Span)) -> PublishOutcome {
+    if outcome != PublishOutcome::Confirmed {
+        spans::not_published(&span, outcome.as_str());
     }
-    fate
+    outcome
 }
 
 fn waits() -> Waits {

@@ -139,10 +139,10 @@ metrics! {
         "inventoryd_run_errors_total" "Error codes of ended runs, each counted once a run.";
     run_took(status: RunStatus => status.as_str(); ended()) record(took: Duration => took.as_secs_f64()) Histogram
         "inventoryd_run_duration_seconds" "How long runs took from admission to their end.";
-    runs_in_hand() set(count: usize => count as f64) Gauge
-        "inventoryd_runs_in_hand" "Deliveries in hand, at most consumer.prefetch.";
-    delivery(outcome: &'static str => outcome; ["done", "duplicate", "parked", "rejected", "handed_back"]) increment() Counter
-        "inventoryd_deliveries_total" "Deliveries by how they were settled: done, duplicate, parked, rejected, handed_back.";
+    deliveries_in_flight() set(count: usize => count as f64) Gauge
+        "inventoryd_deliveries_in_flight" "Deliveries in flight, at most consumer.prefetch.";
+    delivery(outcome: &'static str => outcome; ["done", "duplicate", "retry_scheduled", "rejected", "requeued"]) increment() Counter
+        "inventoryd_deliveries_total" "Deliveries by how they were settled: done, duplicate, retry_scheduled, rejected, requeued.";
     dead_letter(reason: DeadReason => reason.as_str(); texts(DeadReason::ALL, DeadReason::as_str)) increment() Counter
         "inventoryd_dead_letters_total" "Messages moved to the dead-letter queue, by reason.";
     ack_lost() increment() Counter

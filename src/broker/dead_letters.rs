@@ -16,14 +16,14 @@ use super::message::{
     DEAD_AT, DEAD_BY, DEAD_DETAIL, DEAD_ID, DEAD_REASON, Original, Outgoing, RETRIES, read_number, read_text,
     value_text,
 };
-use super::publisher::Link;
+use super::publisher::ConfirmChannel;
 use super::topology::Names;
 use super::{Broker, Purpose};
 use crate::domain::event::rfc3339;
 
 /// The dead letters that were there when this was opened, oldest first.
 pub struct DeadLetters {
-    link: Link,
+    link: ConfirmChannel,
     channel: Channel,
     names: Names,
     left: u32,
@@ -60,7 +60,7 @@ pub struct DeadLetter {
 impl DeadLetters {
     pub(super) async fn open(broker: &Broker) -> Result<Self, BrokerError> {
         let limit = broker.0.opening.answer_limit;
-        let link = Link::open(broker, Purpose::Manage).await?;
+        let link = ConfirmChannel::open(broker, Purpose::Manage).await?;
         let channel = link.wire.channel().await?;
         let names = broker.names().clone();
         let options = QueueDeclareOptions::durable().passive();
@@ -124,9 +124,9 @@ impl DeadLetters {
     /// be taken away, it may be replayed again: the idempotency key makes that harmless.
     pub async fn replay(&mut self, letter: &DeadLetter) -> Result<(), BrokerError> {
         let original = Original { properties: &letter.properties, body: &letter.body };
-        let fates = self.link.publish(&self.names, &[Outgoing::replayed(&original)]).await;
-        for fate in fates {
-            fate.into_result("replaying the dead letter")?;
+        let outcomes = self.link.publish(&self.names, &[Outgoing::replay(&original)]).await;
+        for outcome in outcomes {
+            outcome.into_result("replaying the dead letter")?;
         }
         self.discard(letter).await
     }

@@ -10,16 +10,16 @@ use lapin::options::{
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Acker, BasicProperties, Channel};
 
+use super::connection::Connection;
 use super::error::{BrokerError, within};
 use super::message::{DEFERRED_S, Original, RETRIES, is_traceparent, is_tracestate, read_number, read_text};
-use super::wire::Wire;
 use crate::telemetry;
 
 const CONSUMER_TAG: &str = "inventoryd";
 
 /// Connection, channel, topology, prefetch and consumer as one unit: it is never mended, only rebuilt as a whole.
 pub struct Subscription {
-    wire: Wire,
+    wire: Connection,
     channel: Channel,
     consumer: Option<lapin::Consumer>,
     requests: ShortString,
@@ -28,7 +28,12 @@ pub struct Subscription {
 
 impl Subscription {
     /// Starts to consume on a connection whose topology has been checked.
-    pub(super) async fn start(wire: Wire, requests: &str, prefetch: u16, limit: Duration) -> Result<Self, BrokerError> {
+    pub(super) async fn start(
+        wire: Connection,
+        requests: &str,
+        prefetch: u16,
+        limit: Duration,
+    ) -> Result<Self, BrokerError> {
         let channel = wire.channel().await?;
         // Not global: a quorum queue answers a global prefetch by closing the whole connection.
         let qos = channel.basic_qos(prefetch, BasicQosOptions { global: false });
@@ -64,7 +69,7 @@ impl Subscription {
         within(self.limit, "cancelling the consumer", cancel).await?;
         // The stream ends after what was on its way.
         while let Ok(Some(Ok(unseen))) = tokio::time::timeout(self.limit, consumer.next()).await {
-            Delivery::new(unseen, self.limit).hand_back().await?;
+            Delivery::new(unseen, self.limit).requeue().await?;
         }
         Ok(())
     }
@@ -164,7 +169,7 @@ impl Delivery {
     ///
     /// # Errors
     /// If the channel breaks at this very moment; then the broker takes it back by itself.
-    pub async fn hand_back(&self) -> Result<bool, BrokerError> {
+    pub async fn requeue(&self) -> Result<bool, BrokerError> {
         let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
         within(self.limit, "handing back", self.acker.nack(options)).await
     }

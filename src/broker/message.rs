@@ -7,7 +7,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::topology::{Names, Rung, SYNC_REQUESTED};
+use super::topology::{Names, RetryTier, SYNC_REQUESTED};
 use crate::domain::clock;
 use crate::domain::event::rfc3339;
 use crate::domain::failure::Rejection;
@@ -32,7 +32,7 @@ const PERSISTENT: u8 = 2;
 pub struct Outgoing {
     pub(super) target: Target,
     pub(super) routing_key: ShortString,
-    /// What the fate of the message is decided by; several may share one, then the worst of their fates is all's.
+    /// What the outcome of the message is decided by; several may share one, then the worst of their outcomes is all's.
     pub(super) message_id: String,
     pub(super) body: Vec<u8>,
     pub(super) properties: BasicProperties,
@@ -107,23 +107,23 @@ impl Outgoing {
         self
     }
 
-    /// A copy that waits on a rung and then comes back, with one more retry and so many more seconds on its account.
-    pub(super) fn parked(original: &Original<'_>, names: &Names, rung: Rung) -> Self {
+    /// A copy that waits on a tier and then comes back, with one more retry and so many more seconds on its account.
+    pub(super) fn retry(original: &Original<'_>, names: &Names, tier: RetryTier) -> Self {
         let mut headers = original.headers();
         let number = |value: u64| AMQPValue::LongLongInt(i64::try_from(value).unwrap_or(i64::MAX));
         let retries = read_number(original.properties, RETRIES).saturating_add(1);
-        let deferred_s = read_number(original.properties, DEFERRED_S).saturating_add(rung.seconds());
+        let deferred_s = read_number(original.properties, DEFERRED_S).saturating_add(tier.seconds());
         headers.insert(RETRIES.into(), number(retries));
         headers.insert(DEFERRED_S.into(), number(deferred_s));
         // The queue's own limit is the longest wait. A little less for each message, at random, takes a burst of
         // requests apart before it comes back.
-        let wait_ms = rand::random_range(rung.seconds() * 800..=rung.seconds() * 1000);
+        let wait_ms = rand::random_range(tier.seconds() * 800..=tier.seconds() * 1000);
         let properties = original.properties(headers).with_expiration(wait_ms.to_string().into());
-        Self::copy(original, Target::Queue, names.retry(rung).as_str().into(), properties)
+        Self::copy(original, Target::Queue, names.retry(tier).as_str().into(), properties)
     }
 
     /// A copy for the dead-letter queue, with the reason.
-    pub(super) fn buried(original: &Original<'_>, rejection: &Rejection, by: &str) -> Self {
+    pub(super) fn dead_letter(original: &Original<'_>, rejection: &Rejection, by: &str) -> Self {
         let mut headers = original.headers();
         let at = OffsetDateTime::from_unix_timestamp(clock::wall_clock_unix_s()).map(rfc3339).unwrap_or_default();
         let id = Uuid::new_v4().to_string();
@@ -136,7 +136,7 @@ impl Outgoing {
     }
 
     /// A dead letter that is asked about once more: a new message, and the same request.
-    pub(super) fn replayed(original: &Original<'_>) -> Self {
+    pub(super) fn replay(original: &Original<'_>) -> Self {
         let headers: BTreeMap<_, _> =
             original.headers().into_iter().filter(|(name, _)| !is_ours(name.as_str())).collect();
         let properties = original.properties(headers);
@@ -285,15 +285,18 @@ mod tests {
     fn a_parked_copy_keeps_the_users_words_and_counts_its_waits() {
         let (properties, names) = (incoming(), Names::new("p."));
         let original = Original { properties: &properties, body: b"{ \"a\":1}" };
-        let once = Outgoing::parked(&original, &names, Rung::FiveSeconds);
+        let once = Outgoing::retry(&original, &names, RetryTier::FiveSeconds);
         assert_eq!(names_of(&once), ["tenant-team", "traceparent", DEFERRED_S, RETRIES]);
         assert_eq!((once.body.as_slice(), once.message_id.as_str()), (original.body, "m-1"));
         assert_eq!(once.routing_key.as_str(), "p.inventory.retry.5s");
         assert_eq!((once.properties.user_id(), once.properties.kind()), (&None, &Some("sync".into())));
         let wait_ms: u64 = once.properties.expiration().as_ref().unwrap().as_str().parse().unwrap();
         assert!((4000..=5000).contains(&wait_ms));
-        let again =
-            Outgoing::parked(&Original { properties: &once.properties, body: &once.body }, &names, Rung::TwoMinutes);
+        let again = Outgoing::retry(
+            &Original { properties: &once.properties, body: &once.body },
+            &names,
+            RetryTier::TwoMinutes,
+        );
         assert_eq!(read_number(&again.properties, RETRIES), 2);
         assert_eq!(read_number(&again.properties, DEFERRED_S), 125);
     }
@@ -303,12 +306,12 @@ mod tests {
         let properties = incoming();
         let original = Original { properties: &properties, body: b"\xff\x00 not json" };
         let rejection = Rejection::new(DeadReason::InvalidJson, "ü".repeat(600));
-        let dead = Outgoing::buried(&original, &rejection, "inventoryd@host");
+        let dead = Outgoing::dead_letter(&original, &rejection, "inventoryd@host");
         assert_eq!(read_text(&dead.properties, DEAD_REASON).as_deref(), Some("invalid_json"));
         assert_eq!(read_text(&dead.properties, DEAD_DETAIL).unwrap().len(), 512);
         assert_eq!(read_text(&dead.properties, DEAD_BY).as_deref(), Some("inventoryd@host"));
         assert!(read_text(&dead.properties, DEAD_AT).is_some() && read_text(&dead.properties, DEAD_ID).is_some());
-        let replay = Outgoing::replayed(&Original { properties: &dead.properties, body: &dead.body });
+        let replay = Outgoing::replay(&Original { properties: &dead.properties, body: &dead.body });
         assert_eq!(names_of(&replay), ["tenant-team", "traceparent"]);
         assert_eq!(replay.body, original.body);
         assert_ne!(replay.message_id, "m-1");

@@ -11,6 +11,7 @@ use async_rs::TokioRuntime;
 use crate::config::{BrokerConfig, TopologyConfig, seconds};
 
 mod address;
+mod connection;
 mod dead_letters;
 mod deliveries;
 mod drift;
@@ -20,20 +21,19 @@ mod publisher;
 mod tail;
 mod tls;
 mod topology;
-mod wire;
 
 pub use dead_letters::{DeadLetter, DeadLetters};
 pub use deliveries::{Delivery, Subscription};
 pub use error::BrokerError;
 pub use message::Outgoing;
-pub use publisher::{Fate, Publisher};
+pub use publisher::{PublishOutcome, Publisher};
 pub use tail::{EventTail, TailedEvent};
-pub use topology::{Names, Rung, SYNC_REQUESTED};
+pub use topology::{Names, RetryTier, SYNC_REQUESTED};
 
 use address::Address;
-use publisher::Link;
+use connection::{Connection, Opening};
+use publisher::ConfirmChannel;
 use tls::Tls;
-use wire::{Opening, Wire};
 
 /// The way to the broker. Cheap to clone; no connection is made before one is needed.
 #[derive(Clone)]
@@ -153,10 +153,10 @@ impl Broker {
         content_type: &str,
         traceparent: Option<&str>,
     ) -> Result<(), BrokerError> {
-        let mut link = Link::open(self, Purpose::Manage).await?;
-        let fates = link.publish(self.names(), &[Outgoing::request(body, content_type, traceparent)]).await;
+        let mut link = ConfirmChannel::open(self, Purpose::Manage).await?;
+        let outcomes = link.publish(self.names(), &[Outgoing::request(body, content_type, traceparent)]).await;
         link.close(self.0.opening.answer_limit).await;
-        fates.first().copied().unwrap_or(Fate::Unknown).into_result("publishing the request")
+        outcomes.first().copied().unwrap_or(PublishOutcome::Unknown).into_result("publishing the request")
     }
 
     /// The dead letters, as they are now.
@@ -176,13 +176,13 @@ impl Broker {
         EventTail::open(self, pattern).await
     }
 
-    async fn ensure(&self, wire: &Wire) -> Result<(), BrokerError> {
+    async fn ensure(&self, wire: &Connection) -> Result<(), BrokerError> {
         let inner = &self.0;
         topology::ensure(wire, &inner.names, &inner.topology, inner.opening.answer_limit, &inner.drift).await
     }
 
     /// Tries every address once, beginning with the one after the last that failed.
-    async fn connect(&self, purpose: Purpose) -> Result<Wire, BrokerError> {
+    async fn connect(&self, purpose: Purpose) -> Result<Connection, BrokerError> {
         let inner = &self.0;
         let mut problems = Vec::new();
         for _ in 0..inner.addresses.len() {
@@ -197,12 +197,12 @@ impl Broker {
         Err(BrokerError::Unreachable(problems.join("; ")))
     }
 
-    async fn connect_to(&self, address: &Address, purpose: Purpose) -> Result<Wire, BrokerError> {
+    async fn connect_to(&self, address: &Address, purpose: Purpose) -> Result<Connection, BrokerError> {
         let uri = address.to_uri(self.0.heartbeat_s);
         let mut opening = self.0.opening.clone();
         if self.0.version.get().is_none() {
-            let (product, version) = wire::server_version(&opening, &uri).await?;
-            if !wire::is_new_enough(&product, &version) {
+            let (product, version) = connection::server_version(&opening, &uri).await?;
+            if !connection::is_new_enough(&product, &version) {
                 return Err(BrokerError::TooOld {
                     address: address.to_string(),
                     found: format!("{product} {version}"),
@@ -217,6 +217,6 @@ impl Broker {
             Purpose::Manage => "manage",
         };
         opening.name = format!("{} {purpose}", opening.name);
-        Wire::open(&opening, uri).await
+        Connection::open(&opening, uri).await
     }
 }

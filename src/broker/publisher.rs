@@ -12,11 +12,11 @@ use lapin::{Channel, Confirmation, Event};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::connection::{Connection, Events};
 use super::deliveries::Delivery;
 use super::error::{BrokerError, within};
 use super::message::{Outgoing, Target};
-use super::topology::{Names, Rung};
-use super::wire::{Events, Wire};
+use super::topology::{Names, RetryTier};
 use super::{Broker, Purpose};
 use crate::backoff::{Waits, full_jitter};
 use crate::domain::clock::Deadline;
@@ -33,7 +33,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// What became of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
+pub enum PublishOutcome {
     /// The broker has stored it in every queue that takes it.
     Confirmed,
     /// No queue takes it: it was stored nowhere.
@@ -44,7 +44,7 @@ pub enum Fate {
     Unknown,
 }
 
-impl Fate {
+impl PublishOutcome {
     /// The stable text form.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
@@ -68,7 +68,7 @@ impl Fate {
 }
 
 enum Job {
-    Publish(Vec<Outgoing>, oneshot::Sender<Vec<Fate>>),
+    Publish(Vec<Outgoing>, oneshot::Sender<Vec<PublishOutcome>>),
     Close(oneshot::Sender<()>),
 }
 
@@ -98,24 +98,24 @@ impl Publisher {
     /// Publishes all messages and says what became of each, in their order.
     ///
     /// It never takes longer than a reconnect and one confirm timeout, and those of the jobs before it.
-    pub async fn publish(&self, messages: Vec<Outgoing>) -> Vec<Fate> {
+    pub async fn publish(&self, messages: Vec<Outgoing>) -> Vec<PublishOutcome> {
         let count = messages.len();
-        let (reply, fates) = oneshot::channel();
+        let (reply, outcomes) = oneshot::channel();
         if self.jobs.send(Job::Publish(messages, reply)).await.is_err() {
-            return vec![Fate::Refused; count];
+            return vec![PublishOutcome::Refused; count];
         }
-        fates.await.unwrap_or_else(|_| vec![Fate::Unknown; count])
+        outcomes.await.unwrap_or_else(|_| vec![PublishOutcome::Unknown; count])
     }
 
-    /// Puts a copy of the delivery on a rung of the retry ladder.
-    pub async fn park(&self, delivery: &Delivery, rung: Rung) -> Fate {
-        let copy = Outgoing::parked(&delivery.original(), &self.names, rung);
+    /// Puts a copy of the delivery on a tier of the retry ladder.
+    pub async fn schedule_retry(&self, delivery: &Delivery, tier: RetryTier) -> PublishOutcome {
+        let copy = Outgoing::retry(&delivery.original(), &self.names, tier);
         self.publish_one(copy).await
     }
 
     /// Puts a copy of the delivery into the dead-letter queue. `by` says which process found it wanting.
-    pub async fn bury(&self, delivery: &Delivery, rejection: &Rejection, by: &str) -> Fate {
-        let copy = Outgoing::buried(&delivery.original(), rejection, by);
+    pub async fn dead_letter(&self, delivery: &Delivery, rejection: &Rejection, by: &str) -> PublishOutcome {
+        let copy = Outgoing::dead_letter(&delivery.original(), rejection, by);
         self.publish_one(copy).await
     }
 
@@ -134,15 +134,15 @@ impl Publisher {
         }
     }
 
-    async fn publish_one(&self, message: Outgoing) -> Fate {
-        self.publish(vec![message]).await.first().copied().unwrap_or(Fate::Unknown)
+    async fn publish_one(&self, message: Outgoing) -> PublishOutcome {
+        self.publish(vec![message]).await.first().copied().unwrap_or(PublishOutcome::Unknown)
     }
 }
 
 /// The one that holds the connection. What waits while it is busy is published together.
 struct Worker {
     broker: Broker,
-    link: Option<Link>,
+    link: Option<ConfirmChannel>,
     waits: Waits,
     not_before: Instant,
     blocked: Arc<AtomicBool>,
@@ -173,7 +173,7 @@ impl Worker {
     async fn serve(
         &mut self,
         messages: Vec<Outgoing>,
-        reply: oneshot::Sender<Vec<Fate>>,
+        reply: oneshot::Sender<Vec<PublishOutcome>>,
         jobs: &mut mpsc::Receiver<Job>,
     ) {
         let mut batch = messages;
@@ -189,40 +189,40 @@ impl Worker {
                 Err(_) => break,
             }
         }
-        let mut fates = self.publish(&batch).await.into_iter();
+        let mut outcomes = self.publish(&batch).await.into_iter();
         for (count, reply) in replies {
             // Whoever does not wait any more will publish it again.
-            let _ = reply.send(fates.by_ref().take(count).collect());
+            let _ = reply.send(outcomes.by_ref().take(count).collect());
         }
         if close.is_some() {
             self.close(close).await;
         }
     }
 
-    async fn publish(&mut self, batch: &[Outgoing]) -> Vec<Fate> {
-        let mut link = match self.ready_link().await {
+    async fn publish(&mut self, batch: &[Outgoing]) -> Vec<PublishOutcome> {
+        let mut link = match self.usable_channel().await {
             Ok(link) => link,
             Err(error) => {
                 tracing::warn!(%error, messages = batch.len(), "can't publish for now");
-                return vec![Fate::Refused; batch.len()];
+                return vec![PublishOutcome::Refused; batch.len()];
             }
         };
-        let fates = link.publish(self.broker.names(), batch).await;
+        let outcomes = link.publish(self.broker.names(), batch).await;
         self.set_blocked(link.wire.blocked());
         let ours_is_unroutable = batch
             .iter()
-            .zip(&fates)
-            .any(|(message, fate)| *fate == Fate::Unroutable && message.target != Target::Events);
+            .zip(&outcomes)
+            .any(|(message, outcome)| *outcome == PublishOutcome::Unroutable && message.target != Target::Events);
         if ours_is_unroutable && let Err(error) = self.broker.ensure(&link.wire).await {
             tracing::warn!(%error, "a queue of our own is missing");
         }
         self.link = Some(link);
-        fates
+        outcomes
     }
 
     /// A link that takes messages now, or the reason why there is none. It is taken out of its place: a publish that
     /// is not finished leaves none behind.
-    async fn ready_link(&mut self) -> Result<Link, BrokerError> {
+    async fn usable_channel(&mut self) -> Result<ConfirmChannel, BrokerError> {
         if let Some(link) = self.link.take() {
             let link = self.keep_if_usable(link).await?;
             if let Some(link) = link {
@@ -230,7 +230,7 @@ impl Worker {
             }
         }
         sleep_until(self.not_before).await;
-        match Link::open(&self.broker, Purpose::Publish).await {
+        match ConfirmChannel::open(&self.broker, Purpose::Publish).await {
             Ok(link) => {
                 self.waits = waits();
                 self.set_blocked(link.wire.blocked());
@@ -244,7 +244,7 @@ impl Worker {
     }
 
     /// While the broker blocks the link it is kept: a new one would be blocked too, and could not even be closed.
-    async fn keep_if_usable(&mut self, link: Link) -> Result<Option<Link>, BrokerError> {
+    async fn keep_if_usable(&mut self, link: ConfirmChannel) -> Result<Option<ConfirmChannel>, BrokerError> {
         let after = link.limit;
         let deadline = Deadline::after(after);
         while link.wire.connected() && link.wire.blocked() {
@@ -278,14 +278,14 @@ impl Worker {
             }
             Some(Event::Error(error)) => {
                 tracing::warn!(%error, "the publishing connection is lost");
-                self.drop_link();
+                self.drop_channel();
             }
-            None => self.drop_link(),
+            None => self.drop_channel(),
             Some(_) => {}
         }
     }
 
-    fn drop_link(&mut self) {
+    fn drop_channel(&mut self) {
         self.link = None;
         self.set_blocked(false);
     }
@@ -311,8 +311,8 @@ fn waits() -> Waits {
 }
 
 /// A connection with one channel in confirm mode, used for one batch at a time.
-pub(super) struct Link {
-    pub(super) wire: Wire,
+pub(super) struct ConfirmChannel {
+    pub(super) wire: Connection,
     channel: Channel,
     events: Events,
     limit: Duration,
@@ -320,7 +320,7 @@ pub(super) struct Link {
     clean: bool,
 }
 
-impl Link {
+impl ConfirmChannel {
     pub(super) async fn open(broker: &Broker, purpose: Purpose) -> Result<Self, BrokerError> {
         let limit = broker.0.opening.answer_limit;
         let wire = broker.connect(purpose).await?;
@@ -341,15 +341,15 @@ impl Link {
     /// Which message a confirm is for is certain, which returned message comes with which confirm is not: with
     /// several in flight the client pairs them wrongly. So what was returned is known by its message id, over the
     /// whole batch.
-    pub(super) async fn publish(&mut self, names: &Names, batch: &[Outgoing]) -> Vec<Fate> {
+    pub(super) async fn publish(&mut self, names: &Names, batch: &[Outgoing]) -> Vec<PublishOutcome> {
         let deadline = Deadline::after(self.limit);
-        let mut fates = vec![Fate::Refused; batch.len()];
+        let mut outcomes = vec![PublishOutcome::Refused; batch.len()];
         let (mut sending, mut confirms) = (FuturesUnordered::new(), FuturesUnordered::new());
         let mut rest = batch.iter().enumerate();
         loop {
             // Given one by one, each would wake the connection's thread and wait for it.
             for (index, message) in rest.by_ref().take(SENT_TOGETHER - sending.len()) {
-                fates[index] = Fate::Unknown;
+                outcomes[index] = PublishOutcome::Unknown;
                 let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
                 let exchange = message.target.exchange(names);
                 let (key, properties) = (message.routing_key.clone(), message.properties.clone());
@@ -368,7 +368,7 @@ impl Link {
         let mut returned = HashSet::new();
         let mut note = |(index, confirmation): (usize, lapin::Result<Confirmation>)| {
             let Ok(confirmation) = confirmation else { return false };
-            fates[index] = if confirmation.is_ack() { Fate::Confirmed } else { Fate::Refused };
+            outcomes[index] = if confirmation.is_ack() { PublishOutcome::Confirmed } else { PublishOutcome::Refused };
             returned.extend(confirmation.take_message().and_then(|message| message.properties.message_id().clone()));
             true
         };
@@ -380,12 +380,12 @@ impl Link {
             self.clean &= note(confirm);
         }
         self.clean &= confirms.is_empty();
-        for (fate, message) in fates.iter_mut().zip(batch) {
+        for (outcome, message) in outcomes.iter_mut().zip(batch) {
             if returned.iter().any(|id| id.as_str() == message.message_id) {
-                *fate = Fate::Unroutable;
+                *outcome = PublishOutcome::Unroutable;
             }
         }
-        fates
+        outcomes
     }
 
     pub(super) async fn close(self, limit: Duration) {

@@ -4,15 +4,15 @@ use futures_util::StreamExt;
 use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 
+use super::connection::Connection;
 use super::error::{BrokerError, within};
 use super::message::short;
-use super::wire::Wire;
 use super::{Broker, Purpose};
 
 /// Events as they are published. What was published before is not seen, and nothing is taken from anyone.
 pub struct EventTail {
     consumer: lapin::Consumer,
-    _wire: Wire,
+    _wire: Connection,
 }
 
 /// One event that passed by.

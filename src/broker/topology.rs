@@ -9,9 +9,9 @@ use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptio
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, ErrorKind, ExchangeKind};
 
+use super::connection::Connection;
 use super::drift::{Known, agree, difference, lock, text};
 use super::error::{BrokerError, within};
-use super::wire::Wire;
 use crate::config::{TopologyConfig, TopologyMode};
 
 /// The routing key of a sync request.
@@ -53,14 +53,14 @@ impl Names {
 
     /// Queue in which a message waits for a retry.
     #[must_use]
-    pub fn retry(&self, rung: Rung) -> String {
-        format!("{}inventory.retry.{}", self.prefix, rung.suffix())
+    pub fn retry(&self, tier: RetryTier) -> String {
+        format!("{}inventory.retry.{}", self.prefix, tier.suffix())
     }
 }
 
-/// How long a message waits before it is asked about again: one rung of the ladder.
+/// How long a message waits before it is asked about again: one tier of the ladder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rung {
+pub enum RetryTier {
     /// 5 seconds.
     FiveSeconds,
     /// 30 seconds.
@@ -71,7 +71,7 @@ pub enum Rung {
     TenMinutes,
 }
 
-impl Rung {
+impl RetryTier {
     /// The whole ladder, from the bottom.
     pub const ALL: [Self; 4] = [Self::FiveSeconds, Self::ThirtySeconds, Self::TwoMinutes, Self::TenMinutes];
 
@@ -126,7 +126,7 @@ struct Queue {
 
 /// Makes or checks everything, as the configuration says, and reports all that does not fit at once.
 pub(super) async fn ensure(
-    wire: &Wire,
+    wire: &Connection,
     names: &Names,
     config: &TopologyConfig,
     limit: Duration,
@@ -181,20 +181,20 @@ fn queues(names: &Names, delivery_limit: u32) -> Vec<Queue> {
         quorum(&names.unrouted, &[any_looks, kept]),
         quorum(&names.requests, &requests),
     ];
-    for rung in Rung::ALL {
-        let wait_ms = i64::try_from(rung.seconds() * 1000).unwrap_or(i64::MAX);
+    for tier in RetryTier::ALL {
+        let wait_ms = i64::try_from(tier.seconds() * 1000).unwrap_or(i64::MAX);
         let back = [
             ("x-message-ttl", AMQPValue::LongLongInt(wait_ms)),
             ("x-dead-letter-exchange", text(&names.sync)),
             ("x-dead-letter-routing-key", text(SYNC_REQUESTED)),
         ];
-        queues.push(quorum(&names.retry(rung), &[&at_least_once[..], &back].concat()));
+        queues.push(quorum(&names.retry(tier), &[&at_least_once[..], &back].concat()));
     }
     queues
 }
 
 struct Check<'a> {
-    wire: &'a Wire,
+    wire: &'a Connection,
     channel: Channel,
     limit: Duration,
     mode: TopologyMode,
@@ -313,9 +313,9 @@ mod tests {
 
     #[test]
     fn a_busy_request_asks_soon_once_and_a_deferred_one_climbs_the_ladder() {
-        let busy: Vec<u64> = (0..4).map(|retries| Rung::while_busy(retries).seconds()).collect();
+        let busy: Vec<u64> = (0..4).map(|retries| RetryTier::while_busy(retries).seconds()).collect();
         assert_eq!(busy, [5, 30, 30, 30]);
-        let deferred: Vec<u64> = (0..6).map(|retries| Rung::while_deferred(retries).seconds()).collect();
+        let deferred: Vec<u64> = (0..6).map(|retries| RetryTier::while_deferred(retries).seconds()).collect();
         assert_eq!(deferred, [5, 30, 120, 600, 600, 600]);
     }
 

@@ -115,7 +115,7 @@ async fn show(args: &Show, letters: &mut DeadLetters, context: &mut Context<'_>)
         ("message id", letter.message_id.clone()),
         ("correlation id", letter.correlation_id.clone()),
         ("content type", letter.content_type.clone()),
-        ("parked before", Some(format!("{} times", letter.retries))),
+        ("retries before", Some(format!("{} times", letter.retries))),
     ];
     let rows = rows.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?]));
     context.out.line(table(["dead letter", &letter.id], rows))?;

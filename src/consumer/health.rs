@@ -16,11 +16,11 @@ const BEAT_EVERY: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Paused {
     /// The database does not answer, or has not been asked yet.
-    StoreAway,
+    DatabaseUnavailable,
     /// Too many events wait in the outbox.
     Backlog,
     /// An operator has asked for quiet.
-    Quiet,
+    ByOperator,
     /// The daemon stops.
     Draining,
 }
@@ -29,9 +29,9 @@ impl Paused {
     /// The stable text form.
     pub(super) const fn as_str(self) -> &'static str {
         match self {
-            Self::StoreAway => "store_away",
+            Self::DatabaseUnavailable => "database_unavailable",
             Self::Backlog => "backlog",
-            Self::Quiet => "quiet",
+            Self::ByOperator => "by_operator",
             Self::Draining => "draining",
         }
     }
@@ -42,7 +42,7 @@ impl Paused {
 pub struct ConsumerHealth {
     heartbeat: Arc<Heartbeat>,
     subscribed_since: Mutex<Option<Instant>>,
-    in_hand: AtomicUsize,
+    in_flight: AtomicUsize,
     paused: Mutex<Option<Paused>>,
     problem: Mutex<Option<String>>,
 }
@@ -68,8 +68,8 @@ impl ConsumerHealth {
 
     /// Requests in hand.
     #[must_use]
-    pub fn in_hand(&self) -> usize {
-        self.in_hand.load(Ordering::Relaxed)
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
     }
 
     /// Why no new requests are taken, if that is so: `store_away`, `backlog`, `quiet` or `draining`.
@@ -120,18 +120,18 @@ impl ConsumerHealth {
     }
 
     /// Counts one more request in hand, for as long as the guard lives.
-    pub(super) fn take_in_hand(self: &Arc<Self>) -> InHand {
-        telemetry::runs_in_hand(self.in_hand.fetch_add(1, Ordering::Relaxed) + 1);
-        InHand(Arc::clone(self))
+    pub(super) fn track_in_flight(self: &Arc<Self>) -> InFlight {
+        telemetry::deliveries_in_flight(self.in_flight.fetch_add(1, Ordering::Relaxed) + 1);
+        InFlight(Arc::clone(self))
     }
 }
 
 /// One request in hand.
-pub(super) struct InHand(Arc<ConsumerHealth>);
+pub(super) struct InFlight(Arc<ConsumerHealth>);
 
-impl Drop for InHand {
+impl Drop for InFlight {
     fn drop(&mut self) {
-        telemetry::runs_in_hand(self.0.in_hand.fetch_sub(1, Ordering::Relaxed) - 1);
+        telemetry::deliveries_in_flight(self.0.in_flight.fetch_sub(1, Ordering::Relaxed) - 1);
     }
 }
 

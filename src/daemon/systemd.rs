@@ -57,7 +57,7 @@ fn status(health: &ConsumerHealth) -> String {
         (None, None) if health.subscribed() => "requests are taken".to_owned(),
         (None, None) => "subscribing".to_owned(),
     };
-    format!("{doing}; {} in hand", health.in_hand())
+    format!("{doing}; {} in flight", health.in_flight())
 }
 
 fn notify(state: &[NotifyState<'_>]) {

@@ -1,9 +1,11 @@
-//! The broker room by itself: topology and its drift, fates of published messages, dead letters.
+//! The broker room by itself: topology and its drift, outcomes of published messages, dead letters.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use inventoryd::broker::{Broker, BrokerError, DeadLetter, Delivery, Fate, Names, Outgoing, Rung, Subscription};
+use inventoryd::broker::{
+    Broker, BrokerError, DeadLetter, Delivery, Names, Outgoing, PublishOutcome, RetryTier, Subscription,
+};
 use inventoryd::config::{Config, TopologyMode};
 use inventoryd::domain::failure::{DeadReason, Rejection};
 use lapin::options::{
@@ -115,14 +117,14 @@ async fn drift_is_told_in_full_and_nothing_is_changed() {
         format!("queue {}: x-delivery-limit is 20 on the broker, the configuration wants 7", rig.names().requests);
     assert_eq!(other.to_string().lines().nth(1), Some(line.as_str()));
 
-    let rung = rig.names().retry(Rung::TwoMinutes);
+    let tier = rig.names().retry(RetryTier::TwoMinutes);
     rig.delete_queue(&rig.names().requests).await;
-    rig.delete_queue(&rung).await;
+    rig.delete_queue(&tier).await;
     let durable = QueueDeclareOptions::durable();
     rig.channel.queue_declare(rig.names().requests.as_str().into(), durable, FieldTable::default()).await.unwrap();
     let mut arguments = strings(&[("x-queue-type", "quorum"), ("x-dead-letter-exchange", &rig.names().sync)]);
     arguments.insert("x-message-ttl".into(), AMQPValue::LongInt(7));
-    rig.channel.queue_declare(rung.as_str().into(), durable, arguments).await.unwrap();
+    rig.channel.queue_declare(tier.as_str().into(), durable, arguments).await.unwrap();
     let verify = rig.broker_with(|config| config.topology.mode = TopologyMode::Verify);
     for broker in [&rig.broker, &verify] {
         let Err(drift @ BrokerError::Drift(_)) = broker.subscribe(4).await else {
@@ -148,7 +150,7 @@ async fn a_refused_login_never_shows_the_password() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_in_hand_can_be_settled_after_the_consumer_was_cancelled() {
+async fn in_flight_deliveries_can_be_settled_after_a_cancel() {
     let rig = Rig::new().await;
     let mut subscription = rig.broker.subscribe(4).await.unwrap();
     let mut seen = BTreeSet::new();
@@ -191,20 +193,25 @@ async fn unroutable_events_of_a_large_batch_are_known_one_by_one() {
     let mut tail = rig.broker.tail_events("run.completed.success.#").await.unwrap();
     // All two hundred are one batch, which a busy machine may take long over.
     let publisher = rig.broker_with(|config| config.broker.operation_timeout_s = 30).publisher();
-    assert_eq!(publisher.publish(vec![event("run.completed.failed.t")]).await, [Fate::Confirmed]);
+    assert_eq!(publisher.publish(vec![event("run.completed.failed.t")]).await, [PublishOutcome::Confirmed]);
     assert_eq!(rig.depth(&rig.names().unrouted).await, 1, "the net holds what nobody subscribes to");
     let net = rig.names().unrouted.as_str().into();
     rig.channel.exchange_delete(net, ExchangeDeleteOptions::default()).await.unwrap();
     for round in 0..10 {
         let fits = |number: usize| !(number * 7 + round).is_multiple_of(5);
         let key = |number| if fits(number) { "run.completed.success.t" } else { "run.completed.failed.t" };
-        let expected: Vec<Fate> =
-            (0..200).map(|number| if fits(number) { Fate::Confirmed } else { Fate::Unroutable }).collect();
+        let expected: Vec<PublishOutcome> = (0..200)
+            .map(|number| if fits(number) { PublishOutcome::Confirmed } else { PublishOutcome::Unroutable })
+            .collect();
         assert_eq!(publisher.publish((0..200).map(|number| event(key(number))).collect()).await, expected);
     }
     assert_eq!(tail.next().await.unwrap().unwrap().routing_key, "run.completed.success.t");
     publisher.close().await;
-    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Confirmed], "it opens again");
+    assert_eq!(
+        publisher.publish(vec![event("run.completed.success.t")]).await,
+        [PublishOutcome::Confirmed],
+        "it opens again"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -214,10 +221,10 @@ async fn a_rung_that_was_deleted_is_made_again() {
     let publisher = rig.broker.publisher();
     rig.publish(b"x", BasicProperties::default()).await;
     let delivery = next(&mut subscription).await;
-    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Confirmed]);
-    rig.delete_queue(&rig.names().retry(Rung::FiveSeconds)).await;
-    assert_eq!(publisher.park(&delivery, Rung::FiveSeconds).await, Fate::Unroutable);
-    assert_eq!(publisher.park(&delivery, Rung::FiveSeconds).await, Fate::Confirmed);
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [PublishOutcome::Confirmed]);
+    rig.delete_queue(&rig.names().retry(RetryTier::FiveSeconds)).await;
+    assert_eq!(publisher.schedule_retry(&delivery, RetryTier::FiveSeconds).await, PublishOutcome::Unroutable);
+    assert_eq!(publisher.schedule_retry(&delivery, RetryTier::FiveSeconds).await, PublishOutcome::Confirmed);
     rig.broker.publish_request(b"{}".to_vec(), "application/json", None).await.unwrap();
     assert_eq!(next(&mut subscription).await.body, b"{}");
 }
@@ -231,12 +238,12 @@ async fn two_dead_letters(rig: &Rig, subscription: &mut Subscription) {
     let properties = BasicProperties::default().with_headers(headers).with_message_id("m-1".into());
     rig.publish(b"\xff bad", properties.with_user_id("guest".into())).await;
     let delivery = next(subscription).await;
-    assert_eq!(publisher.park(&delivery, Rung::FiveSeconds).await, Fate::Confirmed);
+    assert_eq!(publisher.schedule_retry(&delivery, RetryTier::FiveSeconds).await, PublishOutcome::Confirmed);
     assert!(delivery.ack().await.unwrap());
     let parked = next(subscription).await;
     assert_eq!((parked.retries, parked.deferred_s), (1, 5));
     let rejection = Rejection::new(DeadReason::InvalidJson, "not JSON: line 1");
-    assert_eq!(publisher.bury(&parked, &rejection, "test").await, Fate::Confirmed);
+    assert_eq!(publisher.dead_letter(&parked, &rejection, "test").await, PublishOutcome::Confirmed);
     assert!(parked.ack().await.unwrap());
     rig.publish(b"poison", BasicProperties::default()).await;
     while rig.depth(&rig.names().dead).await < 2 {

@@ -116,7 +116,7 @@ async fn a_read_only_database_pauses_consumption() {
     read_only(&database, true).await;
     let health = replica.daemon().health();
     within(Duration::from_secs(15), "consumption stops", || async { (!health.subscribed()).then_some(()) }).await;
-    assert_eq!(health.paused(), Some("store_away"));
+    assert_eq!(health.paused(), Some("database_unavailable"));
     for request in &requests[20..] {
         world.publish(request).await;
     }

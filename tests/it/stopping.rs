@@ -41,7 +41,7 @@ async fn a_stopping_daemon_finishes_what_it_can() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_does_not_finish_in_time_is_handed_back_and_finished_by_another() {
+async fn unfinished_runs_are_requeued_and_finished_by_another_replica() {
     let world = World::new().await;
     world.sim.add_rule(slow(6_000));
     let mut process = Process::start(&world, "a", &[("CONSUMER__DRAIN_S", "1"), ("CONSUMER__PREFETCH", "2")]);

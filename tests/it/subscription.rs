@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use inventoryd::broker::Fate;
+use inventoryd::broker::PublishOutcome;
 use lapin::BasicProperties;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -56,9 +56,9 @@ async fn a_frozen_broker_is_noticed_by_its_heartbeats_and_left() {
     let rig = Rig::on(&fragile.0.url).await;
     let mut subscription = rig.broker.subscribe(4).await.unwrap();
     let publisher = rig.broker.publisher();
-    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Confirmed]);
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [PublishOutcome::Confirmed]);
     fragile.command("pause").await;
-    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Unknown]);
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [PublishOutcome::Unknown]);
     let lost = tokio::time::timeout(Duration::from_secs(15), subscription.next()).await.expect("it is noticed");
     assert!(matches!(lost, Some(Err(_)) | None));
     drop(subscription);
@@ -67,7 +67,7 @@ async fn a_frozen_broker_is_noticed_by_its_heartbeats_and_left() {
     assert!(begun.elapsed() < Duration::from_secs(5), "no try is without a limit");
     fragile.command("resume").await;
     eventually("events flow again", || async {
-        (publisher.publish(vec![event("run.completed.success.t")]).await == [Fate::Confirmed]).then_some(())
+        (publisher.publish(vec![event("run.completed.success.t")]).await == [PublishOutcome::Confirmed]).then_some(())
     })
     .await;
     rig.broker.subscribe(4).await.unwrap().close(Duration::from_secs(1)).await;
@@ -80,19 +80,19 @@ async fn a_memory_alarm_blocks_publishing_and_not_consuming() {
     let mut subscription = rig.broker.subscribe(4).await.unwrap();
     let publisher = rig.broker.publisher();
     rig.publish(b"one", BasicProperties::default()).await;
-    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Confirmed]);
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [PublishOutcome::Confirmed]);
     fragile.memory_alarm(true).await;
-    let mut fates = Vec::new();
+    let mut outcomes = Vec::new();
     for _ in 0..3 {
-        fates.extend(publisher.publish(vec![event("run.completed.success.t")]).await);
+        outcomes.extend(publisher.publish(vec![event("run.completed.success.t")]).await);
     }
-    assert_eq!(fates, [Fate::Unknown, Fate::Refused, Fate::Refused]);
+    assert_eq!(outcomes, [PublishOutcome::Unknown, PublishOutcome::Refused, PublishOutcome::Refused]);
     assert!(publisher.blocked());
     assert!(next(&mut subscription).await.ack().await.unwrap(), "deliveries and acknowledgements go on");
     assert_eq!(subscription.ready().await.unwrap(), 0);
     fragile.memory_alarm(false).await;
     eventually("the end of the alarm is noticed", || async { (!publisher.blocked()).then_some(()) }).await;
-    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [Fate::Confirmed]);
+    assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [PublishOutcome::Confirmed]);
     fragile.memory_alarm(true).await;
     publisher.publish(vec![event("run.completed.success.t")]).await;
     let begun = Instant::now();
@@ -174,19 +174,19 @@ async fn pass_frames(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, swallow: &
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn quiet_takes_nothing_new_and_goes_on_with_what_is_in_hand() {
+async fn operator_pause_takes_nothing_new_and_finishes_what_is_in_flight() {
     let world = World::new().await;
     world.sim.add_rule(slow(1_500));
     let replica = Replica::start(&world).await;
     world.publish(&world.request("before", &["mobileApp"])).await;
-    eventually("it is in hand", || async { (replica.daemon().health().in_hand() == 1).then_some(()) }).await;
+    eventually("it is in hand", || async { (replica.daemon().health().in_flight() == 1).then_some(()) }).await;
     replica.daemon().stop().quiet.send_replace(true);
-    eventually("quiet", || async { (replica.daemon().health().paused() == Some("quiet")).then_some(()) }).await;
+    eventually("quiet", || async { (replica.daemon().health().paused() == Some("by_operator")).then_some(()) }).await;
     eventually("nothing is taken", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
     world.publish(&world.request("during", &["deviceShellScript"])).await;
     assert_eq!(world.ended("before").await["status"], "success");
     eventually("its message is settled on the same channel", || async {
-        (replica.daemon().health().in_hand() == 0).then_some(())
+        (replica.daemon().health().in_flight() == 0).then_some(())
     })
     .await;
     assert_eq!(world.depth("inventory.sync.requests").await, 1);

@@ -15,8 +15,8 @@ const LOOK_WHILE_CLOSED: Duration = Duration::from_secs(1);
 /// A frozen database never answers; the client would wait for ever.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The keeper of the gate. What it decides stands in the channel.
-pub(super) struct Gate {
+/// The keeper of the intake. What it decides stands in the channel.
+pub(super) struct Intake {
     store: Store,
     high_water: i64,
     quiet: watch::Receiver<bool>,
@@ -25,10 +25,10 @@ pub(super) struct Gate {
     trouble: Arc<Notify>,
 }
 
-impl Gate {
-    /// A gate that is closed until the database has answered once.
+impl Intake {
+    /// A intake that is closed until the database has answered once.
     pub(super) fn new(store: Store, high_water: i64, quiet: watch::Receiver<bool>, trouble: Arc<Notify>) -> Self {
-        Self { store, high_water, quiet, state: watch::Sender::new(Some(Paused::StoreAway)), trouble }
+        Self { store, high_water, quiet, state: watch::Sender::new(Some(Paused::DatabaseUnavailable)), trouble }
     }
 
     pub(super) fn watch(&self) -> watch::Receiver<Option<Paused>> {
@@ -52,11 +52,11 @@ impl Gate {
 
     async fn look(&self) -> Option<Paused> {
         if *self.quiet.borrow() {
-            return Some(Paused::Quiet);
+            return Some(Paused::ByOperator);
         }
         match timeout(PATIENCE, self.unsent()).await {
             Ok(Ok(unsent)) => (unsent >= self.limit()).then_some(Paused::Backlog),
-            Ok(Err(_)) | Err(_) => Some(Paused::StoreAway),
+            Ok(Err(_)) | Err(_) => Some(Paused::DatabaseUnavailable),
         }
     }
 
@@ -65,7 +65,7 @@ impl Gate {
         Ok(self.store.outbox_backlog().await?.unsent)
     }
 
-    /// Once closed for its backlog, the gate opens again at half of it.
+    /// Once closed for its backlog, the intake opens again at half of it.
     fn limit(&self) -> i64 {
         if *self.state.borrow() == Some(Paused::Backlog) {
             self.high_water.div_euclid(2).max(1)

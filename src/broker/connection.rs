@@ -15,7 +15,7 @@ use lapin::protocol::{AMQPClass, connection, parse_class};
 use lapin::tcp::AsyncTcpStream;
 use lapin::types::AMQPValue;
 use lapin::uri::AMQPUri;
-use lapin::{Channel, Connection, ConnectionProperties};
+use lapin::{Channel, ConnectionProperties};
 
 use super::error::{BrokerError, within};
 use super::tls::{self, Stream, Tls};
@@ -35,26 +35,26 @@ pub(super) struct Opening {
 }
 
 /// A connection that is cut when it is dropped.
-pub(super) struct Wire {
-    connection: Connection,
+pub(super) struct Connection {
+    connection: lapin::Connection,
     answer_limit: Duration,
-    _cutter: Cutter,
+    _shutdown: ShutdownOnDrop,
 }
 
-impl Wire {
+impl Connection {
     /// Connects once, without any recovery in the client: whoever holds the wire builds a new one.
     pub(super) async fn open(opening: &Opening, uri: AMQPUri) -> Result<Self, BrokerError> {
-        let cutter = Cutter::default();
-        let (socket, tls, limit) = (cutter.clone_handle(), opening.tls.clone(), opening.connect_limit);
+        let shutdown = ShutdownOnDrop::default();
+        let (socket, tls, limit) = (shutdown.clone_handle(), opening.tls.clone(), opening.connect_limit);
         let connect = async move |uri: AMQPUri, runtime: TokioRuntime| {
             let stream = within_on(&runtime, limit, tls.connect(&uri, &runtime)).await?;
             socket.keep(&stream)?;
             Ok(stream)
         };
         let properties = ConnectionProperties::default().with_connection_name(opening.name.clone().into());
-        let connection = Connection::connector(uri, opening.runtime.clone(), connect, properties);
+        let connection = lapin::Connection::connector(uri, opening.runtime.clone(), connect, properties);
         let connection = within(limit, "connecting", connection).await?;
-        Ok(Self { connection, answer_limit: opening.answer_limit, _cutter: cutter })
+        Ok(Self { connection, answer_limit: opening.answer_limit, _shutdown: shutdown })
     }
 
     /// A new channel.
@@ -147,7 +147,7 @@ async fn within_on<T>(
 /// A second handle on the socket. Dropping the client's connection asks its thread to say goodbye, which it can't do
 /// while the broker blocks it or is frozen; shutting the socket ends the thread in any case.
 #[derive(Default)]
-struct Cutter(Arc<Mutex<Socket>>);
+struct ShutdownOnDrop(Arc<Mutex<Socket>>);
 
 #[derive(Default)]
 enum Socket {
@@ -157,13 +157,13 @@ enum Socket {
     Cut,
 }
 
-impl Cutter {
+impl ShutdownOnDrop {
     fn clone_handle(&self) -> SocketHandle {
         SocketHandle(Arc::clone(&self.0))
     }
 }
 
-impl Drop for Cutter {
+impl Drop for ShutdownOnDrop {
     fn drop(&mut self) {
         if let Socket::Open(socket) = std::mem::replace(&mut *lock(&self.0), Socket::Cut) {
             // It fails if the peer has closed already, which is as good.
@@ -172,7 +172,7 @@ impl Drop for Cutter {
     }
 }
 
-/// Hands the socket to the cutter once it is open.
+/// Hands the socket to the shutdown once it is open.
 struct SocketHandle(Arc<Mutex<Socket>>);
 
 impl SocketHandle {
