@@ -309,7 +309,7 @@ impl ConsumeLoop {
         let what = error.map_or_else(|| what_ended(cause).to_owned(), |error| error.to_string());
         warn!(cause, problem = what, in_flight = self.health.in_flight(), "no subscription; trying again");
         self.health.set_problem(what);
-        telemetry::session(cause);
+        telemetry::resubscribed(cause);
         self.waiting.clear();
     }
 

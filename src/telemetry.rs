@@ -147,8 +147,8 @@ metrics! {
         "inventoryd_dead_letters_total" "Messages moved to the dead-letter queue, by reason.";
     ack_lost() increment() Counter
         "inventoryd_acks_lost_total" "Acknowledgements that found their channel gone; the redelivery is answered as a duplicate.";
-    session(cause: &'static str => cause; ["error", "ended", "watchdog"]) increment() Counter
-        "inventoryd_broker_sessions_total" "Subscriptions rebuilt, by cause: error, ended, watchdog.";
+    resubscribed(cause: &'static str => cause; ["error", "ended", "watchdog"]) increment() Counter
+        "inventoryd_resubscriptions_total" "Subscriptions rebuilt, by cause: error, ended, watchdog.";
     subscribed() set(yes: bool => f64::from(u8::from(yes))) Gauge
         "inventoryd_subscribed" "1 while this replica has a live subscription.";
     broker_blocked() set(yes: bool => f64::from(u8::from(yes))) Gauge
@@ -165,8 +165,8 @@ metrics! {
         "inventoryd_graph_request_duration_seconds" "How long single requests to Graph took.";
     graph_throttle_wait() record(wait: Duration => wait.as_secs_f64()) Histogram
         "inventoryd_graph_throttle_wait_seconds" "How long runs waited because Graph asked them to.";
-    graph_pace_wait() record(wait: Duration => wait.as_secs_f64()) Histogram
-        "inventoryd_graph_pace_wait_seconds" "How long requests waited to stay under Graph's documented limits.";
+    graph_rate_limit_wait() record(wait: Duration => wait.as_secs_f64()) Histogram
+        "inventoryd_graph_rate_limit_wait_seconds" "How long requests waited to stay under Graph's documented limits.";
     graph_select_refused() increment() Counter
         "inventoryd_graph_select_refused_total" "Lists asked again without $select because Graph refused it.";
     graph_token(outcome: &'static str => outcome; ["ok", "failed"]) increment() Counter

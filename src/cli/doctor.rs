@@ -47,7 +47,7 @@ struct Finding {
     missing_permissions: Vec<String>,
 }
 
-struct Patient<'a> {
+struct ProbeContext<'a> {
     graph: &'a GraphClient,
     tenant_id: Uuid,
     credential: &'a str,
@@ -68,11 +68,11 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
     let scope = scope(&args.selection, &config.graph.catalog()?)?;
     let graph = GraphClient::new(&config.graph).map_err(|error| CliError::Failed(error.to_string()))?;
     let consent_link = consent_link(config.graph.authority(), args.tenant, &config.graph.credentials[&credential]);
-    let patient = Patient { graph: &graph, tenant_id: args.tenant, credential: &credential, consent_link };
+    let probe = ProbeContext { graph: &graph, tenant_id: args.tenant, credential: &credential, consent_link };
     let roles = graph.token_roles(args.tenant, &credential).await.map_err(|failure| no_token(&credential, &failure))?;
-    let findings = examine(&patient, scope, roles.as_deref()).await;
-    report(&patient, &findings, roles.as_deref(), context)?;
-    Ok(if findings.iter().all(|finding| finding.works) { Outcome::Done } else { Outcome::Bad })
+    let findings = examine(&probe, scope, roles.as_deref()).await;
+    report(&probe, &findings, roles.as_deref(), context)?;
+    Ok(if findings.iter().all(|finding| finding.works) { Outcome::Done } else { Outcome::Unsuccessful })
 }
 
 /// Where an administrator of the tenant grants what the application asks for; none for an identity that is no application of
@@ -101,11 +101,11 @@ fn no_token(credential: &str, failure: &Failure) -> CliError {
     ))
 }
 
-async fn examine(patient: &Patient<'_>, scope: Scope, roles: Option<&[String]>) -> Vec<Finding> {
+async fn examine(probe: &ProbeContext<'_>, scope: Scope, roles: Option<&[String]>) -> Vec<Finding> {
     let count = scope.listings.len();
     let waiting = spinner(format!("trying {count} lists"));
     let tries = stream::iter(scope.listings).map(async |listing: Listing| {
-        let tried = patient.graph.probe(patient.tenant_id, patient.credential, &listing.collection).await;
+        let tried = probe.graph.probe(probe.tenant_id, probe.credential, &listing.collection).await;
         findings_of(&listing, tried.err().as_ref(), roles)
     });
     let mut findings: Vec<Finding> = tries.buffer_unordered(AT_ONCE).flat_map(stream::iter).collect().await;
@@ -142,7 +142,7 @@ fn grants(role: &str, wanted: &str) -> bool {
 }
 
 fn report(
-    patient: &Patient<'_>,
+    probe: &ProbeContext<'_>,
     findings: &[Finding],
     roles: Option<&[String]>,
     context: &mut Context<'_>,
@@ -157,8 +157,8 @@ fn report(
     }
     if context.out.is_json() {
         return context.out.json(&json!({
-            "tenant_id": patient.tenant_id, "credential": patient.credential, "granted_permissions": roles,
-            "missing_permissions": to_grant, "consent_link": patient.consent_link, "working": working, "types": findings }));
+            "tenant_id": probe.tenant_id, "credential": probe.credential, "granted_permissions": roles,
+            "missing_permissions": to_grant, "consent_link": probe.consent_link, "working": working, "types": findings }));
     }
     let header = ["type", "readable", "problem", "grant", "remedy"];
     context.out.line(table(header, findings.iter().map(row)))?;
@@ -168,7 +168,7 @@ fn report(
     }
     let to_grant: Vec<&str> = to_grant.into_iter().collect();
     context.out.line(format_args!("grant with admin consent: {}", to_grant.join(", ")))?;
-    match &patient.consent_link {
+    match &probe.consent_link {
         Some(link) => context.out.line(format_args!("once the application asks for that: {link}")),
         None => Ok(()),
     }

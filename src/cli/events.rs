@@ -54,7 +54,7 @@ async fn tail_to_end(args: &Tail, tail: &mut EventTail, context: &mut Context<'_
             None => tail.next().await,
             Some(deadline) => match tokio::time::timeout(deadline.remaining(), tail.next()).await {
                 Ok(next) => next,
-                Err(_) => return Ok(if args.max.is_some() { Outcome::Bad } else { Outcome::Done }),
+                Err(_) => return Ok(if args.max.is_some() { Outcome::Unsuccessful } else { Outcome::Done }),
             },
         };
         let event =

@@ -75,7 +75,7 @@ enum Outcome {
     /// It did what was asked.
     Done,
     /// It did, and what it found is bad; it has said so itself.
-    Bad,
+    Unsuccessful,
 }
 
 /// Why a command did not run to its end.
@@ -89,13 +89,13 @@ enum CliError {
     Usage(String),
     /// Nobody reads standard output any more: no reason to complain.
     #[error("standard output was closed")]
-    NobodyReads,
+    BrokenPipe,
 }
 
 impl From<std::io::Error> for CliError {
     fn from(error: std::io::Error) -> Self {
         match error.kind() {
-            std::io::ErrorKind::BrokenPipe => Self::NobodyReads,
+            std::io::ErrorKind::BrokenPipe => Self::BrokenPipe,
             _ => Self::Failed(format!("can't write to standard output: {error}")),
         }
     }
@@ -230,8 +230,8 @@ fn report(ended: &Result<Outcome, CliError>) {
 
 fn exit_code(ended: &Result<Outcome, CliError>) -> u8 {
     match ended {
-        Ok(Outcome::Done) | Err(CliError::NobodyReads) => 0,
-        Ok(Outcome::Bad) | Err(CliError::Failed(_)) => 1,
+        Ok(Outcome::Done) | Err(CliError::BrokenPipe) => 0,
+        Ok(Outcome::Unsuccessful) | Err(CliError::Failed(_)) => 1,
         Err(CliError::Usage(_)) => 2,
     }
 }
@@ -279,7 +279,7 @@ mod tests {
     fn a_closed_pipe_is_no_failure() {
         let cli = Cli::try_parse_from(["inventoryd", "types"]).unwrap();
         let ended = run(cli, &mut Closed);
-        assert!(matches!(ended, Err(CliError::NobodyReads)));
+        assert!(matches!(ended, Err(CliError::BrokenPipe)));
         assert_eq!(exit_code(&ended), 0);
     }
 }

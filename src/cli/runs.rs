@@ -110,7 +110,7 @@ async fn watch(args: &Watch, context: &mut Context<'_>) -> Result<Outcome, CliEr
 
 /// What the state of a run means for the exit code of who waited for it.
 pub(super) fn by_status(status: RunStatus) -> Outcome {
-    if status == RunStatus::Success { Outcome::Done } else { Outcome::Bad }
+    if status == RunStatus::Success { Outcome::Done } else { Outcome::Unsuccessful }
 }
 
 fn unknown(run_id: Uuid) -> CliError {
@@ -197,7 +197,7 @@ mod tests {
     fn only_success_is_a_good_end() {
         assert_eq!(by_status(RunStatus::Success), Outcome::Done);
         for status in [RunStatus::Partial, RunStatus::Failed, RunStatus::Skipped, RunStatus::Running] {
-            assert_eq!(by_status(status), Outcome::Bad);
+            assert_eq!(by_status(status), Outcome::Unsuccessful);
         }
     }
 

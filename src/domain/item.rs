@@ -4,14 +4,14 @@ use std::borrow::Cow;
 use std::sync::{Arc, LazyLock};
 
 use memchr::memmem::Finder;
-use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::catalog::Collection;
 use super::platform;
 use super::policy_type::{Discriminator, PlatformRule, PolicyType};
-use super::properties::{BorrowedText, Properties, scalar_text};
+use super::raw_object::BorrowedText;
+pub use super::raw_object::{BadObject, RawObject};
 
 /// The longest display name that is kept, in characters.
 pub const MAX_DISPLAY_NAME_CHARS: usize = 1_024;
@@ -35,42 +35,7 @@ pub struct InventoryItem {
     pub meta: String,
 }
 
-/// An object that can't be kept, with its id if it has one.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BadObject {
-    /// Its id, if that much could be read.
-    pub external_id: Option<String>,
-}
-
-/// A Graph object, its values still in the bytes of the page.
-#[derive(Debug, Deserialize)]
-pub struct RawObject<'a>(#[serde(borrow)] Properties<'a>);
-
-impl<'a> RawObject<'a> {
-    /// Takes the object apart without copying its values.
-    ///
-    /// # Errors
-    /// If it is not a JSON object.
-    pub fn parse(text: &'a str) -> Result<Self, BadObject> {
-        serde_json::from_str(text).map_err(|_| BadObject { external_id: None })
-    }
-
-    /// The text of a property: a string as it is, numbers and booleans as they are written.
-    fn text(&self, name: &str) -> Option<Cow<'a, str>> {
-        scalar_text(self.0.get(name)?)
-    }
-
-    /// The text at a dotted path.
-    fn text_at(&self, path: &str) -> Option<Cow<'a, str>> {
-        let Some((first, rest)) = path.split_once('.') else { return self.text(path) };
-        let nested: RawObject<'a> = serde_json::from_str(self.0.get(first)?.get()).ok()?;
-        nested.text_at(rest)
-    }
-
-    fn odata_type(&self) -> Option<Cow<'a, str>> {
-        self.text("@odata.type")
-    }
-
+impl RawObject<'_> {
     /// The policy type of `collection` that claims it, selected or not.
     #[must_use]
     pub fn classify<'c>(&self, collection: &'c Collection) -> Option<&'c Arc<PolicyType>> {
@@ -141,7 +106,7 @@ impl<'a> RawObject<'a> {
         let mut json = String::with_capacity(USUAL_META_BYTES);
         json.push('{');
         for name in &policy_type.meta {
-            let Some(value) = self.0.get(name).and_then(keep) else { continue };
+            let Some(value) = self.get(name).and_then(keep) else { continue };
             if json.len() > 1 {
                 json.push(',');
             }

@@ -1,4 +1,4 @@
-//! The words of the field as types: pure, no async, no I/O.
+//! Domain types and rules: pure, no async, no I/O.
 
 pub mod catalog;
 pub mod clock;
@@ -8,7 +8,7 @@ pub mod failure;
 pub mod item;
 mod platform;
 pub mod policy_type;
-mod properties;
+mod raw_object;
 pub mod request;
 pub mod run;
 pub mod selection;

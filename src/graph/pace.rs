@@ -91,7 +91,7 @@ impl Pace {
         drop(sent);
         let waited = came.elapsed();
         if waited >= WORTH_COUNTING {
-            telemetry::graph_pace_wait(waited);
+            telemetry::graph_rate_limit_wait(waited);
         }
     }
 
