@@ -9,6 +9,8 @@ use crate::sim::{Action, Rule, Which};
 use crate::support::daemon::Replica;
 use crate::support::world::World;
 
+const APPS: &str = "deviceAppManagement/mobileApps";
+const ENROLLMENT: &str = "deviceManagement/deviceEnrollmentConfigurations";
 const ITEMS: &str = "select * from inventory_items order by tenant_id, policy_type, external_id";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -39,8 +41,8 @@ async fn renamed_objects_count_as_changed_and_new_ones_as_created() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     world.sync("first", &["mobileApp"]).await;
-    world.sim.rename_object(world.tenant, "deviceAppManagement/mobileApps", Which::Index(0), "Brand new name").unwrap();
-    world.sim.add_objects(world.tenant, "deviceAppManagement/mobileApps", 2).unwrap();
+    world.sim.rename_object(world.tenant, APPS, Which::Index(0), "Brand new name").unwrap();
+    world.sim.add_objects(world.tenant, APPS, 2).unwrap();
     let second = world.sync("second", &["mobileApp"]).await;
     assert_eq!(second["items_changed_count"], 1);
     assert_eq!(second["items_created_count"], 2);
@@ -49,14 +51,12 @@ async fn renamed_objects_count_as_changed_and_new_ones_as_created() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ids_repeated_across_pages_are_one_item() {
-    const POLICIES: &str = "deviceManagement/configurationPolicies";
-    let world = World::with_three_pages(POLICIES).await;
+    let world = World::with_three_pages(APPS).await;
     let _replica = Replica::start(&world).await;
-    world.sim.add_rule(rule(POLICIES, Action::DuplicateIds { count: 3 }));
-    let run = world.sync("overlap", &["settingsCatalogPolicy"]).await;
-    assert_eq!(run["status"], "success");
-    let items = world.count("select count(*) from inventory_items").await;
-    assert_eq!(run["items_observed_count"], items, "distinct objects are counted once");
+    world.sim.add_rule(rule(APPS, Action::DuplicateIds { count: 3 }));
+    let run = world.sync("overlap", &["mobileApp"]).await;
+    assert_eq!((&run["status"], &run["items_observed_count"]), (&json!("success"), &json!(60)));
+    assert_eq!(world.count("select count(*) from inventory_items").await, 60);
     let sent = world.sim.state().tenants[&world.tenant].objects;
     assert_eq!(sent, 66, "Graph sent some objects twice");
 }
@@ -150,12 +150,28 @@ async fn foreign_tables_are_never_touched() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unclassified_object_is_counted_and_not_stored() {
+    let world = World::with_three_pages(ENROLLMENT).await;
+    let _replica = Replica::start(&world).await;
+    let before = world.sync("before", &["enrollmentDeviceLimit"]).await;
+    // On every page, with one id.
+    let object = json!({ "@odata.type": "#microsoft.graph.unknownEnrollmentConfiguration", "id": "unknown" });
+    world.sim.add_rule(rule(ENROLLMENT, Action::ExtraObject { object }));
+    let run = world.sync("odd", &["enrollmentDeviceLimit"]).await;
+    let unclassified = |run: &Value| run["items_unclassified_count"].as_i64().unwrap();
+    assert_eq!((&run["status"], unclassified(&run)), (&json!("success"), unclassified(&before) + 1), "{run}");
+    assert_eq!(world.count("select count(*) from inventory_items where external_id = 'unknown'").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unreadable_object_of_a_shared_list_is_an_error_of_its_fallback_type() {
+    const CONFIGURATIONS: &str = "deviceManagement/deviceConfigurations";
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
-    world.sim.add_rule(rule("deviceManagement/deviceEnrollmentConfigurations", Action::Unclassified));
-    let run = world.sync("odd", &["enrollmentDeviceLimit"]).await;
-    assert!(run["items_unclassified_count"].as_i64().unwrap() >= 1, "{run}");
-    assert_eq!(run["status"], "success");
+    world.sim.add_rule(rule(CONFIGURATIONS, Action::ExtraObject { object: json!(17) }));
+    let run = world.sync("odd", &["deviceConfiguration", "windowsUpdateRing"]).await;
+    assert_eq!((&run["status"], &run["errors_count"]), (&json!("partial"), &json!(1)), "{run}");
+    let faulty = world.rows("select policy_type from inventory_sync_run_types where errors_count > 0").await;
+    assert_eq!(faulty, [json!({ "policy_type": "deviceConfiguration" })]);
 }
 
 fn rule(path: &str, action: Action) -> Rule {
