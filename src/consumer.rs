@@ -1,8 +1,8 @@
-//! The pump: takes requests off the queue, at most `consumer.prefetch` at a time, has each run, and settles it.
+//! Consume loop: takes at most `consumer.prefetch` requests at a time, runs each and settles it.
 //!
-//! A session (connection, channel, topology, prefetch, consumer) is never mended. It is rebuilt on an error, when its
-//! stream ends without our asking, and when requests are ready but nothing arrives. What is in hand goes on meanwhile:
-//! its acknowledgement finds the channel gone, and the redelivery finds the run ended or at work.
+//! A session (connection, channel, topology, prefetch, consumer) is never repaired. It is rebuilt after an error, when
+//! its stream ends unexpectedly, and when requests are ready but none arrives. Deliveries in flight continue meanwhile:
+//! their acknowledgements fail, and the redelivery finds the run terminal or in progress.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -30,18 +30,18 @@ use delivery_handler::DeliveryHandler;
 pub use health::ConsumerHealth;
 use health::Paused;
 
-const FIRST_WAIT: Duration = Duration::from_millis(200);
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// A session that stood so long was a good one: the next failure is a new one.
-const GOOD_SESSION: Duration = Duration::from_secs(30);
-/// How long runs have to hand themselves back once they are told to.
-const HAND_BACK: Duration = Duration::from_secs(2);
-/// What opening a session, or a question to the broker, may take: there may be several addresses, and slow answers.
-const BROKER_PATIENCE: Duration = Duration::from_secs(120);
-/// How long each part of a session has to close.
-const CLOSE: Duration = Duration::from_millis(700);
+const FIRST_BACKOFF: Duration = Duration::from_millis(200);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
+/// Session lifetime after which the reconnect backoff starts anew.
+const STABLE_SESSION: Duration = Duration::from_secs(30);
+/// Time that runs have to stop after `abort`.
+const ABORT_GRACE: Duration = Duration::from_secs(2);
+/// Heartbeat allowance for one broker operation: there may be several addresses, each with its own timeouts.
+const BROKER_ALLOWANCE: Duration = Duration::from_secs(120);
+/// Time limit for closing the channel, and again for the connection.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(700);
 
-/// Consumes requests until it is told to stop.
+/// Consumer of the requests queue.
 pub struct Consumer {
     broker: Broker,
     publisher: Publisher,
@@ -57,21 +57,21 @@ struct Settings {
     watchdog: Duration,
     drain: Duration,
     high_water: i64,
-    /// How long a delivery may be in hand beyond its run: the broker takes back what is in hand for longer than
-    /// `consumer.broker_timeout_s`. A third of it is for waiting before the run, a third for waiting out the database.
+    /// Time a delivery may be in flight beyond its run's deadline: after `consumer.broker_timeout_s` the broker closes
+    /// the channel. One third is for waiting before the run, one third for waiting for the database.
     spare: Duration,
 }
 
-/// Why the pump stands still.
+/// Reason for leaving the inner consume loop.
 enum LoopExit {
     Drain,
-    /// The intake has closed or opened.
+    /// The intake paused or resumed.
     IntakeChanged,
     Lost(&'static str, Option<BrokerError>),
 }
 
 impl Consumer {
-    /// A consumer by the configuration; it does nothing before it is run.
+    /// Creates a consumer; [`Consumer::run`] starts it.
     #[must_use]
     pub fn new(broker: Broker, publisher: Publisher, runner: Runner, store: Store, config: &Config) -> Self {
         let settings = Settings {
@@ -84,14 +84,14 @@ impl Consumer {
         Self { broker, publisher, runner, store, settings, health: Arc::default() }
     }
 
-    /// How it is, for others to look at.
+    /// State of this consumer for readiness and `/status`.
     #[must_use]
     pub fn health(&self) -> Arc<ConsumerHealth> {
         Arc::clone(&self.health)
     }
 
-    /// Consumes until it is told to stop. It returns once everything in hand is settled, at the latest a few seconds
-    /// after the drain budget.
+    /// Consumes until `stop.drain`. Returns once all deliveries in flight are settled, a few seconds after the drain
+    /// budget at the latest.
     pub async fn run(self, stop: Stop) {
         let trouble = Arc::new(Notify::new());
         let intake = Intake::new(self.store, self.settings.high_water, stop.quiet.subscribe(), Arc::clone(&trouble));
@@ -120,7 +120,7 @@ impl Consumer {
         };
         tokio::select! {
             () = consume_loop.run() => {}
-            () = intake.keep() => {}
+            () = intake.run() => {}
         }
     }
 }
@@ -130,12 +130,12 @@ struct ConsumeLoop {
     settings: Settings,
     health: Arc<ConsumerHealth>,
     intake: watch::Receiver<Option<Paused>>,
-    /// The cap on requests in hand. The broker's prefetch has the same number, but counts for a session: after a
-    /// rebuild the runs of the one before are still in hand.
+    /// Cap on deliveries in flight. The broker's prefetch is the same number but counts per session: after a rebuild
+    /// the runs of the previous session are still in flight.
     permits: Arc<Semaphore>,
     handler: Arc<DeliveryHandler>,
     tasks: TaskTracker,
-    /// Arrived, but without a permit; each with the moment until which it may wait.
+    /// Deliveries without a permit, each with the deadline of its wait.
     waiting: VecDeque<(Deadline, Delivery)>,
     stop: Stop,
 }
@@ -144,10 +144,10 @@ impl ConsumeLoop {
     async fn run(mut self) {
         let health = Arc::clone(&self.health);
         let mut session = None;
-        let mut waits = Waits::new(FIRST_WAIT, LONGEST_WAIT);
+        let mut waits = Waits::new(FIRST_BACKOFF, MAX_BACKOFF);
         loop {
             let begun = Instant::now();
-            let opened = health.beating(BROKER_PATIENCE, self.open(&mut session)).await;
+            let opened = health.beating(BROKER_ALLOWANCE, self.open(&mut session)).await;
             let standstill = match opened {
                 Ok(Some(subscription)) => self.consume(subscription).await,
                 Ok(None) => self.wait_while_paused(&mut session).await,
@@ -159,18 +159,18 @@ impl ConsumeLoop {
                 LoopExit::Lost(cause, error) => {
                     self.note_loss(cause, error);
                     session = None;
-                    if begun.elapsed() >= GOOD_SESSION {
-                        waits = Waits::new(FIRST_WAIT, LONGEST_WAIT);
+                    if begun.elapsed() >= STABLE_SESSION {
+                        waits = Waits::new(FIRST_BACKOFF, MAX_BACKOFF);
                     }
                     let wait = full_jitter(waits.next_wait());
-                    health.beating(LONGEST_WAIT, self.stop.drain.run_until_cancelled(sleep(wait))).await;
+                    health.beating(MAX_BACKOFF, self.stop.drain.run_until_cancelled(sleep(wait))).await;
                 }
             }
         }
-        health.beating(self.settings.drain + BROKER_PATIENCE, self.drain(session)).await;
+        health.beating(self.settings.drain + BROKER_ALLOWANCE, self.drain(session)).await;
     }
 
-    /// A subscription that takes requests, unless the intake is closed.
+    /// Opens or resumes the subscription; `None` while intake is paused or the daemon drains.
     async fn open<'a>(
         &mut self,
         session: &'a mut Option<Subscription>,
@@ -189,14 +189,14 @@ impl ConsumeLoop {
                     return Ok(None);
                 };
                 *session = Some(subscribed?);
-                info!(version = self.broker.version(), prefetch = self.settings.prefetch, "subscribed");
+                info!(version = self.broker.version(), prefetch = self.settings.prefetch, "Subscribed");
             }
         }
         self.health.set_subscribed(true);
         Ok(session.as_mut())
     }
 
-    /// Takes requests until something stands in the way.
+    /// Takes requests until the intake pauses, the session is lost or the daemon drains.
     async fn consume(&mut self, session: &mut Subscription) -> LoopExit {
         let mut tick = interval(Duration::from_secs(1));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -221,8 +221,8 @@ impl ConsumeLoop {
                 }
                 next = session.next() => match next {
                     Some(Ok(delivery)) => {
-                        watchdog.pet();
-                        // Taken at once if there is a permit; the stream is listened to in any case, for its end.
+                        watchdog.note_activity();
+                        // Polled without a free permit too: only the stream reports its own end.
                         match Arc::clone(&self.permits).try_acquire_owned() {
                             Ok(permit) if self.waiting.is_empty() => self.handle_delivery(delivery, permit),
                             _ => self.waiting.push_back((Deadline::after(self.settings.spare / 3), delivery)),
@@ -236,8 +236,8 @@ impl ConsumeLoop {
                         return LoopExit::Lost("error", Some(error));
                     }
                     let expects = self.waiting.is_empty() && self.permits.available_permits() > 0;
-                    let look = drain.run_until_cancelled(watchdog.look(session, expects));
-                    let looked = self.health.beating(BROKER_PATIENCE, look).await;
+                    let check = drain.run_until_cancelled(watchdog.stalled(session, expects));
+                    let looked = self.health.beating(BROKER_ALLOWANCE, check).await;
                     match looked {
                         Some(Ok(false)) | None => {}
                         Some(Ok(true)) => return LoopExit::Lost("watchdog", None),
@@ -252,14 +252,15 @@ impl ConsumeLoop {
         self.tasks.spawn(Arc::clone(&self.handler).handle_delivery(delivery, permit));
     }
 
-    /// Cancels the consumer, gives back what was not begun, and waits. The channel stays for what is in hand.
+    /// Cancels the consumer, requeues what was not started, and waits for the intake. The channel stays open for
+    /// deliveries in flight.
     async fn wait_while_paused(&mut self, session: &mut Option<Subscription>) -> LoopExit {
         if self.stop.drain.is_cancelled() {
             return LoopExit::Drain;
         }
         if self.health.subscribed() {
             let paused = self.intake.borrow().map(Paused::as_str);
-            info!(paused, in_flight = self.health.in_flight(), "no new requests are taken for now");
+            info!(paused, in_flight = self.health.in_flight(), "Intake paused");
         }
         self.health.set_subscribed(false);
         if let Err(error) = self.requeue_unstarted(session.as_mut()).await {
@@ -286,15 +287,15 @@ impl ConsumeLoop {
             session.cancel().await?;
         }
         for (_, delivery) in self.waiting.drain(..) {
-            // One of a session that is lost is back already.
+            // Fails only if the session was lost, and then the broker has requeued it.
             delivery.requeue().await?;
             telemetry::delivery("requeued");
         }
         Ok(())
     }
 
-    /// After a rebuild the runs of the session before may be in hand for long: what would have to wait too long behind
-    /// them is for another replica.
+    /// Requeues deliveries that waited too long for a permit: after a rebuild, runs of the previous session may hold
+    /// the permits for long, and another replica may be free.
     async fn requeue_overdue(&mut self) -> Result<(), BrokerError> {
         while self.waiting.front().is_some_and(|(until, _)| until.passed()) {
             let Some((_, delivery)) = self.waiting.pop_front() else { break };
@@ -307,21 +308,21 @@ impl ConsumeLoop {
     fn note_loss(&mut self, cause: &'static str, error: Option<BrokerError>) {
         self.health.set_subscribed(false);
         let what = error.map_or_else(|| what_ended(cause).to_owned(), |error| error.to_string());
-        warn!(cause, problem = what, in_flight = self.health.in_flight(), "no subscription; trying again");
+        warn!(cause, problem = what, in_flight = self.health.in_flight(), "Subscription lost; reconnecting");
         self.health.set_problem(what);
         telemetry::resubscribed(cause);
         self.waiting.clear();
     }
 
-    /// Finishes what is in hand, or hands it back when the budget is spent; then closes. The heartbeats go on to the
-    /// end: without its channel nothing in hand could be settled.
+    /// Waits for deliveries in flight, aborts them when the drain budget is spent, then closes the session. The
+    /// connection stays open to the end: without its channel nothing could be settled.
     async fn drain(mut self, mut session: Option<Subscription>) {
         self.health.set_paused(Some(Paused::Draining));
         self.health.set_subscribed(false);
-        info!(in_flight = self.health.in_flight(), budget_s = self.settings.drain.as_secs(), "draining");
+        info!(in_flight = self.health.in_flight(), budget_s = self.settings.drain.as_secs(), "Draining");
         let begun = Instant::now();
         if let Err(error) = self.requeue_unstarted(session.as_mut()).await {
-            debug!(%error, "the broker takes back what was not begun by itself");
+            debug!(%error, "Requeue failed; the broker requeues when the channel closes");
         }
         self.tasks.close();
         let in_time = tokio::select! {
@@ -330,53 +331,56 @@ impl ConsumeLoop {
             () = self.stop.abort.cancelled() => false,
         };
         if !in_time {
-            warn!(in_flight = self.health.in_flight(), "handing back what is not finished");
+            warn!(in_flight = self.health.in_flight(), "Drain budget spent; aborting unfinished runs");
             self.handler.abort.cancel();
-            if timeout(HAND_BACK, self.tasks.wait()).await.is_err() {
-                warn!(in_flight = self.health.in_flight(), "left to the broker, and to the end of their leases");
+            if timeout(ABORT_GRACE, self.tasks.wait()).await.is_err() {
+                warn!(in_flight = self.health.in_flight(), "Runs did not stop in time; their leases expire");
             }
         }
         if let Some(session) = session {
-            session.close(CLOSE).await;
+            session.close(CLOSE_TIMEOUT).await;
         }
     }
 }
 
 fn what_ended(cause: &str) -> &'static str {
     match cause {
-        "watchdog" => "requests are ready, but none arrived",
-        _ => "the broker ended the subscription: the queue was deleted or moved, or a delivery took too long",
+        "watchdog" => "requests are ready but none arrived",
+        _ => {
+            "the broker ended the subscription: the queue was deleted or moved, or a delivery exceeded the consumer timeout"
+        }
     }
 }
 
-/// Notices a subscription that stands and brings nothing, although there is something to bring.
+/// Detects a subscription that is open but stalled: requests are ready and none is delivered.
 struct Watchdog {
-    patience: Duration,
+    timeout: Duration,
     last: Instant,
     suspicious: bool,
 }
 
 impl Watchdog {
-    fn new(patience: Duration) -> Self {
-        Self { patience, last: Instant::now(), suspicious: false }
+    fn new(timeout: Duration) -> Self {
+        Self { timeout, last: Instant::now(), suspicious: false }
     }
 
-    /// Something arrived.
-    fn pet(&mut self) {
+    /// Resets the watchdog after a delivery.
+    fn note_activity(&mut self) {
         self.last = Instant::now();
         self.suspicious = false;
     }
 
-    /// Whether the subscription is to be rebuilt. What is ready at one look may be on its way; at the second it is not.
-    async fn look(&mut self, session: &Subscription, expects: bool) -> Result<bool, BrokerError> {
+    /// True if the subscription must be rebuilt. Requests that are ready at one check may be in transit; at a second
+    /// consecutive check they are not.
+    async fn stalled(&mut self, session: &Subscription, expects: bool) -> Result<bool, BrokerError> {
         if !expects {
-            self.pet();
+            self.note_activity();
         }
-        if self.last.elapsed() < self.patience {
+        if self.last.elapsed() < self.timeout {
             return Ok(false);
         }
         if session.ready().await? == 0 {
-            self.pet();
+            self.note_activity();
             return Ok(false);
         }
         Ok(std::mem::replace(&mut self.suspicious, true))

@@ -1,17 +1,19 @@
-//! The addresses in `broker.url`, taken apart by ourselves.
+//! Parser of the addresses in `broker.url`.
 //!
-//! The client's own parser turns an IPv6 literal into `localhost`, reads `amqp://host/` as the virtual host with the
-//! empty name, and prints the password in its `Debug` and `Display`: it never sees our text.
+//! Used instead of the client's `AMQPUri::from_str`, which turns an IPv6 literal into `localhost`, reads `amqp://host/`
+//! as the virtual host with the empty name, and prints the password in its `Debug` and `Display`.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
+use percent_encoding::percent_decode_str;
 use secrecy::{ExposeSecret, SecretString};
 use url::{Host, Url};
 
 use super::error::BrokerError;
 
-/// One broker of the cluster. Printed, it is host and port only.
+/// Address of one broker of the cluster. `Debug` and `Display` show host and port only.
 #[derive(Clone)]
 pub(super) struct Address {
     tls: bool,
@@ -23,13 +25,13 @@ pub(super) struct Address {
 }
 
 impl Address {
-    /// Reads the addresses, separated by commas.
+    /// Parses the comma-separated addresses.
     pub(super) fn parse_all(text: &SecretString) -> Result<Vec<Self>, BrokerError> {
         text.expose_secret().split(',').enumerate().map(|(index, one)| Self::parse(index + 1, one.trim())).collect()
     }
 
     fn parse(number: usize, text: &str) -> Result<Self, BrokerError> {
-        // The text holds a password, so problems name the position of the address and never quote it.
+        // The text contains a password: errors name the position of the address and never quote it.
         let wrong = |what: &str| BrokerError::Config(format!("broker.url, address {number}: {what}"));
         let url = Url::parse(text).map_err(|error| wrong(&error.to_string()))?;
         let tls = match url.scheme() {
@@ -38,7 +40,7 @@ impl Address {
             _ => return Err(wrong("must begin with amqp:// or amqps://")),
         };
         if url.query().is_some() || url.fragment().is_some() {
-            return Err(wrong("takes no ?parameters: the keys of [broker] say the same things"));
+            return Err(wrong("parameters after ? are not supported; use the keys of [broker]"));
         }
         let host = match url.host() {
             Some(Host::Domain(name)) if !name.is_empty() => {
@@ -46,7 +48,7 @@ impl Address {
             }
             Some(Host::Ipv4(address)) => address.to_string(),
             Some(Host::Ipv6(address)) => address.to_string(),
-            _ => return Err(wrong("names no host")),
+            _ => return Err(wrong("has no host")),
         };
         let path = url.path().strip_prefix('/').unwrap_or_default();
         let virtual_host = decode(path).ok_or_else(|| wrong("the virtual host is not UTF-8"))?;
@@ -60,14 +62,14 @@ impl Address {
             tls,
             host,
             port: url.port().unwrap_or(if tls { 5671 } else { 5672 }),
-            // RabbitMQ has no virtual host with an empty name: who writes a bare slash means the default one.
+            // RabbitMQ has no virtual host with an empty name: a bare slash means the default one.
             virtual_host: if virtual_host.is_empty() { "/".to_owned() } else { virtual_host },
             user: if anonymous { "guest".to_owned() } else { user },
             password: if anonymous { "guest".into() } else { password.into() },
         })
     }
 
-    /// The form that the client takes. Never print it: it shows the password.
+    /// Converts to the client's form. Never print it: its `Debug` shows the password.
     pub(super) fn to_uri(&self, heartbeat_s: u16) -> AMQPUri {
         AMQPUri {
             scheme: if self.tls { AMQPScheme::AMQPS } else { AMQPScheme::AMQP },
@@ -101,23 +103,9 @@ impl fmt::Debug for Address {
     }
 }
 
-/// Undoes percent encoding; nothing for bytes that are not UTF-8.
+/// Percent-decodes the text; `None` if the result is not UTF-8.
 fn decode(text: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let [first, tail @ ..] = rest {
-        let escaped = match (first, tail) {
-            (b'%', [high, low, ..]) => hex(*high).zip(hex(*low)).map(|(high, low)| high << 4 | low),
-            _ => None,
-        };
-        bytes.push(escaped.unwrap_or(*first));
-        rest = if escaped.is_some() { &tail[2..] } else { tail };
-    }
-    String::from_utf8(bytes).ok()
-}
-
-fn hex(digit: u8) -> Option<u8> {
-    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
+    percent_decode_str(text).decode_utf8().ok().map(Cow::into_owned)
 }
 
 #[cfg(test)]
@@ -129,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn several_hosts_and_ipv6_literals_are_kept_apart() {
+    fn several_hosts_and_ipv6_literals_are_parsed() {
         let all = parse("amqp://u:p%40ss@[::1]:5673/%2fteam, amqps://u:p@rabbit-2.example").unwrap();
         assert_eq!(format!("{all:?}"), "[[::1]:5673, rabbit-2.example:5671]");
         let uri = all[0].to_uri(10);
@@ -148,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn problems_name_the_address_and_never_quote_it() {
+    fn errors_name_the_position_and_never_quote_the_address() {
         for text in
             ["amqp://u:hunter2@h?heartbeat=3", "http://u:hunter2@h", "amqp://u:hunter2@", "amqp://u:hunter2@h:x"]
         {

@@ -1,10 +1,10 @@
-//! One connection to one broker: opened with a limit, asked for its version, closed with a limit.
+//! One AMQP connection to one broker, opened and closed within time limits.
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_rs::TokioRuntime;
@@ -16,15 +16,16 @@ use lapin::tcp::AsyncTcpStream;
 use lapin::types::AMQPValue;
 use lapin::uri::AMQPUri;
 use lapin::{Channel, ConnectionProperties};
+use parking_lot::Mutex;
 
 use super::error::{BrokerError, within};
 use super::tls::{self, Stream, Tls};
 
-/// What happens to a connection, as it happens.
+/// Stream of connection events (blocked, unblocked, lost).
 pub(super) type Events = Pin<Box<dyn futures_util::Stream<Item = lapin::Event> + Send>>;
 
-/// What a connection is opened with. The client's tasks run on `runtime`, which is not the one that runs the work:
-/// a busy worker must not starve the heartbeats.
+/// Settings for opening a connection. The client's tasks run on `runtime`, apart from the daemon's own runtime, so that
+/// busy workers cannot starve the heartbeats.
 #[derive(Clone)]
 pub(super) struct Opening {
     pub(super) runtime: TokioRuntime,
@@ -34,7 +35,7 @@ pub(super) struct Opening {
     pub(super) answer_limit: Duration,
 }
 
-/// A connection that is cut when it is dropped.
+/// Connection whose socket is shut down on drop.
 pub(super) struct Connection {
     connection: lapin::Connection,
     answer_limit: Duration,
@@ -42,7 +43,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Connects once, without any recovery in the client: whoever holds the wire builds a new one.
+    /// Connects once. The client's own recovery stays off: owners of a lost connection open a new one.
     pub(super) async fn open(opening: &Opening, uri: AMQPUri) -> Result<Self, BrokerError> {
         let shutdown = ShutdownOnDrop::default();
         let (socket, tls, limit) = (shutdown.clone_handle(), opening.tls.clone(), opening.connect_limit);
@@ -57,36 +58,36 @@ impl Connection {
         Ok(Self { connection, answer_limit: opening.answer_limit, _shutdown: shutdown })
     }
 
-    /// A new channel.
+    /// Opens a channel.
     pub(super) async fn channel(&self) -> Result<Channel, BrokerError> {
         within(self.answer_limit, "opening a channel", self.connection.create_channel()).await
     }
 
-    /// What happens to the connection, as it happens.
+    /// Events of this connection.
     pub(super) fn events(&self) -> Events {
         Box::pin(self.connection.events_listener())
     }
 
-    /// Whether the broker takes nothing from this connection for now, because of a memory or disk alarm.
+    /// True while the broker blocks publishing on this connection (memory or disk alarm).
     pub(super) fn blocked(&self) -> bool {
         self.connection.status().blocked()
     }
 
-    /// Whether it still stands.
+    /// True until the connection is closed or lost.
     pub(super) fn connected(&self) -> bool {
         self.connection.status().connected()
     }
 
-    /// Says goodbye, or cuts the line if that takes too long: on a blocked connection it takes for ever.
+    /// Closes the connection; after `limit` the socket is shut down instead. A blocked connection never closes in order.
     pub(super) async fn close(self, limit: Duration) {
         if let Err(error) = within(limit, "closing the connection", self.connection.close(200, "OK".into())).await {
-            tracing::debug!(%error, "the connection was cut, not closed");
+            tracing::debug!(%error, "Connection not closed in order; socket shut down");
         }
     }
 }
 
-/// What the broker says of itself before anyone logs in: product and version. The client does not tell, so this
-/// opens a connection of its own; the broker logs one line about it.
+/// Reads product and version from `connection.start`, before any login. The client does not expose them, so this opens
+/// a separate connection; the broker logs one line about it.
 pub(super) async fn server_version(opening: &Opening, uri: &AMQPUri) -> Result<(String, String), BrokerError> {
     let ask = async {
         let connect = opening.tls.connect(uri, &opening.runtime);
@@ -107,11 +108,11 @@ async fn ask_for_start(mut stream: Stream) -> io::Result<(String, String)> {
     stream.read_exact(&mut header).await?;
     let length = u32::from_be_bytes([header[3], header[4], header[5], header[6]]);
     if header[0] != 1 || length > 1 << 17 {
-        return Err(io::Error::other("it does not speak AMQP 0-9-1"));
+        return Err(io::Error::other("not an AMQP 0-9-1 server"));
     }
     let mut frame = vec![0; length as usize];
     stream.read_exact(&mut frame).await?;
-    read_start(&frame).ok_or_else(|| io::Error::other("it does not open as AMQP 0-9-1 brokers do"))
+    read_start(&frame).ok_or_else(|| io::Error::other("unreadable connection.start; not an AMQP 0-9-1 server"))
 }
 
 fn read_start(frame: &[u8]) -> Option<(String, String)> {
@@ -124,15 +125,14 @@ fn read_start(frame: &[u8]) -> Option<(String, String)> {
     Some((text("product"), text("version")))
 }
 
-/// Whether this broker has quorum queues with message TTL and dead-lettering at least once.
+/// True for RabbitMQ 3.10 and newer: quorum queues with message TTL and at-least-once dead-lettering.
 pub(super) fn is_new_enough(product: &str, version: &str) -> bool {
     let mut numbers = version.split(['.', '-', '+', '~']).map(|part| part.parse::<u32>().unwrap_or(0));
     let (major, minor) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     product == "RabbitMQ" && (major, minor) >= (3, 10)
 }
 
-/// A limit inside the client's own thread: a connect that nobody waits for any more would hold that thread for as
-/// long as the kernel keeps trying.
+/// Time limit inside the client's own thread: an abandoned connect would occupy that thread until the kernel gives up.
 async fn within_on<T>(
     runtime: &TokioRuntime,
     limit: Duration,
@@ -144,8 +144,8 @@ async fn within_on<T>(
     }
 }
 
-/// A second handle on the socket. Dropping the client's connection asks its thread to say goodbye, which it can't do
-/// while the broker blocks it or is frozen; shutting the socket ends the thread in any case.
+/// Second handle on the socket, shut down on drop. Dropping the client's connection asks its thread for an orderly
+/// close, which never completes while the broker is blocked or frozen; a shut socket ends the thread in any case.
 #[derive(Default)]
 struct ShutdownOnDrop(Arc<Mutex<Socket>>);
 
@@ -165,14 +165,14 @@ impl ShutdownOnDrop {
 
 impl Drop for ShutdownOnDrop {
     fn drop(&mut self) {
-        if let Socket::Open(socket) = std::mem::replace(&mut *lock(&self.0), Socket::Cut) {
-            // It fails if the peer has closed already, which is as good.
+        if let Socket::Open(socket) = std::mem::replace(&mut *self.0.lock(), Socket::Cut) {
+            // Fails only if the peer has closed already.
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
 }
 
-/// Hands the socket to the shutdown once it is open.
+/// Passes the open socket to [`ShutdownOnDrop`].
 struct SocketHandle(Arc<Mutex<Socket>>);
 
 impl SocketHandle {
@@ -182,7 +182,7 @@ impl SocketHandle {
             AsyncTcpStream::Rustls(tls) => tls.get_ref().0.get_ref().as_fd().try_clone_to_owned()?,
             _ => return Ok(()),
         };
-        let mut slot = lock(&self.0);
+        let mut slot = self.0.lock();
         if matches!(*slot, Socket::Cut) {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
@@ -191,16 +191,12 @@ impl SocketHandle {
     }
 }
 
-fn lock(socket: &Mutex<Socket>) -> MutexGuard<'_, Socket> {
-    socket.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn old_brokers_and_other_products_are_told_apart() {
+    fn versions_before_3_10_and_other_products_are_refused() {
         for version in ["3.10.0", "3.10.8", "3.13.7+2", "4.0.1", "4.3.0-rc.1", "10.0"] {
             assert!(is_new_enough("RabbitMQ", version), "{version}");
         }
@@ -211,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn the_opening_of_a_broker_is_read() {
+    fn product_and_version_are_read_from_connection_start() {
         let mut frame = vec![0, 10, 0, 10, 0, 9];
         let table = b"\x07productS\x00\x00\x00\x08RabbitMQ\x07versionS\x00\x00\x00\x063.10.8";
         frame.extend((table.len() as u32).to_be_bytes());

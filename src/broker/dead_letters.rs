@@ -1,7 +1,7 @@
-//! The dead-letter queue, for people: look, replay, drop.
+//! Dead-letter queue for operators: list, show, replay, drop.
 //!
-//! What is looked at is taken unacknowledged and goes back when the channel closes. Only what was replayed, and
-//! confirmed, or dropped by name is acknowledged.
+//! Letters are read without acknowledgement and return to the queue when the channel closes. Only letters that were
+//! replayed with a confirm, or dropped, are acknowledged.
 
 use std::time::Duration;
 
@@ -21,9 +21,9 @@ use super::topology::Names;
 use super::{Broker, Purpose};
 use crate::domain::event::rfc3339;
 
-/// The dead letters that were there when this was opened, oldest first.
+/// Dead letters present when this was opened, oldest first.
 pub struct DeadLetters {
-    link: ConfirmChannel,
+    publishing: ConfirmChannel,
     channel: Channel,
     names: Names,
     left: u32,
@@ -33,25 +33,25 @@ pub struct DeadLetters {
 /// One dead letter.
 #[derive(Debug)]
 pub struct DeadLetter {
-    /// What it is called by: the same at every look.
+    /// Short id, the same at every read.
     pub id: String,
-    /// Why it is here; [`crate::domain::failure::DeadReason`] lists them.
+    /// Reason code; see [`crate::domain::failure::DeadReason`].
     pub reason: String,
-    /// What exactly was wrong, if we put it here.
+    /// Detail of the rejection, if the daemon rejected it.
     pub detail: Option<String>,
-    /// When it came here, RFC 3339, by the clock of the host or broker that put it here.
+    /// Time of rejection, RFC 3339, by the clock of the rejecting host or broker.
     pub at: Option<String>,
-    /// Which process put it here; `broker` if that gave it up by itself.
+    /// Rejecting replica, or `broker`.
     pub by: String,
-    /// The publisher's message id.
+    /// Message id of the publisher.
     pub message_id: Option<String>,
-    /// The publisher's correlation id.
+    /// Correlation id of the publisher.
     pub correlation_id: Option<String>,
-    /// The content type.
+    /// Content type.
     pub content_type: Option<String>,
-    /// How often it was parked before.
+    /// Number of retries before the rejection.
     pub retries: u64,
-    /// The bytes, as they were published.
+    /// Body, byte for byte as published.
     pub body: Vec<u8>,
     properties: BasicProperties,
     acker: Acker,
@@ -60,22 +60,22 @@ pub struct DeadLetter {
 impl DeadLetters {
     pub(super) async fn open(broker: &Broker) -> Result<Self, BrokerError> {
         let limit = broker.0.opening.answer_limit;
-        let link = ConfirmChannel::open(broker, Purpose::Manage).await?;
-        let channel = link.wire.channel().await?;
+        let publishing = ConfirmChannel::open(broker, Purpose::Manage).await?;
+        let channel = publishing.connection.channel().await?;
         let names = broker.names().clone();
         let options = QueueDeclareOptions::durable().passive();
         let declare = channel.queue_declare(names.dead.as_str().into(), options, FieldTable::default());
-        let left = within(limit, "asking for the dead letters", declare).await?.message_count();
-        Ok(Self { link, channel, names, left, limit })
+        let left = within(limit, "reading the dead-letter queue's depth", declare).await?.message_count();
+        Ok(Self { publishing, channel, names, left, limit })
     }
 
-    /// How many have not been looked at yet.
+    /// Number of letters not yet read.
     #[must_use]
     pub fn left(&self) -> u32 {
         self.left
     }
 
-    /// The next one. It ends with the last that was there at the beginning: a replayed one may be back by then.
+    /// Reads the next letter. Ends with the last that was present at the beginning: a replayed one may be back by then.
     ///
     /// # Errors
     /// If the broker does not answer.
@@ -89,7 +89,7 @@ impl DeadLetters {
         Ok(got.map(|message| DeadLetter::read(message.delivery, &self.names.requests)))
     }
 
-    /// The oldest ones, at most so many.
+    /// Reads the oldest letters, at most `limit`.
     ///
     /// # Errors
     /// If the broker does not answer.
@@ -103,7 +103,7 @@ impl DeadLetters {
         Ok(letters)
     }
 
-    /// The oldest one whose id begins with `id`.
+    /// Finds the oldest letter whose id starts with `id`.
     ///
     /// # Errors
     /// If the broker does not answer.
@@ -116,41 +116,41 @@ impl DeadLetters {
         Ok(None)
     }
 
-    /// Publishes the request anew, with a fresh message id and the same bytes, and takes the dead letter away once
-    /// that is confirmed.
+    /// Publishes the request with a new message id and the same body, and removes the dead letter once that is
+    /// confirmed.
     ///
     /// # Errors
-    /// If it was not confirmed: then the dead letter stays. If the request is stored but the dead letter could not
-    /// be taken away, it may be replayed again: the idempotency key makes that harmless.
+    /// If it was not confirmed; the dead letter stays. If the request was stored but the letter could not be removed,
+    /// a second replay is harmless because of the idempotency key.
     pub async fn replay(&mut self, letter: &DeadLetter) -> Result<(), BrokerError> {
         let original = Original { properties: &letter.properties, body: &letter.body };
-        let outcomes = self.link.publish(&self.names, &[Outgoing::replay(&original)]).await;
+        let outcomes = self.publishing.publish(&self.names, &[Outgoing::replay(&original)]).await;
         for outcome in outcomes {
             outcome.into_result("replaying the dead letter")?;
         }
         self.discard(letter).await
     }
 
-    /// Takes the dead letter away for good.
+    /// Removes the dead letter for good.
     ///
     /// # Errors
-    /// If the broker does not take the acknowledgement: then it stays.
+    /// If the acknowledgement fails; the letter stays.
     pub async fn discard(&mut self, letter: &DeadLetter) -> Result<(), BrokerError> {
         let ack = letter.acker.ack(BasicAckOptions::default());
-        if within(self.limit, "taking the dead letter away", ack).await? {
+        if within(self.limit, "removing the dead letter", ack).await? {
             return Ok(());
         }
-        Err(BrokerError::NotTaken("the dead letter is not in hand any more; look again".to_owned()))
+        Err(BrokerError::NotTaken("the channel of the dead letter was closed; list the letters again".to_owned()))
     }
 
-    /// Gives back everything that was only looked at.
+    /// Returns every letter that was only read to the queue.
     pub async fn close(self) {
-        // Closing in order waits for the acknowledgements before it; cut off, they could be lost.
+        // An orderly close waits for the acknowledgements sent before it; a shut socket could lose them.
         let close = self.channel.close(200, "OK".into());
         if let Err(error) = within(self.limit, "closing the channel", close).await {
-            tracing::debug!(%error, "the channel was not closed in order");
+            tracing::debug!(%error, "Channel not closed in order");
         }
-        self.link.close(self.limit).await;
+        self.publishing.close(self.limit).await;
     }
 }
 
@@ -180,7 +180,7 @@ impl DeadLetter {
     }
 }
 
-/// What the broker says about a message that it gave up by itself.
+/// Broker's own record (`x-death`) of a message it dead-lettered.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Death {
     reason: Option<String>,
@@ -188,7 +188,7 @@ struct Death {
 }
 
 impl Death {
-    /// `x-death` also tells of the rungs that the message waited on; what counts is how it left the requests queue.
+    /// Reads the entry of the requests queue; `x-death` also has one for each retry queue the message has passed.
     fn of(properties: &BasicProperties, requests: &str) -> Self {
         let deaths = properties.headers().as_ref().and_then(|headers| headers.inner().get("x-death"));
         let Some(AMQPValue::FieldArray(deaths)) = deaths else { return Self::default() };
@@ -204,7 +204,7 @@ fn text_in(table: &FieldTable, key: &str) -> Option<String> {
     table.inner().get(key).and_then(value_text)
 }
 
-/// Twelve hexadecimal digits that stay the same at every look, also for a message to which the broker gave no id.
+/// Short id of twelve hexadecimal digits, stable across reads also for letters without an `x-dead-id`.
 fn id_of(properties: &BasicProperties, body: &[u8], died_at_s: Option<u64>) -> String {
     let mut hash = Sha256::new();
     match read_text(properties, DEAD_ID) {
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn the_brokers_reason_is_how_the_message_left_the_requests_queue() {
+    fn reason_is_taken_from_the_requests_queue_entry_of_x_death() {
         let mut headers = FieldTable::default();
         let deaths = vec![death("inventory.retry.5s", "expired", 5), death("requests", "delivery_limit", 9)];
         headers.insert("x-death".into(), AMQPValue::FieldArray(deaths.into()));
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_stays_the_same_and_tells_messages_apart() {
+    fn ids_are_stable_and_distinct() {
         let plain = BasicProperties::default();
         assert_eq!(id_of(&plain, b"a", Some(1)), id_of(&plain, b"a", Some(1)));
         assert_ne!(id_of(&plain, b"a", Some(1)), id_of(&plain, b"b", Some(1)));

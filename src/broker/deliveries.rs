@@ -1,4 +1,4 @@
-//! The subscription to the requests queue, and what arrives on it.
+//! Subscription to the requests queue and its deliveries.
 
 use std::time::Duration;
 
@@ -17,9 +17,9 @@ use crate::telemetry;
 
 const CONSUMER_TAG: &str = "inventoryd";
 
-/// Connection, channel, topology, prefetch and consumer as one unit: it is never mended, only rebuilt as a whole.
+/// Connection, channel, prefetch and consumer as one unit, which is never repaired, only rebuilt.
 pub struct Subscription {
-    wire: Connection,
+    connection: Connection,
     channel: Channel,
     consumer: Option<lapin::Consumer>,
     requests: ShortString,
@@ -27,29 +27,29 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// Starts to consume on a connection whose topology has been checked.
+    /// Starts to consume on a connection whose topology was verified.
     pub(super) async fn start(
-        wire: Connection,
+        connection: Connection,
         requests: &str,
         prefetch: u16,
         limit: Duration,
     ) -> Result<Self, BrokerError> {
-        let channel = wire.channel().await?;
-        // Not global: a quorum queue answers a global prefetch by closing the whole connection.
+        let channel = connection.channel().await?;
+        // Not global: a quorum queue answers a global prefetch by closing the connection.
         let qos = channel.basic_qos(prefetch, BasicQosOptions { global: false });
         within(limit, "setting the prefetch", qos).await?;
-        let mut subscription = Self { wire, channel, consumer: None, requests: requests.into(), limit };
+        let mut subscription = Self { connection, channel, consumer: None, requests: requests.into(), limit };
         subscription.resume().await?;
         Ok(subscription)
     }
 
-    /// The next delivery, an error that ends the subscription, or nothing once it has ended. It has also ended when
-    /// that was not asked for: the broker cancels a consumer without an error when the queue is deleted or moves.
+    /// Returns the next delivery, an error that ends the subscription, or `None` once it has ended. The broker ends a
+    /// consumer without an error when the queue is deleted or moves.
     ///
-    /// While the consumer is cancelled this waits only for the connection to break.
+    /// While the consumer is cancelled this only waits for the connection to be lost.
     pub async fn next(&mut self) -> Option<Result<Delivery, BrokerError>> {
         let Some(consumer) = &mut self.consumer else {
-            return self.broken().await;
+            return self.lost().await;
         };
         let delivery = consumer.next().await?;
         Some(match delivery {
@@ -58,26 +58,26 @@ impl Subscription {
         })
     }
 
-    /// Asks for no more deliveries and gives back those that had arrived unseen. The channel stays, and with it what
-    /// is in hand can still be settled.
+    /// Cancels the consumer and requeues buffered deliveries. The channel stays open, so that deliveries in flight can
+    /// still be settled.
     ///
     /// # Errors
-    /// If the broker does not answer; then the subscription is of no more use.
+    /// If the broker does not answer; the subscription is unusable then.
     pub async fn cancel(&mut self) -> Result<(), BrokerError> {
         let Some(mut consumer) = self.consumer.take() else { return Ok(()) };
         let cancel = self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
         within(self.limit, "cancelling the consumer", cancel).await?;
-        // The stream ends after what was on its way.
-        while let Ok(Some(Ok(unseen))) = tokio::time::timeout(self.limit, consumer.next()).await {
-            Delivery::new(unseen, self.limit).requeue().await?;
+        // The stream ends after the deliveries that were in transit.
+        while let Ok(Some(Ok(buffered))) = tokio::time::timeout(self.limit, consumer.next()).await {
+            Delivery::new(buffered, self.limit).requeue().await?;
         }
         Ok(())
     }
 
-    /// Asks for deliveries again after [`Subscription::cancel`], on the same channel.
+    /// Consumes again after [`Subscription::cancel`], on the same channel.
     ///
     /// # Errors
-    /// If the broker refuses or does not answer; then the subscription is of no more use.
+    /// If the broker refuses or does not answer; the subscription is unusable then.
     pub async fn resume(&mut self) -> Result<(), BrokerError> {
         if self.consumer.is_none() {
             let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
@@ -87,52 +87,52 @@ impl Subscription {
         Ok(())
     }
 
-    /// How many requests are ready in the queue, that is, not in anyone's hands.
+    /// Number of ready requests in the queue.
     ///
     /// # Errors
-    /// If the queue is gone or the broker does not answer.
+    /// If the queue is missing or the broker does not answer.
     pub async fn ready(&self) -> Result<u32, BrokerError> {
-        // A refused passive declare closes its channel, which must not be the one that deliveries are settled on.
-        let channel = self.wire.channel().await?;
+        // On a separate channel: a refused passive declare closes its channel, and deliveries are settled on ours.
+        let channel = self.connection.channel().await?;
         let options = QueueDeclareOptions::durable().passive();
         let declare = channel.queue_declare(self.requests.clone(), options, FieldTable::default());
-        let queue = within(self.limit, "asking for the depth of the queue", declare).await?;
+        let queue = within(self.limit, "reading the queue's depth", declare).await?;
         let close = channel.close(200, "OK".into());
         within(self.limit, "closing a channel", close).await?;
         Ok(queue.message_count())
     }
 
-    /// Closes the channel, then the connection; cuts them off if that takes longer than `limit` each.
+    /// Closes the channel, then the connection, each within `limit`.
     pub async fn close(self, limit: Duration) {
         let close = self.channel.close(200, "OK".into());
         if let Err(error) = within(limit, "closing the channel", close).await {
-            tracing::debug!(%error, "the channel was not closed in order");
+            tracing::debug!(%error, "Channel not closed in order");
         }
-        self.wire.close(limit).await;
+        self.connection.close(limit).await;
     }
 
-    async fn broken(&self) -> Option<Result<Delivery, BrokerError>> {
-        while self.wire.connected() && self.channel.status().connected() {
+    async fn lost(&self) -> Option<Result<Delivery, BrokerError>> {
+        while self.connection.connected() && self.channel.status().connected() {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         None
     }
 }
 
-/// One request in hand. Dropped unsettled it stays unacknowledged until its channel closes.
+/// One delivered request. Dropped unsettled it stays unacknowledged until its channel closes.
 #[derive(Debug)]
 pub struct Delivery {
-    /// The bytes, as they were published.
+    /// Body, byte for byte as published.
     pub body: Vec<u8>,
-    /// The content type.
+    /// Content type.
     pub content_type: Option<String>,
     /// W3C trace context.
     pub traceparent: Option<String>,
     /// W3C trace state.
     pub tracestate: Option<String>,
-    /// How often it was parked by this daemon.
+    /// Number of retries so far.
     pub retries: u32,
-    /// How long it has been parked, in sum.
+    /// Total time spent in retry queues, in seconds.
     pub deferred_s: u64,
     properties: BasicProperties,
     acker: Acker,
@@ -156,34 +156,34 @@ impl Delivery {
         }
     }
 
-    /// Says that it is done. `false` if the channel it came on is gone: the broker delivers it again, and the
-    /// redelivery finds a run that has ended, so there is nothing to do but to count.
+    /// Acknowledges. `false` if its channel is closed: the broker redelivers, the redelivery finds a terminal run, and
+    /// the lost ack is only counted.
     ///
     /// # Errors
-    /// If the channel breaks at this very moment; the same holds.
+    /// If the channel closes at this moment; the same applies.
     pub async fn ack(&self) -> Result<bool, BrokerError> {
         self.counted(within(self.limit, "acknowledging", self.acker.ack(BasicAckOptions::default())).await)
     }
 
-    /// Gives it back to the queue, for another worker. From RabbitMQ 4.3 on this does not count as a failed delivery.
+    /// Returns the delivery to the queue. RabbitMQ 4.3 and newer do not count this as a failed delivery.
     ///
     /// # Errors
-    /// If the channel breaks at this very moment; then the broker takes it back by itself.
+    /// If the channel closes at this moment; the broker then requeues by itself.
     pub async fn requeue(&self) -> Result<bool, BrokerError> {
         let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
-        within(self.limit, "handing back", self.acker.nack(options)).await
+        within(self.limit, "requeueing", self.acker.nack(options)).await
     }
 
-    /// Gives it back as a failed delivery, which every version of RabbitMQ counts: what fails for ever ends as a
-    /// dead letter.
+    /// Returns the delivery to the queue as failed. Every version of RabbitMQ counts this, so a request that always
+    /// fails becomes a dead letter.
     ///
     /// # Errors
-    /// If the channel breaks at this very moment; then the broker takes it back by itself.
+    /// If the channel closes at this moment; the broker then requeues by itself.
     pub async fn fail(&self) -> Result<bool, BrokerError> {
-        within(self.limit, "failing", self.acker.reject(BasicRejectOptions { requeue: true })).await
+        within(self.limit, "rejecting", self.acker.reject(BasicRejectOptions { requeue: true })).await
     }
 
-    /// Whether it can still be settled: false once its channel is gone.
+    /// True while the delivery can be settled, false once its channel is closed.
     #[must_use]
     pub fn usable(&self) -> bool {
         self.acker.usable()

@@ -1,59 +1,57 @@
-//! What can go wrong with the broker, in words for an operator.
+//! Broker errors, in words for an operator.
 
 use std::error::Error;
 use std::time::Duration;
 
-/// Why something asked of the broker did not happen. No text of it ever holds a password.
+/// Failure of a broker operation. No text of it ever contains a password.
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
-    /// The configuration can't be used; the text names the key and the cure.
+    /// Invalid configuration; the text names the key and the cure.
     #[error("{0}")]
     Config(String),
-    /// None of the addresses let us in; the text says why for each.
+    /// No address accepted a connection; the text gives the reason for each.
     #[error("no broker could be reached: {0}")]
     Unreachable(String),
-    /// The broker speaks, but lacks what the queues need.
-    #[error(
-        "{address} runs {found}: RabbitMQ 3.10 or newer is needed, for delays and safe dead letters on quorum queues"
-    )]
+    /// Unsupported broker version or product.
+    #[error("{address} runs {found}, which is not supported; upgrade to RabbitMQ 3.10 or newer")]
     TooOld {
         /// Host and port.
         address: String,
-        /// Product and version, as it says itself.
+        /// Product and version reported by the broker.
         found: String,
     },
-    /// Exchanges or queues are missing, or differ from what the configuration wants. Nothing was changed or deleted.
-    #[error("the exchanges and queues on the broker do not fit the configuration (nothing was changed):\n{0}")]
+    /// Exchanges or queues are missing or differ from the configuration. Nothing was changed or deleted.
+    #[error("exchanges or queues on the broker differ from the configuration (nothing was changed):\n{0}")]
     Drift(String),
-    /// No answer in time; whether it was done is unknown.
+    /// No answer in time; the operation may or may not have been performed.
     #[error("{doing}: no answer from the broker within {after:?}")]
     TimedOut {
-        /// What was being done.
+        /// Operation, as a gerund phrase.
         doing: &'static str,
-        /// How long was waited.
+        /// Time limit that passed.
         after: Duration,
     },
-    /// The connection or channel is lost, or the broker refused.
+    /// Lost connection or channel, or a refusal by the broker.
     #[error("{doing}: {source}")]
     Lost {
-        /// What was being done.
+        /// Operation, as a gerund phrase.
         doing: &'static str,
-        /// The client's own words.
+        /// Error of the AMQP client.
         source: Box<dyn Error + Send + Sync>,
     },
-    /// The message did not get where it should.
+    /// Message that was not stored where it belongs.
     #[error("{0}")]
     NotTaken(String),
 }
 
 impl BrokerError {
-    /// For `map_err`: the client's error with what was being done.
+    /// Adapter for `map_err` that adds the operation to the client's error.
     pub(super) fn while_doing(doing: &'static str) -> impl FnOnce(lapin::Error) -> Self {
         move |error| Self::Lost { doing, source: Box::new(error) }
     }
 }
 
-/// Awaits an answer of the client, but not for ever: a blocked or frozen broker never answers.
+/// Awaits an answer of the client for at most `limit`: a blocked or frozen broker never answers.
 pub(super) async fn within<T>(
     limit: Duration,
     doing: &'static str,

@@ -1,4 +1,4 @@
-//! Messages on their way out: what is kept of a message that is published again, and what is not.
+//! Outgoing messages: events, requests, and copies of deliveries for retry and dead-letter queues.
 
 use std::collections::BTreeMap;
 
@@ -15,15 +15,14 @@ use crate::domain::request::CLOUDEVENTS_CONTENT_TYPE;
 
 pub(super) const RETRIES: &str = "x-inventoryd-retries";
 pub(super) const DEFERRED_S: &str = "x-inventoryd-deferred-s";
-/// The headers of [`crate::domain::dead_letter::RejectedHeaders`].
+/// Headers of [`crate::domain::dead_letter::RejectedHeaders`].
 pub(super) const DEAD_ID: &str = "x-dead-id";
 pub(super) const DEAD_REASON: &str = "x-dead-reason";
 pub(super) const DEAD_DETAIL: &str = "x-dead-detail";
-/// By the clock of the host that buried it, because the broker puts no time on what is published: it tells an operator
-/// when, and nothing is ever decided by it.
+/// Time by the clock of the rejecting host; informational, nothing is decided by it.
 pub(super) const DEAD_AT: &str = "x-dead-at";
 pub(super) const DEAD_BY: &str = "x-dead-by";
-/// The longest detail on a dead letter, in bytes.
+/// Maximum length of the detail on a dead letter, in bytes.
 const MAX_DETAIL_BYTES: usize = 512;
 const PERSISTENT: u8 = 2;
 
@@ -32,19 +31,19 @@ const PERSISTENT: u8 = 2;
 pub struct Outgoing {
     pub(super) target: Target,
     pub(super) routing_key: ShortString,
-    /// What the outcome of the message is decided by; several may share one, then the worst of their outcomes is all's.
+    /// Id by which a returned message is matched. Messages in a batch that share an id share the worst outcome.
     pub(super) message_id: String,
     pub(super) body: Vec<u8>,
     pub(super) properties: BasicProperties,
 }
 
-/// Where a message goes.
+/// Destination of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Target {
     Sync,
     Events,
     Dead,
-    /// Straight to the queue that the routing key names.
+    /// Queue named by the routing key, through the default exchange.
     Queue,
 }
 
@@ -60,7 +59,8 @@ impl Target {
 }
 
 impl Outgoing {
-    /// A run-completed event. No timestamp is set: when the run ended stands in the payload, by the database's clock.
+    /// Builds a run-completed event. No timestamp property is set: the payload has the end of the run by the database's
+    /// clock.
     #[must_use]
     pub fn event(
         id: Uuid,
@@ -70,14 +70,14 @@ impl Outgoing {
         traceparent: Option<&str>,
     ) -> Self {
         let properties = BasicProperties::default().with_content_type(CLOUDEVENTS_CONTENT_TYPE.into());
-        // A key that does not fit could not be bound to either: without one the event is kept as unrouted.
+        // A key over 255 bytes cannot be bound to: with an empty key the event goes to the unrouted queue.
         let routing_key = short(routing_key).unwrap_or_default();
         Self::new(Target::Events, routing_key, id, payload.into_bytes(), properties)
             .with_correlation_id(correlation_id)
             .with_headers(text_table([("traceparent", traceparent)]))
     }
 
-    /// A sync request, as a scheduler publishes it.
+    /// Builds a sync request, as a scheduler publishes it.
     #[must_use]
     pub fn request(body: Vec<u8>, content_type: &str, traceparent: Option<&str>) -> Self {
         let content_type = short(content_type).unwrap_or_default();
@@ -93,7 +93,7 @@ impl Outgoing {
     }
 
     fn with_correlation_id(mut self, correlation_id: Option<&str>) -> Self {
-        // 200 characters can have 800 bytes, the property 255: the payload says it in any case.
+        // 200 characters can be 800 bytes, the property holds 255. The payload contains the id in any case.
         if let Some(id) = correlation_id.and_then(short) {
             self.properties = self.properties.with_correlation_id(id);
         }
@@ -107,7 +107,7 @@ impl Outgoing {
         self
     }
 
-    /// A copy that waits on a tier and then comes back, with one more retry and so many more seconds on its account.
+    /// Builds a copy for a retry queue, with its retry count and total delay increased.
     pub(super) fn retry(original: &Original<'_>, names: &Names, tier: RetryTier) -> Self {
         let mut headers = original.headers();
         let number = |value: u64| AMQPValue::LongLongInt(i64::try_from(value).unwrap_or(i64::MAX));
@@ -115,27 +115,26 @@ impl Outgoing {
         let deferred_s = read_number(original.properties, DEFERRED_S).saturating_add(tier.seconds());
         headers.insert(RETRIES.into(), number(retries));
         headers.insert(DEFERRED_S.into(), number(deferred_s));
-        // The queue's own limit is the longest wait. A little less for each message, at random, takes a burst of
-        // requests apart before it comes back.
+        // The queue's TTL is the longest delay. A random shorter TTL per message spreads a burst of requests.
         let wait_ms = rand::random_range(tier.seconds() * 800..=tier.seconds() * 1000);
         let properties = original.properties(headers).with_expiration(wait_ms.to_string().into());
         Self::copy(original, Target::Queue, names.retry(tier).as_str().into(), properties)
     }
 
-    /// A copy for the dead-letter queue, with the reason.
+    /// Builds a copy for the dead-letter queue, with the reason in its headers.
     pub(super) fn dead_letter(original: &Original<'_>, rejection: &Rejection, by: &str) -> Self {
         let mut headers = original.headers();
         let at = OffsetDateTime::from_unix_timestamp(clock::wall_clock_unix_s()).map(rfc3339).unwrap_or_default();
         let id = Uuid::new_v4().to_string();
         let detail = bounded(&rejection.detail, MAX_DETAIL_BYTES);
-        let said = [(DEAD_ID, id.as_str()), (DEAD_REASON, rejection.reason.as_str()), (DEAD_DETAIL, detail)];
-        for (name, value) in said.into_iter().chain([(DEAD_AT, at.as_str()), (DEAD_BY, by)]) {
+        let reason_headers = [(DEAD_ID, id.as_str()), (DEAD_REASON, rejection.reason.as_str()), (DEAD_DETAIL, detail)];
+        for (name, value) in reason_headers.into_iter().chain([(DEAD_AT, at.as_str()), (DEAD_BY, by)]) {
             headers.insert(name.into(), AMQPValue::LongString(value.into()));
         }
         Self::copy(original, Target::Dead, SYNC_REQUESTED.into(), original.properties(headers))
     }
 
-    /// A dead letter that is asked about once more: a new message, and the same request.
+    /// Builds a new request message from a dead letter, without the headers added by the daemon.
     pub(super) fn replay(original: &Original<'_>) -> Self {
         let headers: BTreeMap<_, _> =
             original.headers().into_iter().filter(|(name, _)| !is_ours(name.as_str())).collect();
@@ -153,14 +152,14 @@ impl Outgoing {
     }
 }
 
-/// A message that came in and is to be published again.
+/// Received message that is published again as a copy.
 pub(super) struct Original<'a> {
     pub(super) properties: &'a BasicProperties,
     pub(super) body: &'a [u8],
 }
 
 impl Original<'_> {
-    /// The user's headers, and ours.
+    /// Headers of the publisher and of the daemon, without those of the broker.
     fn headers(&self) -> BTreeMap<ShortString, AMQPValue> {
         let all = self.properties.headers().iter().flat_map(FieldTable::inner);
         all.filter(|(name, _)| !is_the_brokers(name.as_str()))
@@ -168,8 +167,8 @@ impl Original<'_> {
             .collect()
     }
 
-    /// The user's properties, except for three: `user_id`, which the broker refuses from anyone else, `expiration`,
-    /// which was for the queue that it came from, and `cluster_id`.
+    /// Properties of the publisher except `user_id`, which the broker refuses from another user, `expiration`, which
+    /// applied to the original queue, and `cluster_id`.
     fn properties(&self, headers: BTreeMap<ShortString, AMQPValue>) -> BasicProperties {
         let from = self.properties;
         let mut to = BasicProperties::default().with_delivery_mode(PERSISTENT);
@@ -185,8 +184,8 @@ impl Original<'_> {
     }
 }
 
-/// Headers that the broker writes, or routes by. Kept, `x-death` would make it see a cycle and drop the message, and
-/// `CC` would send the copy to more queues than the one it is meant for.
+/// Headers that the broker writes or routes by. A kept `x-death` would make the broker detect a cycle and drop the
+/// message; `CC` would route the copy to other queues.
 fn is_the_brokers(name: &str) -> bool {
     matches!(name, "x-death" | "x-delivery-count" | "x-acquired-count" | "CC" | "BCC")
         || name.starts_with("x-first-death-")
@@ -207,25 +206,24 @@ fn text_table<const N: usize>(entries: [(&str, Option<&str>); N]) -> FieldTable 
     table
 }
 
-/// Whether a text is a W3C `traceparent` of today's version. Whatever else a publisher writes there goes no further: it
-/// would stand in the run's row and in its event.
+/// Validates a W3C `traceparent`. Anything else from a publisher is ignored: it would end up in the run's row and event.
 pub(super) fn is_traceparent(text: &str) -> bool {
     let parts: Vec<&str> = text.split('-').collect();
     let hex = |part: &str| part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     parts.iter().map(|part| part.len()).eq([2, 32, 16, 2]) && parts.into_iter().all(hex)
 }
 
-/// Whether a text may be a W3C `tracestate`: printable, and no longer than others have to carry on.
+/// Validates a W3C `tracestate`: printable, at most 512 bytes.
 pub(super) fn is_tracestate(text: &str) -> bool {
     text.len() <= 512 && text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
 }
 
-/// A text as a header has it, if it is there and UTF-8.
+/// Reads a text header; `None` unless it is UTF-8.
 pub(super) fn read_text(properties: &BasicProperties, name: &str) -> Option<String> {
     value_text(properties.headers().as_ref()?.inner().get(name)?)
 }
 
-/// The text in a value, if it is one and UTF-8.
+/// Text of a value; `None` unless it is UTF-8.
 pub(super) fn value_text(value: &AMQPValue) -> Option<String> {
     match value {
         AMQPValue::LongString(text) => String::from_utf8(text.as_bytes().to_vec()).ok(),
@@ -234,7 +232,7 @@ pub(super) fn value_text(value: &AMQPValue) -> Option<String> {
     }
 }
 
-/// A count as a header has it; zero for anything else.
+/// Reads a count from a header; zero for anything else.
 pub(super) fn read_number(properties: &BasicProperties, name: &str) -> u64 {
     let number = match properties.headers().as_ref().and_then(|headers| headers.inner().get(name)) {
         Some(AMQPValue::LongLongInt(number)) => *number,
@@ -249,12 +247,12 @@ pub(super) fn read_number(properties: &BasicProperties, name: &str) -> u64 {
     u64::try_from(number).unwrap_or(0)
 }
 
-/// The text as a short string, unless it has more than the 255 bytes that AMQP allows.
+/// Converts to a short string; `None` above 255 bytes.
 pub(super) fn short(text: &str) -> Option<ShortString> {
     ShortString::try_new(text).ok()
 }
 
-/// The beginning of a text, cut between characters.
+/// Truncates a text to `bytes`, between characters.
 fn bounded(text: &str, bytes: usize) -> &str {
     &text[..text.floor_char_boundary(bytes)]
 }
@@ -282,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parked_copy_keeps_the_users_words_and_counts_its_waits() {
+    fn retry_copy_keeps_the_publishers_headers_and_counts_retries() {
         let (properties, names) = (incoming(), Names::new("p."));
         let original = Original { properties: &properties, body: b"{ \"a\":1}" };
         let once = Outgoing::retry(&original, &names, RetryTier::FiveSeconds);
@@ -302,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_letter_says_why_and_a_replay_is_as_good_as_new() {
+    fn dead_letter_has_its_reason_and_a_replay_has_no_trace_of_it() {
         let properties = incoming();
         let original = Original { properties: &properties, body: b"\xff\x00 not json" };
         let rejection = Rejection::new(DeadReason::InvalidJson, "ü".repeat(600));
@@ -319,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_trace_context_counts_as_one() {
+    fn invalid_trace_context_is_ignored() {
         assert!(is_traceparent("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
         for other in ["", "00-1-2-01", "a\0b", "00-4BF92F3577B34DA6A3CE929D0E0E4736-00F067AA0BA902B7-01"] {
             assert!(!is_traceparent(other), "{other:?}");
@@ -328,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_persistent_and_survives_a_correlation_id_that_amqp_can_not_carry() {
+    fn event_is_persistent_and_omits_an_overlong_correlation_id() {
         let long = "ü".repeat(200);
         let event = Outgoing::event(Uuid::from_u128(7), "run.completed.success.t", "{}".to_owned(), Some(&long), None);
         assert_eq!(event.properties.correlation_id(), &None);

@@ -1,7 +1,7 @@
-//! The broker: connections, topology, deliveries, confirmed publishing. Only here is the AMQP client known.
+//! Broker access: connections, topology, deliveries and confirmed publishing. The only module that uses the AMQP client.
 //!
-//! The client recovers nothing by itself. Whatever is lost is rebuilt as a whole by whoever held it: the consumer its
-//! [`Subscription`], the [`Publisher`] its connection. Every answer is awaited with a limit.
+//! The client's own recovery is off. A lost connection is rebuilt as a whole by its owner: the consumer rebuilds its
+//! [`Subscription`], the [`Publisher`] its connection. Every answer is awaited with a time limit.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -14,7 +14,6 @@ mod address;
 mod connection;
 mod dead_letters;
 mod deliveries;
-mod drift;
 mod error;
 mod message;
 mod publisher;
@@ -35,25 +34,24 @@ use connection::{Connection, Opening};
 use publisher::ConfirmChannel;
 use tls::Tls;
 
-/// The way to the broker. Cheap to clone; no connection is made before one is needed.
+/// Handle to the broker. Cheap to clone; connections are opened on demand.
 #[derive(Clone)]
 pub struct Broker(Arc<Inner>);
 
 struct Inner {
     addresses: Vec<Address>,
-    /// The address that is tried first: the one after the last that failed.
+    /// Index of the address to try first: the one after the last that failed.
     first: AtomicUsize,
     opening: Opening,
     heartbeat_s: u16,
     topology: TopologyConfig,
-    drift: drift::Known,
     names: Names,
-    /// Set once a broker has said that it is new enough.
+    /// Broker version, set once a supported broker has answered.
     version: OnceLock<String>,
     spawner: tokio::runtime::Handle,
 }
 
-/// What a connection is for; it stands in the broker's list of connections.
+/// Purpose of a connection, shown in the broker's list of connections.
 #[derive(Debug, Clone, Copy)]
 enum Purpose {
     Consume,
@@ -62,21 +60,21 @@ enum Purpose {
 }
 
 impl Broker {
-    /// Prepares everything that needs no network. `client_name` names this process on the broker.
+    /// Creates a handle without connecting. `client_name` names this process on the broker.
     ///
     /// # Errors
     /// If `broker.url` or a file of `[broker]` can't be used.
     pub fn new(config: &BrokerConfig, topology: &TopologyConfig, client_name: &str) -> Result<Self, BrokerError> {
-        // The first provider stays for the process. If someone else has installed one, that one is as good.
+        // An error means that a provider is installed already, which serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let tls = Tls::read(config)?;
-        // One thread of their own for the client's tasks: heartbeats must go out while all workers are busy.
+        // A separate thread for the client's tasks: heartbeats must be sent while all workers are busy.
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("inventoryd-amqp")
             .enable_all()
             .build()
-            .map_err(|error| BrokerError::Config(format!("no threads for the broker's client: {error}")))?;
+            .map_err(|error| BrokerError::Config(format!("can't start a thread for the AMQP client: {error}")))?;
         let spawner = runtime.handle().clone();
         let opening = Opening {
             runtime: TokioRuntime::tokio_with_runtime(runtime),
@@ -92,61 +90,60 @@ impl Broker {
             heartbeat_s: config.heartbeat_s,
             names: Names::new(&topology.prefix),
             topology: topology.clone(),
-            drift: drift::Known::default(),
             version: OnceLock::new(),
             spawner,
         })))
     }
 
-    /// The names of all exchanges and queues.
+    /// Names of all exchanges and queues.
     #[must_use]
     pub fn names(&self) -> &Names {
         &self.0.names
     }
 
-    /// The name of this process on the broker.
+    /// Name of this process on the broker.
     #[must_use]
     pub fn client_name(&self) -> &str {
         &self.0.opening.name
     }
 
-    /// The broker's version, once it has been asked.
+    /// Broker version; `None` before the first connection.
     #[must_use]
     pub fn version(&self) -> Option<&str> {
         self.0.version.get().map(String::as_str)
     }
 
-    /// Connects, makes or checks the topology, and starts to consume requests, at most `prefetch` at a time.
+    /// Connects, declares or verifies the topology, and consumes requests with the given prefetch.
     ///
     /// # Errors
-    /// If any of it fails; nothing is left behind then.
+    /// If any step fails; the connection is closed then.
     pub async fn subscribe(&self, prefetch: u16) -> Result<Subscription, BrokerError> {
-        let wire = self.connect(Purpose::Consume).await?;
-        self.ensure(&wire).await?;
-        Subscription::start(wire, &self.0.names.requests, prefetch, self.0.opening.answer_limit).await
+        let connection = self.connect(Purpose::Consume).await?;
+        self.ensure(&connection).await?;
+        Subscription::start(connection, &self.0.names.requests, prefetch, self.0.opening.answer_limit).await
     }
 
-    /// A publisher with a connection of its own, made when it is first needed and made again when it is lost.
+    /// Starts a publisher with its own connection, opened on demand and reopened when lost.
     #[must_use]
     pub fn publisher(&self) -> Publisher {
         Publisher::start(self)
     }
 
-    /// Makes or checks the exchanges and queues, and says goodbye.
+    /// Declares or verifies the exchanges and queues once.
     ///
     /// # Errors
-    /// [`BrokerError::Drift`] with a line for each difference, or that no broker could be asked.
+    /// [`BrokerError::Drift`] with one line per differing exchange or queue, or a connection error.
     pub async fn ensure_topology(&self) -> Result<(), BrokerError> {
-        let wire = self.connect(Purpose::Manage).await?;
-        let ensured = self.ensure(&wire).await;
-        wire.close(self.0.opening.answer_limit).await;
+        let connection = self.connect(Purpose::Manage).await?;
+        let ensured = self.ensure(&connection).await;
+        connection.close(self.0.opening.answer_limit).await;
         ensured
     }
 
-    /// Publishes one sync request and waits until the broker has stored it.
+    /// Publishes one sync request and waits for its confirm.
     ///
     /// # Errors
-    /// If it was not stored, or if that is not known.
+    /// If the request was not stored, or may not have been.
     pub async fn publish_request(
         &self,
         body: Vec<u8>,
@@ -159,36 +156,36 @@ impl Broker {
         outcomes.first().copied().unwrap_or(PublishOutcome::Unknown).into_result("publishing the request")
     }
 
-    /// The dead letters, as they are now.
+    /// Opens the dead-letter queue for inspection.
     ///
     /// # Errors
-    /// If no broker could be asked.
+    /// If no broker is reachable.
     pub async fn dead_letters(&self) -> Result<DeadLetters, BrokerError> {
         DeadLetters::open(self).await
     }
 
-    /// Run-completed events as they are published from now on, those whose routing key fits `pattern`
+    /// Subscribes to run-completed events from now on whose routing key matches `pattern`
     /// (`run.completed.failed.*`, or `#` for all).
     ///
     /// # Errors
-    /// If no broker could be asked, or it refuses.
+    /// If no broker is reachable, or it refuses.
     pub async fn tail_events(&self, pattern: &str) -> Result<EventTail, BrokerError> {
         EventTail::open(self, pattern).await
     }
 
-    async fn ensure(&self, wire: &Connection) -> Result<(), BrokerError> {
+    async fn ensure(&self, connection: &Connection) -> Result<(), BrokerError> {
         let inner = &self.0;
-        topology::ensure(wire, &inner.names, &inner.topology, inner.opening.answer_limit, &inner.drift).await
+        topology::ensure(connection, &inner.names, &inner.topology, inner.opening.answer_limit).await
     }
 
-    /// Tries every address once, beginning with the one after the last that failed.
+    /// Tries every address once, starting after the last that failed.
     async fn connect(&self, purpose: Purpose) -> Result<Connection, BrokerError> {
         let inner = &self.0;
         let mut problems = Vec::new();
         for _ in 0..inner.addresses.len() {
             let index = inner.first.load(Ordering::Relaxed) % inner.addresses.len();
             match self.connect_to(&inner.addresses[index], purpose).await {
-                Ok(wire) => return Ok(wire),
+                Ok(connection) => return Ok(connection),
                 Err(error @ BrokerError::TooOld { .. }) => return Err(error),
                 Err(error) => problems.push(format!("{}: {error}", inner.addresses[index])),
             }
@@ -208,7 +205,7 @@ impl Broker {
                     found: format!("{product} {version}"),
                 });
             }
-            // Another task may have asked at the same time, and got the same answer.
+            // An error means that another task has stored the same answer.
             let _ = self.0.version.set(version);
         }
         let purpose = match purpose {

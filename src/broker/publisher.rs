@@ -1,4 +1,4 @@
-//! Publishing with confirms, on a connection of its own: when the broker blocks it, consuming goes on.
+//! Confirmed publishing on a connection of its own: while the broker blocks it, consuming continues.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -23,29 +23,29 @@ use crate::domain::clock::Deadline;
 use crate::domain::failure::Rejection;
 use crate::telemetry;
 
-/// Messages that are published before the first confirm is awaited.
-const BATCH: usize = 512;
-/// Messages that the connection is given at once.
-const SENT_TOGETHER: usize = 64;
-const WAITING_JOBS: usize = 64;
-const FIRST_WAIT: Duration = Duration::from_millis(100);
-const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// Most messages in one batch; they share a time limit for their confirms.
+const MAX_BATCH: usize = 512;
+/// Messages passed to the connection's thread at once.
+const SEND_WINDOW: usize = 64;
+const QUEUED_JOBS: usize = 64;
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
-/// What became of a message.
+/// Result of publishing one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PublishOutcome {
-    /// The broker has stored it in every queue that takes it.
+    /// Stored by every queue it was routed to.
     Confirmed,
-    /// No queue takes it: it was stored nowhere.
+    /// Routed to no queue, so stored nowhere.
     Unroutable,
-    /// It was not stored: the broker refused it, or it never got that far.
+    /// Not stored: nacked by the broker, or never sent.
     Refused,
-    /// It may have been stored, and may still be. Publish it again with the same id; receivers know it by that.
+    /// Possibly stored. Publish again with the same message id; receivers deduplicate by it.
     Unknown,
 }
 
 impl PublishOutcome {
-    /// The stable text form.
+    /// Text form for logs and metrics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -59,7 +59,7 @@ impl PublishOutcome {
     pub(super) fn into_result(self, what: &'static str) -> Result<(), BrokerError> {
         let problem = match self {
             Self::Confirmed => return Ok(()),
-            Self::Unroutable => "the exchange has no queue for it",
+            Self::Unroutable => "no queue is bound for it",
             Self::Refused => "the broker refused it",
             Self::Unknown => "the broker did not confirm it in time; it may have been stored",
         };
@@ -72,7 +72,7 @@ enum Job {
     Close(oneshot::Sender<()>),
 }
 
-/// Publishes for everyone in this process. Cheap to clone.
+/// Handle to the publishing task of this process. Cheap to clone.
 #[derive(Clone)]
 pub struct Publisher {
     jobs: mpsc::Sender<Job>,
@@ -82,11 +82,11 @@ pub struct Publisher {
 
 impl Publisher {
     pub(super) fn start(broker: &Broker) -> Self {
-        let (jobs, waiting) = mpsc::channel(WAITING_JOBS);
+        let (jobs, waiting) = mpsc::channel(QUEUED_JOBS);
         let blocked = Arc::new(AtomicBool::new(false));
         let worker = Worker {
             broker: broker.clone(),
-            link: None,
+            open_channel: None,
             waits: waits(),
             not_before: Instant::now(),
             blocked: Arc::clone(&blocked),
@@ -95,9 +95,9 @@ impl Publisher {
         Self { jobs, names: Arc::new(broker.names().clone()), blocked }
     }
 
-    /// Publishes all messages and says what became of each, in their order.
+    /// Publishes all messages and returns their outcomes in the same order.
     ///
-    /// It never takes longer than a reconnect and one confirm timeout, and those of the jobs before it.
+    /// Takes at most one reconnect and one confirm timeout, plus those of the jobs queued before.
     pub async fn publish(&self, messages: Vec<Outgoing>) -> Vec<PublishOutcome> {
         let count = messages.len();
         let (reply, outcomes) = oneshot::channel();
@@ -107,29 +107,29 @@ impl Publisher {
         outcomes.await.unwrap_or_else(|_| vec![PublishOutcome::Unknown; count])
     }
 
-    /// Puts a copy of the delivery on a tier of the retry ladder.
+    /// Publishes a copy of the delivery to the retry queue of a tier.
     pub async fn schedule_retry(&self, delivery: &Delivery, tier: RetryTier) -> PublishOutcome {
         let copy = Outgoing::retry(&delivery.original(), &self.names, tier);
         self.publish_one(copy).await
     }
 
-    /// Puts a copy of the delivery into the dead-letter queue. `by` says which process found it wanting.
+    /// Publishes a copy of the delivery to the dead-letter queue; `by` names the rejecting replica.
     pub async fn dead_letter(&self, delivery: &Delivery, rejection: &Rejection, by: &str) -> PublishOutcome {
         let copy = Outgoing::dead_letter(&delivery.original(), rejection, by);
         self.publish_one(copy).await
     }
 
-    /// Whether the broker takes no messages for now, because of a memory or disk alarm.
+    /// True while the broker blocks publishing (memory or disk alarm).
     #[must_use]
     pub fn blocked(&self) -> bool {
         self.blocked.load(Ordering::Relaxed)
     }
 
-    /// Finishes what was given to it and closes the connection. It opens again if there is more to publish.
+    /// Publishes what is queued, then closes the connection. A later publish opens it again.
     pub async fn close(&self) {
         let (reply, done) = oneshot::channel();
         if self.jobs.send(Job::Close(reply)).await.is_ok() {
-            // Gone is as good as closed.
+            // An error means that the task has ended and its connection is closed.
             let _ = done.await;
         }
     }
@@ -139,10 +139,10 @@ impl Publisher {
     }
 }
 
-/// The one that holds the connection. What waits while it is busy is published together.
+/// Publishing task, owner of the connection. Jobs that queue up while it is busy are published as one batch.
 struct Worker {
     broker: Broker,
-    link: Option<ConfirmChannel>,
+    open_channel: Option<ConfirmChannel>,
     waits: Waits,
     not_before: Instant,
     blocked: Arc<AtomicBool>,
@@ -151,11 +151,11 @@ struct Worker {
 impl Worker {
     async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
         loop {
-            let job = match &mut self.link {
-                Some(link) => tokio::select! {
+            let job = match &mut self.open_channel {
+                Some(channel) => tokio::select! {
                     job = jobs.recv() => job,
-                    event = link.events.next() => {
-                        self.heed(event);
+                    event = channel.events.next() => {
+                        self.handle_event(event);
                         continue;
                     }
                 },
@@ -179,7 +179,7 @@ impl Worker {
         let mut batch = messages;
         let mut replies = vec![(batch.len(), reply)];
         let mut close = None;
-        while batch.len() < BATCH && close.is_none() {
+        while batch.len() < MAX_BATCH && close.is_none() {
             match jobs.try_recv() {
                 Ok(Job::Publish(more, reply)) => {
                     replies.push((more.len(), reply));
@@ -191,7 +191,7 @@ impl Worker {
         }
         let mut outcomes = self.publish(&batch).await.into_iter();
         for (count, reply) in replies {
-            // Whoever does not wait any more will publish it again.
+            // A caller that stopped waiting publishes again.
             let _ = reply.send(outcomes.by_ref().take(count).collect());
         }
         if close.is_some() {
@@ -200,41 +200,39 @@ impl Worker {
     }
 
     async fn publish(&mut self, batch: &[Outgoing]) -> Vec<PublishOutcome> {
-        let mut link = match self.usable_channel().await {
-            Ok(link) => link,
+        let mut channel = match self.usable_channel().await {
+            Ok(channel) => channel,
             Err(error) => {
-                tracing::warn!(%error, messages = batch.len(), "can't publish for now");
+                tracing::warn!(%error, messages = batch.len(), "Publishing failed; no usable connection");
                 return vec![PublishOutcome::Refused; batch.len()];
             }
         };
-        let outcomes = link.publish(self.broker.names(), batch).await;
-        self.set_blocked(link.wire.blocked());
+        let outcomes = channel.publish(self.broker.names(), batch).await;
+        self.set_blocked(channel.connection.blocked());
         let ours_is_unroutable = batch
             .iter()
             .zip(&outcomes)
             .any(|(message, outcome)| *outcome == PublishOutcome::Unroutable && message.target != Target::Events);
-        if ours_is_unroutable && let Err(error) = self.broker.ensure(&link.wire).await {
-            tracing::warn!(%error, "a queue of our own is missing");
+        if ours_is_unroutable && let Err(error) = self.broker.ensure(&channel.connection).await {
+            tracing::warn!(%error, "Topology incomplete");
         }
-        self.link = Some(link);
+        self.open_channel = Some(channel);
         outcomes
     }
 
-    /// A link that takes messages now, or the reason why there is none. It is taken out of its place: a publish that
-    /// is not finished leaves none behind.
+    /// Takes the open channel or opens one. The caller puts it back after the publish: an unfinished publish drops it.
     async fn usable_channel(&mut self) -> Result<ConfirmChannel, BrokerError> {
-        if let Some(link) = self.link.take() {
-            let link = self.keep_if_usable(link).await?;
-            if let Some(link) = link {
-                return Ok(link);
+        if let Some(channel) = self.open_channel.take() {
+            if let Some(channel) = self.keep_if_usable(channel).await? {
+                return Ok(channel);
             }
         }
         sleep_until(self.not_before).await;
         match ConfirmChannel::open(&self.broker, Purpose::Publish).await {
-            Ok(link) => {
+            Ok(channel) => {
                 self.waits = waits();
-                self.set_blocked(link.wire.blocked());
-                Ok(link)
+                self.set_blocked(channel.connection.blocked());
+                Ok(channel)
             }
             Err(error) => {
                 self.not_before = Instant::now() + full_jitter(self.waits.next_wait());
@@ -243,41 +241,41 @@ impl Worker {
         }
     }
 
-    /// While the broker blocks the link it is kept: a new one would be blocked too, and could not even be closed.
-    async fn keep_if_usable(&mut self, link: ConfirmChannel) -> Result<Option<ConfirmChannel>, BrokerError> {
-        let after = link.limit;
+    /// Keeps a blocked connection: a new one would be blocked too, and could not be closed.
+    async fn keep_if_usable(&mut self, channel: ConfirmChannel) -> Result<Option<ConfirmChannel>, BrokerError> {
+        let after = channel.limit;
         let deadline = Deadline::after(after);
-        while link.wire.connected() && link.wire.blocked() {
+        while channel.connection.connected() && channel.connection.blocked() {
             if deadline.passed() {
-                self.link = Some(link);
+                self.open_channel = Some(channel);
                 return Err(BrokerError::TimedOut {
-                    doing: "waiting for the broker's memory or disk alarm to end",
+                    doing: "waiting for the broker's memory or disk alarm to clear",
                     after,
                 });
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         self.set_blocked(false);
-        if link.clean && link.wire.connected() {
-            return Ok(Some(link));
+        if channel.clean && channel.connection.connected() {
+            return Ok(Some(channel));
         }
-        // Confirms of an earlier batch may still come on it, and would be taken for those of the next.
-        link.close(after).await;
+        // Late confirms of an earlier batch would be attributed to the next one.
+        channel.close(after).await;
         Ok(None)
     }
 
-    fn heed(&mut self, event: Option<Event>) {
+    fn handle_event(&mut self, event: Option<Event>) {
         match event {
             Some(Event::ConnectionBlocked(reason)) => {
-                tracing::warn!(reason, "the broker takes no messages for now; events wait in the outbox");
+                tracing::warn!(reason, "Broker blocked publishing; events wait in the outbox");
                 self.set_blocked(true);
             }
             Some(Event::ConnectionUnblocked) => {
-                tracing::info!("the broker takes messages again");
+                tracing::info!("Broker unblocked publishing");
                 self.set_blocked(false);
             }
             Some(Event::Error(error)) => {
-                tracing::warn!(%error, "the publishing connection is lost");
+                tracing::warn!(%error, "Publishing connection lost");
                 self.drop_channel();
             }
             None => self.drop_channel(),
@@ -286,7 +284,7 @@ impl Worker {
     }
 
     fn drop_channel(&mut self) {
-        self.link = None;
+        self.open_channel = None;
         self.set_blocked(false);
     }
 
@@ -296,9 +294,9 @@ impl Worker {
     }
 
     async fn close(&mut self, done: Option<oneshot::Sender<()>>) {
-        if let Some(link) = self.link.take() {
-            let limit = link.limit.min(Duration::from_secs(2));
-            link.close(limit).await;
+        if let Some(channel) = self.open_channel.take() {
+            let limit = channel.limit.min(Duration::from_secs(2));
+            channel.close(limit).await;
         }
         if let Some(done) = done {
             let _ = done.send(());
@@ -307,48 +305,47 @@ impl Worker {
 }
 
 fn waits() -> Waits {
-    Waits::new(FIRST_WAIT, LONGEST_WAIT)
+    Waits::new(FIRST_BACKOFF, MAX_BACKOFF)
 }
 
-/// A connection with one channel in confirm mode, used for one batch at a time.
+/// Connection with one channel in confirm mode, used for one batch at a time.
 pub(super) struct ConfirmChannel {
-    pub(super) wire: Connection,
+    pub(super) connection: Connection,
     channel: Channel,
     events: Events,
     limit: Duration,
-    /// Whether every message published on it got its answer.
+    /// False once a message published on it has no confirm.
     clean: bool,
 }
 
 impl ConfirmChannel {
     pub(super) async fn open(broker: &Broker, purpose: Purpose) -> Result<Self, BrokerError> {
         let limit = broker.0.opening.answer_limit;
-        let wire = broker.connect(purpose).await?;
-        match broker.ensure(&wire).await {
-            // The consumer reports it and is not ready; what can be published still is.
+        let connection = broker.connect(purpose).await?;
+        match broker.ensure(&connection).await {
+            // The consumer reports drift and is not ready; publishing may still succeed.
             Ok(()) | Err(BrokerError::Drift(_)) => {}
             Err(error) => return Err(error),
         }
-        let channel = wire.channel().await?;
+        let channel = connection.channel().await?;
         let select = channel.confirm_select(ConfirmSelectOptions::default());
         within(limit, "asking for confirms", select).await?;
-        let events = wire.events();
-        Ok(Self { wire, channel, events, limit, clean: true })
+        let events = connection.events();
+        Ok(Self { connection, channel, events, limit, clean: true })
     }
 
     /// Publishes a batch and waits for its confirms.
     ///
-    /// Which message a confirm is for is certain, which returned message comes with which confirm is not: with
-    /// several in flight the client pairs them wrongly. So what was returned is known by its message id, over the
-    /// whole batch.
+    /// The client matches confirms to messages correctly, but may attach a returned message to the wrong confirm when
+    /// several are in flight. Returned messages are therefore matched by message id over the whole batch.
     pub(super) async fn publish(&mut self, names: &Names, batch: &[Outgoing]) -> Vec<PublishOutcome> {
         let deadline = Deadline::after(self.limit);
         let mut outcomes = vec![PublishOutcome::Refused; batch.len()];
         let (mut sending, mut confirms) = (FuturesUnordered::new(), FuturesUnordered::new());
         let mut rest = batch.iter().enumerate();
         loop {
-            // Given one by one, each would wake the connection's thread and wait for it.
-            for (index, message) in rest.by_ref().take(SENT_TOGETHER - sending.len()) {
+            // Sent one by one, each message would wake the connection's thread and wait for it.
+            for (index, message) in rest.by_ref().take(SEND_WINDOW - sending.len()) {
                 outcomes[index] = PublishOutcome::Unknown;
                 let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
                 let exchange = message.target.exchange(names);
@@ -375,7 +372,7 @@ impl ConfirmChannel {
         while let Ok(Some(confirm)) = timeout(deadline.remaining(), confirms.next()).await {
             self.clean &= note(confirm);
         }
-        // A returned message may have come with any confirm that is there by now: none may be overlooked.
+        // A returned message may be attached to any confirm received by now: read all of them.
         while let Some(Some(confirm)) = confirms.next().now_or_never() {
             self.clean &= note(confirm);
         }
@@ -389,6 +386,6 @@ impl ConfirmChannel {
     }
 
     pub(super) async fn close(self, limit: Duration) {
-        self.wire.close(limit).await;
+        self.connection.close(limit).await;
     }
 }

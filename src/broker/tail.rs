@@ -1,4 +1,4 @@
-//! Listening to run-completed events, for people.
+//! Live view of run-completed events for operators (`inventoryd events tail`).
 
 use futures_util::StreamExt;
 use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
@@ -9,18 +9,18 @@ use super::error::{BrokerError, within};
 use super::message::short;
 use super::{Broker, Purpose};
 
-/// Events as they are published. What was published before is not seen, and nothing is taken from anyone.
+/// Subscription on a private temporary queue: sees events published from now on and takes none from other subscribers.
 pub struct EventTail {
     consumer: lapin::Consumer,
     _wire: Connection,
 }
 
-/// One event that passed by.
+/// One observed event.
 #[derive(Debug, Clone)]
 pub struct TailedEvent {
     /// `run.completed.<status>.<tenant_id>`.
     pub routing_key: String,
-    /// The event's id: one that is published twice has the same.
+    /// Event id; the same for every repeat of an event.
     pub message_id: Option<String>,
     /// The CloudEvents envelope.
     pub body: Vec<u8>,
@@ -29,8 +29,9 @@ pub struct TailedEvent {
 impl EventTail {
     pub(super) async fn open(broker: &Broker, pattern: &str) -> Result<Self, BrokerError> {
         let limit = broker.0.opening.answer_limit;
-        let pattern = short(pattern)
-            .ok_or_else(|| BrokerError::Config("the pattern of a routing key has at most 255 bytes".to_owned()))?;
+        let pattern = short(pattern).ok_or_else(|| {
+            BrokerError::Config("the routing key pattern has more than 255 bytes; shorten it".to_owned())
+        })?;
         let wire = broker.connect(Purpose::Manage).await?;
         broker.ensure(&wire).await?;
         let channel = wire.channel().await?;
@@ -46,7 +47,7 @@ impl EventTail {
         Ok(Self { consumer: within(limit, "listening", consume).await?, _wire: wire })
     }
 
-    /// The next event, an error, or nothing once the broker has ended it.
+    /// Returns the next event, an error, or `None` once the broker has ended the subscription.
     pub async fn next(&mut self) -> Option<Result<TailedEvent, BrokerError>> {
         let delivery = self.consumer.next().await?;
         Some(delivery.map_err(BrokerError::while_doing("listening")).map(|delivery| TailedEvent {

@@ -1,4 +1,4 @@
-//! TLS to the broker: whom we trust, who we are, and which name the broker has to prove.
+//! TLS to the broker: trust anchors, client certificate and expected server name.
 
 use std::io;
 use std::path::Path;
@@ -16,16 +16,16 @@ use crate::config::BrokerConfig;
 /// The socket to the broker, with or without TLS.
 pub(super) type Stream = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
 
-/// What TLS connections are made with; the files are read once.
+/// TLS settings; the files are read once, at start.
 #[derive(Clone)]
 pub(super) struct Tls {
     config: OwnedTLSConfig,
-    /// The name that the broker's certificate must be for; its host's if none is set.
+    /// Name expected in the broker's certificate; by default the host of the address.
     server_name: Option<String>,
 }
 
 impl Tls {
-    /// Reads the files that the configuration names.
+    /// Reads the files named in the configuration.
     pub(super) fn read(config: &BrokerConfig) -> Result<Self, BrokerError> {
         let cert_chain = config.ca_file.as_deref().map(|file| certificates("broker.ca_file", file)).transpose()?;
         let identity = config.client_certificate_file.as_deref().map(|file| {
@@ -40,7 +40,7 @@ impl Tls {
         Ok(Self { config: OwnedTLSConfig { identity: identity.transpose()?, cert_chain }, server_name })
     }
 
-    /// Opens a connection, through TLS where the address asks for that.
+    /// Opens a TCP connection, with TLS for `amqps` addresses.
     pub(super) async fn connect(&self, uri: &AMQPUri, runtime: &TokioRuntime) -> io::Result<Stream> {
         let host = &uri.authority.host;
         let addresses = runtime.to_socket_addrs((host.clone(), uri.authority.port));
@@ -52,33 +52,33 @@ impl Tls {
     }
 }
 
-/// A broker refuses a client's certificate, or the lack of one, after its own side of the handshake is done, and often hangs up
-/// before its reason arrives.
+/// Adds a hint about client certificates: a broker refuses a missing one after its side of the handshake is done, and
+/// often closes the socket before the reason arrives.
 pub(super) fn explain(uri: &AMQPUri, error: io::Error) -> io::Error {
     match uri.scheme {
         AMQPScheme::AMQP => error,
         AMQPScheme::AMQPS => io::Error::new(
             error.kind(),
-            format!("{error}; if the broker wants a certificate of its clients, see broker.client_certificate_file"),
+            format!("{error}; if the broker requires client certificates, set broker.client_certificate_file"),
         ),
     }
 }
 
-/// The text of a file that holds certificates: the client skips over one that holds none.
+/// Reads a PEM file that must contain a certificate; the client would silently accept a file without one.
 fn certificates(key: &str, file: &Path) -> Result<String, BrokerError> {
     let text = read(key, file)?;
     match CertificateDer::pem_slice_iter(text.as_bytes()).collect::<Result<Vec<_>, _>>() {
         Ok(found) if !found.is_empty() => Ok(text),
-        Ok(_) => Err(refuse(key, file, "holds no certificate in PEM form")),
+        Ok(_) => Err(refuse(key, file, "contains no PEM certificate")),
         Err(error) => Err(refuse(key, file, &error.to_string())),
     }
 }
 
 fn private_key(key: &str, file: &Path) -> Result<String, BrokerError> {
     let text = read(key, file)?;
-    // Its error says what was looked for and quotes nothing.
+    // The parser's error quotes nothing of the file.
     PrivateKeyDer::from_pem_slice(text.as_bytes())
-        .map_err(|error| refuse(key, file, &format!("holds no unencrypted private key: {error}")))?;
+        .map_err(|error| refuse(key, file, &format!("contains no unencrypted private key: {error}")))?;
     Ok(text)
 }
 

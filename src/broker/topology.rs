@@ -1,7 +1,7 @@
-//! The exchanges and queues that the daemon lives on: their names, their arguments, and how they are made or checked.
+//! Topology: names and arguments of the exchanges and queues, and their declaration or verification.
 //!
 //! Every queue is a durable quorum queue, and all arguments mean the same on RabbitMQ 3.10 and 4.x. Nothing is ever
-//! deleted or changed here: what differs is reported.
+//! deleted or changed; differences are reported.
 
 use std::time::Duration;
 
@@ -10,34 +10,33 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, ErrorKind, ExchangeKind};
 
 use super::connection::Connection;
-use super::drift::{Known, agree, difference, lock, text};
 use super::error::{BrokerError, within};
 use crate::config::{TopologyConfig, TopologyMode};
 
-/// The routing key of a sync request.
+/// Routing key of sync requests.
 pub const SYNC_REQUESTED: &str = "sync.requested";
-/// No limit, in the only form that 3.10 and 4.x both take: 4.x would otherwise drop a dead letter after 20 looks.
-const ANY_NUMBER_OF_LOOKS: i64 = 1_000_000;
-const UNROUTED_KEPT_MS: i64 = 7 * 24 * 3600 * 1000;
+/// Effectively unlimited, in a form that 3.10 and 4.x both accept: by default 4.x drops a dead letter after 20 reads.
+const UNLIMITED_DELIVERIES: i64 = 1_000_000;
+const UNROUTED_TTL_MS: i64 = 7 * 24 * 3600 * 1000;
 
-/// The names of all exchanges and queues, with the prefix of this deployment.
+/// Names of all exchanges and queues, with the prefix of this deployment.
 #[derive(Debug, Clone)]
 pub struct Names {
     prefix: String,
-    /// Exchange that requests are published to.
+    /// Exchange for sync requests.
     pub sync: String,
-    /// Exchange that run-completed events are published to.
+    /// Exchange for run-completed events.
     pub events: String,
-    /// Exchange and queue of dead letters.
+    /// Exchange and queue for dead letters.
     pub dead: String,
-    /// Exchange and queue of events that no subscriber's queue took.
+    /// Exchange and queue for events without a subscriber.
     pub unrouted: String,
     /// Queue of requests.
     pub requests: String,
 }
 
 impl Names {
-    /// All names for a prefix.
+    /// Builds all names for a prefix.
     #[must_use]
     pub fn new(prefix: &str) -> Self {
         let name = |rest: &str| format!("{prefix}inventory.{rest}");
@@ -51,14 +50,14 @@ impl Names {
         }
     }
 
-    /// Queue in which a message waits for a retry.
+    /// Retry queue of a tier.
     #[must_use]
     pub fn retry(&self, tier: RetryTier) -> String {
         format!("{}inventory.retry.{}", self.prefix, tier.suffix())
     }
 }
 
-/// How long a message waits before it is asked about again: one tier of the ladder.
+/// Delay of a retry queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RetryTier {
     /// 5 seconds.
@@ -72,10 +71,10 @@ pub enum RetryTier {
 }
 
 impl RetryTier {
-    /// The whole ladder, from the bottom.
+    /// All tiers, shortest first.
     pub const ALL: [Self; 4] = [Self::FiveSeconds, Self::ThirtySeconds, Self::TwoMinutes, Self::TenMinutes];
 
-    /// The wait.
+    /// Delay in seconds.
     #[must_use]
     pub const fn seconds(self) -> u64 {
         match self {
@@ -86,13 +85,13 @@ impl RetryTier {
         }
     }
 
-    /// For a request whose run another delivery is working on: soon once, then at leisure, for runs take minutes.
+    /// Tier for a request whose run is in progress elsewhere: 5 seconds once, then 30, since runs take minutes.
     #[must_use]
     pub const fn while_busy(retries: u32) -> Self {
         if retries == 0 { Self::FiveSeconds } else { Self::ThirtySeconds }
     }
 
-    /// For a request that is over a limit: up the ladder, and then on its top.
+    /// Tier for a request over a limit: one step longer per retry, up to the longest.
     #[must_use]
     pub const fn while_deferred(retries: u32) -> Self {
         match retries {
@@ -124,20 +123,19 @@ struct Queue {
     arguments: FieldTable,
 }
 
-/// Makes or checks everything, as the configuration says, and reports all that does not fit at once.
+/// Declares or verifies everything, as configured, and reports every differing exchange and queue at once.
 pub(super) async fn ensure(
-    wire: &Connection,
+    connection: &Connection,
     names: &Names,
     config: &TopologyConfig,
     limit: Duration,
-    known: &Known,
 ) -> Result<(), BrokerError> {
-    let (channel, mode, problems) = (wire.channel().await?, config.mode, Vec::new());
-    let mut check = Check { wire, channel, limit, mode, problems, known };
+    let (channel, mode, problems) = (connection.channel().await?, config.mode, Vec::new());
+    let mut check = Check { connection, channel, limit, mode, problems };
     for exchange in exchanges(names) {
         check.exchange(&exchange).await?;
     }
-    // The target of dead letters comes before the queues that send them there.
+    // Dead-letter targets are declared before the queues that refer to them.
     for queue in queues(names, config.delivery_limit) {
         check.queue(&queue).await?;
     }
@@ -170,15 +168,16 @@ fn queues(names: &Names, delivery_limit: u32) -> Vec<Queue> {
         }
         Queue { name: name.to_owned(), arguments }
     };
-    // A dead letter leaves its queue only once the target has it; RabbitMQ asks for reject-publish with that.
+    // At-least-once dead-lettering: a message leaves its queue only once the target has stored it. RabbitMQ requires
+    // reject-publish with it.
     let at_least_once = [("x-dead-letter-strategy", text("at-least-once")), ("x-overflow", text("reject-publish"))];
     let limit = ("x-delivery-limit", AMQPValue::LongLongInt(i64::from(delivery_limit)));
-    let any_looks = ("x-delivery-limit", AMQPValue::LongLongInt(ANY_NUMBER_OF_LOOKS));
-    let kept = ("x-message-ttl", AMQPValue::LongLongInt(UNROUTED_KEPT_MS));
+    let unlimited = ("x-delivery-limit", AMQPValue::LongLongInt(UNLIMITED_DELIVERIES));
+    let ttl = ("x-message-ttl", AMQPValue::LongLongInt(UNROUTED_TTL_MS));
     let requests = [&at_least_once[..], &[limit, ("x-dead-letter-exchange", text(&names.dead))]].concat();
     let mut queues = vec![
-        quorum(&names.dead, std::slice::from_ref(&any_looks)),
-        quorum(&names.unrouted, &[any_looks, kept]),
+        quorum(&names.dead, std::slice::from_ref(&unlimited)),
+        quorum(&names.unrouted, &[unlimited, ttl]),
         quorum(&names.requests, &requests),
     ];
     for tier in RetryTier::ALL {
@@ -194,12 +193,11 @@ fn queues(names: &Names, delivery_limit: u32) -> Vec<Queue> {
 }
 
 struct Check<'a> {
-    wire: &'a Connection,
+    connection: &'a Connection,
     channel: Channel,
     limit: Duration,
     mode: TopologyMode,
     problems: Vec<String>,
-    known: &'a Known,
 }
 
 impl Check<'_> {
@@ -224,45 +222,22 @@ impl Check<'_> {
     async fn queue(&mut self, queue: &Queue) -> Result<(), BrokerError> {
         let what = format!("queue {}", queue.name);
         for passive in self.steps() {
-            let noted = self.problems.len();
-            if !self.ask(queue, &what, *passive, &queue.arguments).await? {
-                return self.look_further(queue, &what, noted).await;
+            if !self.declare(queue, &what, *passive).await? {
+                break;
             }
         }
         Ok(())
     }
 
-    async fn ask(&mut self, queue: &Queue, what: &str, passive: bool, with: &FieldTable) -> Result<bool, BrokerError> {
+    async fn declare(&mut self, queue: &Queue, what: &str, passive: bool) -> Result<bool, BrokerError> {
         let options = QueueDeclareOptions { passive, ..QueueDeclareOptions::durable() };
-        let answer = self.channel.queue_declare(queue.name.as_str().into(), options, with.clone());
+        let answer = self.channel.queue_declare(queue.name.as_str().into(), options, queue.arguments.clone());
         let answer = within(self.limit, "declaring queues", answer).await.map(drop);
         self.judge(what, passive, answer).await
     }
 
-    /// The broker names one difference at a time, and agreeing to it brings out the next. That is done once for each
-    /// first difference: a queue that is deleted at this moment, as it will be by someone who has read of it, would be
-    /// made again with what was agreed to.
-    async fn look_further(&mut self, queue: &Queue, what: &str, noted: usize) -> Result<(), BrokerError> {
-        let Some(first) = self.problems.get(noted).cloned() else { return Ok(()) };
-        let known = lock(self.known).get(&first).cloned();
-        if let Some(others) = known {
-            self.problems.extend(others);
-            return Ok(());
-        }
-        let mut arguments = queue.arguments.clone();
-        while let Some(agreed) = self.problems.last().and_then(|line| agree(&arguments, line)) {
-            arguments = agreed;
-            let is_there = self.ask(queue, what, true, &arguments).await?;
-            if !is_there || self.ask(queue, what, false, &arguments).await? {
-                break;
-            }
-        }
-        lock(self.known).insert(first, self.problems[noted + 1..].to_vec());
-        Ok(())
-    }
-
-    /// To verify is to ask passively whether it is there, and only then to compare, by declaring it as we know it:
-    /// that changes nothing, and the broker names the first difference.
+    /// Passive flags of the declarations. Verification first checks existence with a passive declare; only then it
+    /// declares with our arguments, which changes nothing and makes the broker name the first difference.
     fn steps(&self) -> &'static [bool] {
         match self.mode {
             TopologyMode::Declare => &[false],
@@ -276,26 +251,26 @@ impl Check<'_> {
         within(self.limit, "binding queues", answer).await
     }
 
-    /// Notes what does not fit and says whether to look further. A refusal closes the channel: the next step gets a
-    /// new one.
+    /// Records a refusal and returns whether to continue. A refusal closes the channel: the next step gets a new one.
     async fn judge(&mut self, what: &str, passive: bool, answer: Result<(), BrokerError>) -> Result<bool, BrokerError> {
         let Err(error) = answer else { return Ok(true) };
         let Some((code, words)) = refusal(&error) else { return Err(error) };
-        self.channel = self.wire.channel().await?;
+        self.channel = self.connection.channel().await?;
         match (code, self.mode) {
-            (404, _) if passive => self.problems.push(format!("{what}: is missing")),
-            // Who may not declare may not compare either: that it is there is all that can be known.
+            (404, _) if passive => self.problems.push(format!("{what}: missing")),
+            // Without the configure permission only existence can be verified.
             (403, TopologyMode::Verify) if !passive => {}
             (403, _) => self.problems.push(format!(
-                "{what}: this user may not declare it; set topology.mode = \"verify\" if others make it ({words})"
+                "{what}: this user has no configure permission; grant it, or set topology.mode = \"verify\" if others declare the \
+                 topology ({words})"
             )),
-            _ => self.problems.push(format!("{what}: {}", difference(&words))),
+            _ => self.problems.push(format!("{what}: {words}")),
         }
         Ok(false)
     }
 }
 
-/// The code and words of a broker that refused one operation but keeps the connection.
+/// Code and text of a channel error: the broker refused one operation and keeps the connection.
 fn refusal(error: &BrokerError) -> Option<(u16, String)> {
     let BrokerError::Lost { source, .. } = error else { return None };
     let error = source.downcast_ref::<lapin::Error>()?;
@@ -307,12 +282,16 @@ fn refusal(error: &BrokerError) -> Option<(u16, String)> {
     }
 }
 
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_busy_request_asks_soon_once_and_a_deferred_one_climbs_the_ladder() {
+    fn retry_tiers_grow_with_the_number_of_retries() {
         let busy: Vec<u64> = (0..4).map(|retries| RetryTier::while_busy(retries).seconds()).collect();
         assert_eq!(busy, [5, 30, 30, 30]);
         let deferred: Vec<u64> = (0..6).map(|retries| RetryTier::while_deferred(retries).seconds()).collect();
@@ -320,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn every_name_has_the_prefix_and_dead_letters_have_a_target_declared_before_them() {
+    fn names_have_the_prefix_and_dead_letter_targets_are_declared_first() {
         let names = Names::new("blue.");
         let queues = queues(&names, 20);
         let order: Vec<&str> = queues.iter().map(|queue| queue.name.as_str()).collect();

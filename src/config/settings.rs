@@ -167,6 +167,13 @@ mod tests {
     }
 
     #[test]
+    fn url_with_a_second_at_sign_is_redacted_whole() {
+        // Without a colon the parser takes everything before the last @ for the user's name.
+        let found = settings(&[("INVENTORYD__BROKER__URL", "amqp://me@hunter2@one/")]);
+        assert_eq!(one(&found, "broker.url").value, REDACTED);
+    }
+
+    #[test]
     fn every_secret_of_the_configuration_is_known_here() {
         let fields = concat!(include_str!("../config.rs"), include_str!("credential.rs")).lines();
         let secrets: Vec<&str> = fields

@@ -1,4 +1,5 @@
-//! Whether new requests may be taken: not while the database is away, the outbox overflows, or an operator wants quiet.
+//! Backpressure: intake of requests pauses while the database is unavailable, the outbox is over its high-water mark,
+//! or an operator paused it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,23 +11,23 @@ use super::health::Paused;
 use crate::backoff::full_jitter;
 use crate::store::{Store, StoreError};
 
-const LOOK_WHILE_OPEN: Duration = Duration::from_secs(5);
-const LOOK_WHILE_CLOSED: Duration = Duration::from_secs(1);
-/// A frozen database never answers; the client would wait for ever.
-const PATIENCE: Duration = Duration::from_secs(10);
+const CHECK_WHILE_OPEN: Duration = Duration::from_secs(5);
+const CHECK_WHILE_PAUSED: Duration = Duration::from_secs(1);
+/// Limit of one check; a frozen database never answers.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The keeper of the intake. What it decides stands in the channel.
+/// Decides whether new requests are taken and publishes the decision on a watch channel.
 pub(super) struct Intake {
     store: Store,
     high_water: i64,
     quiet: watch::Receiver<bool>,
     state: watch::Sender<Option<Paused>>,
-    /// Someone found the database away: look now.
+    /// Wakes the check early: a delivery met a database problem.
     trouble: Arc<Notify>,
 }
 
 impl Intake {
-    /// A intake that is closed until the database has answered once.
+    /// An intake that is paused until the database has answered once.
     pub(super) fn new(store: Store, high_water: i64, quiet: watch::Receiver<bool>, trouble: Arc<Notify>) -> Self {
         Self { store, high_water, quiet, state: watch::Sender::new(Some(Paused::DatabaseUnavailable)), trouble }
     }
@@ -35,26 +36,26 @@ impl Intake {
         self.state.subscribe()
     }
 
-    /// Looks again and again, for as long as it is awaited.
-    pub(super) async fn keep(mut self) {
+    /// Repeats the check for as long as the future is polled.
+    pub(super) async fn run(mut self) {
         loop {
-            let now = self.look().await;
+            let now = self.check().await;
             self.state.send_if_modified(|state| std::mem::replace(state, now) != now);
-            let wait = if now.is_none() { LOOK_WHILE_OPEN } else { LOOK_WHILE_CLOSED };
+            let wait = if now.is_none() { CHECK_WHILE_OPEN } else { CHECK_WHILE_PAUSED };
             tokio::select! {
                 () = sleep(wait.mul_f64(0.8) + full_jitter(wait.mul_f64(0.4))) => {}
                 () = self.trouble.notified() => {}
-                // Its sender is gone: nobody will ask for quiet any more.
+                // A closed channel means that no operator pause can follow.
                 () = async { if self.quiet.changed().await.is_err() { std::future::pending().await } } => {}
             }
         }
     }
 
-    async fn look(&self) -> Option<Paused> {
+    async fn check(&self) -> Option<Paused> {
         if *self.quiet.borrow() {
             return Some(Paused::ByOperator);
         }
-        match timeout(PATIENCE, self.unsent()).await {
+        match timeout(CHECK_TIMEOUT, self.unsent()).await {
             Ok(Ok(unsent)) => (unsent >= self.limit()).then_some(Paused::Backlog),
             Ok(Err(_)) | Err(_) => Some(Paused::DatabaseUnavailable),
         }
@@ -65,7 +66,7 @@ impl Intake {
         Ok(self.store.outbox_backlog().await?.unsent)
     }
 
-    /// Once closed for its backlog, the intake opens again at half of it.
+    /// High-water mark while open, half of it while paused (hysteresis).
     fn limit(&self) -> i64 {
         if *self.state.borrow() == Some(Paused::Backlog) {
             self.high_water.div_euclid(2).max(1)

@@ -1,4 +1,4 @@
-//! One delivery from the queue to its end: handled, then settled. The durable effect always comes first.
+//! Delivery handling: runs the request, then settles the delivery. The durable effect always comes first.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -17,26 +17,26 @@ use crate::domain::failure::Rejection;
 use crate::run::{Disposition, Incoming, Runner};
 use crate::telemetry::{self, spans};
 
-/// How long a copy is tried for a retry tier or the dead-letter queue.
-const COPY_PATIENCE: Duration = Duration::from_secs(60);
-/// Before a request goes back that made the code panic.
+/// Time limit for publishing a copy to a retry or dead-letter queue.
+const COPY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Delay before the redelivery of a request that caused a panic.
 const AFTER_PANIC: Duration = Duration::from_secs(1);
 
-/// Where a copy of a delivery goes before the delivery is acknowledged.
+/// Destination of the copy that is confirmed before the delivery is acknowledged.
 #[derive(Clone, Copy)]
 enum CopyTarget<'a> {
     Retry(RetryTier),
     DeadLetter(&'a Rejection),
 }
 
-/// What attending to a delivery needs.
+/// Handles and settles deliveries; shared by all of them.
 pub(super) struct DeliveryHandler {
     pub(super) runner: Runner,
     pub(super) publisher: Publisher,
-    /// How long a request is kept in hand while the database is away. Given back at once it would come again at once,
-    /// and the broker would soon give it up as failing for ever.
+    /// Time a delivery stays in flight while the database is unavailable. Requeued at once it would be redelivered at
+    /// once, and would reach the broker's delivery limit within seconds.
     pub(super) hold: Duration,
-    /// Who stands on a dead letter as the one who found it wanting.
+    /// Name of this replica, for the `x-dead-by` header.
     pub(super) name: String,
     pub(super) health: Arc<ConsumerHealth>,
     pub(super) intake: watch::Receiver<Option<Paused>>,
@@ -46,7 +46,7 @@ pub(super) struct DeliveryHandler {
 }
 
 impl DeliveryHandler {
-    /// Handles and settles. The permit is held to the end: it is what caps the requests in hand.
+    /// Handles and settles one delivery. Holds the permit to the end: permits cap the deliveries in flight.
     pub(super) async fn handle_delivery(self: Arc<Self>, delivery: Delivery, permit: OwnedSemaphorePermit) {
         let span = spans::delivery(delivery.traceparent.as_deref(), delivery.tracestate.as_deref());
         self.handle_and_settle(delivery, permit).instrument(span).await;
@@ -54,11 +54,11 @@ impl DeliveryHandler {
 
     async fn handle_and_settle(&self, delivery: Delivery, permit: OwnedSemaphorePermit) {
         let in_flight = self.health.track_in_flight();
-        // A panic must not take the delivery with it, which would stay unanswered until its channel closes.
+        // After a panic the delivery must still be settled; it would stay unacknowledged until its channel closes.
         match AssertUnwindSafe(self.handle(&delivery)).catch_unwind().await {
             Ok(disposition) => self.settle(&delivery, disposition).await,
             Err(_) => {
-                error!("a request made the daemon panic; it goes back to the queue as a failed delivery");
+                error!("Handling panicked; rejecting the delivery for another attempt");
                 tokio::time::sleep(AFTER_PANIC).await;
                 note_requeued(delivery.fail().await);
             }
@@ -91,10 +91,10 @@ impl DeliveryHandler {
         }
     }
 
-    /// Waits until the database is believed to be back, and a little on top.
+    /// Waits at least `wait`, then until the intake no longer reports the database as unavailable.
     async fn wait_for_database(&self, wait: Duration) {
         tokio::time::sleep(wait).await;
-        // It fails when the intake is gone: then the daemon stops, which ends the wait as well.
+        // An error means that the intake was dropped at shutdown, which ends the wait as well.
         let _ = self.intake.clone().wait_for(|paused| *paused != Some(Paused::DatabaseUnavailable)).await;
     }
 
@@ -111,20 +111,21 @@ impl DeliveryHandler {
             Disposition::StoreAway | Disposition::Defect if self.database_unavailable() => {
                 note_requeued(delivery.requeue().await);
             }
-            // It answers, but not to this: full, perhaps, or a right is missing. Older brokers count what is given back.
+            // The database answers but rejects this work (disk full, missing privilege). A retry queue is used because
+            // brokers before 4.3 count a requeue as a failed delivery.
             Disposition::StoreAway => self.schedule_retry(delivery, RetryTier::while_busy(delivery.retries)).await,
-            // What fails for ever has to end as a dead letter: the broker is to count.
+            // A counted rejection: a request that fails on every delivery becomes a dead letter.
             Disposition::Defect => note_requeued(delivery.fail().await),
         }
     }
 
-    /// Whether it is nobody's fault: then nothing new is taken, and what is given back does not come again at once.
+    /// True while intake is stopped, so that a requeued delivery is not redelivered to this replica at once.
     fn database_unavailable(&self) -> bool {
         *self.intake.borrow() == Some(Paused::DatabaseUnavailable) || self.drain.is_cancelled()
     }
 
     async fn ack(&self, delivery: &Delivery, outcome: &'static str) {
-        // A lost acknowledgement is counted where it is given: the redelivery finds the run ended.
+        // A lost ack is counted by `Delivery::ack`; the redelivery finds the run in a terminal state.
         let _ = delivery.ack().await;
         note_settled(outcome);
     }
@@ -134,19 +135,20 @@ impl DeliveryHandler {
     }
 
     async fn dead_letter(&self, delivery: &Delivery, rejection: &Rejection) {
-        warn!(reason = %rejection.reason, detail = rejection.detail, "request rejected");
+        warn!(reason = %rejection.reason, detail = rejection.detail, "Request rejected");
         if self.copy_then_ack(delivery, CopyTarget::DeadLetter(rejection)).await {
             telemetry::dead_letter(rejection.reason);
         }
     }
 
-    /// Acknowledges once the copy is confirmed. A copy of unknown outcome is made again: the key makes two harmless.
+    /// Acknowledges once the copy is confirmed. A copy of unknown outcome is published again: the idempotency key
+    /// makes duplicates harmless.
     async fn copy_then_ack(&self, delivery: &Delivery, copy: CopyTarget<'_>) -> bool {
         let settled = match copy {
             CopyTarget::Retry(_) => "retry_scheduled",
             CopyTarget::DeadLetter(_) => "rejected",
         };
-        let patience = Deadline::after(COPY_PATIENCE);
+        let patience = Deadline::after(COPY_TIMEOUT);
         let mut waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
         loop {
             let outcome = match copy {
@@ -158,7 +160,7 @@ impl DeliveryHandler {
                 return true;
             }
             if patience.passed() || !delivery.usable() || self.drain.is_cancelled() {
-                warn!(?outcome, settled, "a copy could not be confirmed in time; the request goes back to the queue");
+                warn!(?outcome, settled, "Copy not confirmed in time; requeueing the delivery");
                 note_requeued(delivery.requeue().await);
                 return false;
             }
@@ -168,10 +170,10 @@ impl DeliveryHandler {
     }
 }
 
-fn note_requeued(handed_back: Result<bool, BrokerError>) {
-    // If the channel is gone, the broker has it back already.
-    if let Err(error) = handed_back {
-        tracing::debug!(%error, "the broker takes the request back by itself");
+fn note_requeued(requeued: Result<bool, BrokerError>) {
+    // The broker requeues every unacknowledged delivery of a closed channel by itself.
+    if let Err(error) = requeued {
+        tracing::debug!(%error, "Requeue failed; the broker requeues when the channel closes");
     }
     note_settled("requeued");
 }

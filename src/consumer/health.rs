@@ -1,32 +1,33 @@
-//! What the rest of the daemon may know of the consumer.
+//! Consumer state that readiness, `/status` and systemd read.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::time::interval;
+use parking_lot::Mutex;
+use tokio::time::{Instant, interval};
 
 use crate::domain::clock::Heartbeat;
 use crate::telemetry;
 
 const BEAT_EVERY: Duration = Duration::from_secs(1);
 
-/// Why no new requests are taken.
+/// Reason for taking no new requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Paused {
-    /// The database does not answer, or has not been asked yet.
+    /// The database does not answer, or has not been queried yet.
     DatabaseUnavailable,
-    /// Too many events wait in the outbox.
+    /// The outbox has reached its high-water mark.
     Backlog,
-    /// An operator has asked for quiet.
+    /// An operator paused the consumer (SIGUSR1).
     ByOperator,
-    /// The daemon stops.
+    /// The daemon is shutting down.
     Draining,
 }
 
 impl Paused {
-    /// The stable text form.
+    /// Text form used in `/status`.
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::DatabaseUnavailable => "database_unavailable",
@@ -37,7 +38,7 @@ impl Paused {
     }
 }
 
-/// How the consumer is, at this moment.
+/// Current state of the consumer.
 #[derive(Debug, Default)]
 pub struct ConsumerHealth {
     heartbeat: Arc<Heartbeat>,
@@ -48,43 +49,43 @@ pub struct ConsumerHealth {
 }
 
 impl ConsumerHealth {
-    /// Beats for as long as the pump gets round, whether or not there is a subscription.
+    /// Heartbeat of the consume loop; it beats with and without a subscription as long as the loop progresses.
     #[must_use]
     pub fn heartbeat(&self) -> &Arc<Heartbeat> {
         &self.heartbeat
     }
 
-    /// Whether there is a live subscription that takes requests.
+    /// True while a live subscription takes requests.
     #[must_use]
     pub fn subscribed(&self) -> bool {
-        lock(&self.subscribed_since).is_some()
+        self.subscribed_since.lock().is_some()
     }
 
-    /// How long this replica has been reading the queue without a break.
+    /// Time since the queue has been consumed without interruption.
     #[must_use]
     pub fn reading_for(&self) -> Duration {
-        lock(&self.subscribed_since).map_or(Duration::ZERO, |since| since.elapsed())
+        self.subscribed_since.lock().map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// Requests in hand.
+    /// Deliveries in flight.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Why no new requests are taken, if that is so: `store_away`, `backlog`, `quiet` or `draining`.
+    /// Reason for taking no new requests: `database_unavailable`, `backlog`, `by_operator` or `draining`.
     #[must_use]
     pub fn paused(&self) -> Option<&'static str> {
-        lock(&self.paused).map(Paused::as_str)
+        self.paused.lock().map(Paused::as_str)
     }
 
-    /// Why there is no subscription, in words for an operator, if that is so.
+    /// Problem that prevents a subscription, in words for an operator.
     #[must_use]
     pub fn problem(&self) -> Option<String> {
-        lock(&self.problem).clone()
+        self.problem.lock().clone()
     }
 
-    /// Beats while `work` is waited for, but no longer than `at_most`: what takes longer is stuck.
+    /// Awaits `work` and keeps beating for at most `at_most`: work that takes longer counts as stuck.
     pub(super) async fn beating<T>(&self, at_most: Duration, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         let begun = Instant::now();
@@ -102,31 +103,31 @@ impl ConsumerHealth {
     }
 
     pub(super) fn set_subscribed(&self, yes: bool) {
-        let mut since = lock(&self.subscribed_since);
+        let mut since = self.subscribed_since.lock();
         *since = yes.then(|| since.unwrap_or_else(Instant::now));
         drop(since);
         telemetry::subscribed(yes);
         if yes {
-            *lock(&self.problem) = None;
+            *self.problem.lock() = None;
         }
     }
 
     pub(super) fn set_paused(&self, paused: Option<Paused>) {
-        *lock(&self.paused) = paused;
+        *self.paused.lock() = paused;
     }
 
     pub(super) fn set_problem(&self, problem: String) {
-        *lock(&self.problem) = Some(problem);
+        *self.problem.lock() = Some(problem);
     }
 
-    /// Counts one more request in hand, for as long as the guard lives.
+    /// Counts one delivery as in flight for the lifetime of the guard.
     pub(super) fn track_in_flight(self: &Arc<Self>) -> InFlight {
         telemetry::deliveries_in_flight(self.in_flight.fetch_add(1, Ordering::Relaxed) + 1);
         InFlight(Arc::clone(self))
     }
 }
 
-/// One request in hand.
+/// Guard of one delivery in flight.
 pub(super) struct InFlight(Arc<ConsumerHealth>);
 
 impl Drop for InFlight {
@@ -135,20 +136,23 @@ impl Drop for InFlight {
     }
 }
 
-fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
-    value.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn what_takes_too_long_gets_no_more_beats() {
+    #[tokio::test(start_paused = true)]
+    async fn heartbeat_stops_when_work_exceeds_its_limit() {
         let health = ConsumerHealth::default();
-        let work = tokio::time::sleep(Duration::from_secs(4));
-        health.beating(Duration::from_millis(1_500), work).await;
-        let age = health.heartbeat().age();
-        assert!((Duration::from_millis(2_400)..Duration::from_millis(3_600)).contains(&age), "{age:?}");
+        let work = tokio::time::sleep(Duration::from_secs(60));
+        health.beating(Duration::from_secs(10), work).await;
+        // Beats at 0, 1, .., 10 s; the clock stands at 60 s now.
+        assert_eq!(health.heartbeat().age(), Duration::from_secs(50));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn heartbeat_continues_while_work_is_within_its_limit() {
+        let health = ConsumerHealth::default();
+        health.beating(Duration::from_secs(120), tokio::time::sleep(Duration::from_secs(60))).await;
+        assert!(health.heartbeat().age() <= BEAT_EVERY);
     }
 }

@@ -54,14 +54,15 @@ impl Deadline {
 /// The proof that a loop still turns.
 #[derive(Debug)]
 pub struct Heartbeat {
-    start: Instant,
+    /// Tokio's clock, so that tests can pause it.
+    start: tokio::time::Instant,
     last_ms: AtomicU64,
 }
 
 impl Default for Heartbeat {
     /// It beats for the first time.
     fn default() -> Self {
-        Self { start: Instant::now(), last_ms: AtomicU64::new(0) }
+        Self { start: tokio::time::Instant::now(), last_ms: AtomicU64::new(0) }
     }
 }
 
