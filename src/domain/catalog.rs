@@ -1,4 +1,4 @@
-//! All contracts together: the lists that their types share, and what a selection comes to.
+//! The catalog of policy types: the Graph lists that they share, and the resolution of a selection to lists.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::policy_type::{PolicyType, Shape};
 use super::run::{TypeCounters, TypeOutcome};
 use super::selection::{EVERY_TYPE, Selection};
 
-/// The contracts that are compiled in.
+/// Compiled-in contracts.
 pub const DEFAULT_CONTRACTS: &str = include_str!("../../config/policy_types.toml");
 
 /// One Graph list: a path and version, with every policy type that shares it.
@@ -20,42 +20,42 @@ pub struct Collection {
     pub api_version: String,
     /// The path below the version.
     pub path: String,
-    /// How it answers.
+    /// Form of the response.
     pub shape: Shape,
-    /// For a child collection: the collection of its parents.
+    /// Collection of the parents, for a child collection.
     pub parent: Option<String>,
-    /// The limits of Graph that count for it.
+    /// Name of the Graph limits that apply.
     pub throttle: String,
-    /// The properties to ask for: what any of the types needs, so that the list is the same whoever is selected.
+    /// Properties to request: the union over all types of the list, so that the list does not depend on the selection.
     pub select: BTreeSet<String>,
-    /// The page size to ask for.
+    /// Page size to request.
     pub top: Option<u32>,
-    /// The types that share it, the fallback last.
+    /// Types that share the list, the fallback last.
     pub types: Vec<Arc<PolicyType>>,
 }
 
-/// Every contract that this process knows.
+/// All policy types known to this process.
 #[derive(Debug)]
 pub struct Catalog {
     types: BTreeMap<String, Arc<PolicyType>>,
     collections: Vec<Arc<Collection>>,
 }
 
-/// What a selection comes to: the lists to read and the names that nobody knows.
+/// Lists to read for a selection, and the selected names that are unknown.
 #[derive(Debug, Clone)]
 pub struct Scope {
     /// The lists to read.
     pub listings: Vec<Listing>,
-    /// Selected names that are no policy type, and categories (as `category:NAME`) that have none.
+    /// Selected names that are not policy types, and categories (as `category:NAME`) without types.
     pub unsupported: Vec<String>,
 }
 
-/// One list to read in a run, for the types of it that are selected.
+/// One list to read in a run, with those of its types that are selected.
 #[derive(Debug, Clone)]
 pub struct Listing {
     /// The list.
     pub collection: Arc<Collection>,
-    /// The selected types; each stands in `collection.types` too.
+    /// Selected types, a subset of `collection.types`.
     pub selected: Vec<Arc<PolicyType>>,
 }
 
@@ -66,7 +66,7 @@ struct ContractsFile {
 }
 
 impl Catalog {
-    /// Reads and checks contracts.
+    /// Parses and validates contracts.
     ///
     /// # Errors
     /// One line that names the block, the field and what is wrong with it.
@@ -76,17 +76,17 @@ impl Catalog {
         for policy_type in file.policy_type {
             policy_type.check().map_err(|problem| format!("policy type `{}`: {problem}", policy_type.key))?;
             if let Some(twice) = types.insert(policy_type.key.clone(), Arc::new(policy_type)) {
-                return Err(format!("policy type `{}` stands there twice", twice.key));
+                return Err(format!("policy type `{}` is defined twice", twice.key));
             }
         }
         let collections = collections(&types)?;
         Ok(Self { types, collections })
     }
 
-    /// The contracts that are compiled in.
+    /// Parses the compiled-in contracts.
     ///
     /// # Panics
-    /// Never: a test parses the very same text.
+    /// Never: a test parses the same text.
     #[must_use]
     pub fn built_in() -> Self {
         Self::parse(DEFAULT_CONTRACTS).expect("the compiled-in contracts are checked by a test")
@@ -103,17 +103,17 @@ impl Catalog {
         self.types.get(key)
     }
 
-    /// The list that `policy_type` stands in.
+    /// The list that contains `policy_type`.
     ///
     /// # Panics
-    /// If it is a type of another catalog.
+    /// If `policy_type` belongs to another catalog.
     #[must_use]
     pub fn collection_of(&self, policy_type: &PolicyType) -> &Arc<Collection> {
         let same = |c: &&Arc<Collection>| (&c.api_version, &c.path) == (&policy_type.api_version, &policy_type.path);
-        self.collections.iter().find(same).expect("every type of a catalog stands in one of its collections")
+        self.collections.iter().find(same).expect("every type of a catalog belongs to one of its collections")
     }
 
-    /// What `selection` comes to.
+    /// Resolves a selection to the lists to read.
     #[must_use]
     pub fn resolve(&self, selection: &Selection) -> Scope {
         let every = selection.policy_types.contains(EVERY_TYPE);
@@ -145,13 +145,13 @@ impl Catalog {
 }
 
 impl Scope {
-    /// Whether it comes to nothing, not even to an unknown name that could be reported.
+    /// True if there is nothing to read and no unknown name to report.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.listings.is_empty() && self.unsupported.is_empty()
     }
 
-    /// The outcomes of the names that nobody knows.
+    /// Outcomes of the unknown names.
     #[must_use]
     pub fn unsupported_outcomes(&self) -> Vec<TypeOutcome> {
         let outcome =
@@ -160,7 +160,7 @@ impl Scope {
     }
 }
 
-/// Groups types by the list that they share, and checks that they agree on it.
+/// Groups types by the list that they share, and validates that they agree on its properties.
 fn collections(types: &BTreeMap<String, Arc<PolicyType>>) -> Result<Vec<Arc<Collection>>, String> {
     let mut groups: BTreeMap<(&str, &str), Vec<Arc<PolicyType>>> = BTreeMap::new();
     for policy_type in types.values() {
@@ -216,15 +216,15 @@ mod tests {
     }
 
     #[test]
-    fn the_built_in_contracts_hold() {
+    fn built_in_contracts_are_valid() {
         let catalog = Catalog::parse(DEFAULT_CONTRACTS).unwrap();
         assert!(catalog.types().count() >= 108);
         assert!(catalog.types().filter(|t| t.foundation).count() >= 3);
-        assert!(!DEFAULT_CONTRACTS.contains("Write"), "no contract may need a permission to write");
+        assert!(!DEFAULT_CONTRACTS.contains("Write"), "no contract may require a write permission");
     }
 
     #[test]
-    fn foundations_follow_their_own_switch_alone() {
+    fn include_foundations_alone_selects_foundations() {
         let catalog = Catalog::built_in();
         let named_but_off = catalog.resolve(&selection(&["roleScopeTag", "mobileApp"], &[], false));
         assert_eq!(keys(&named_but_off), ["mobileApp".to_owned()].into());
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_names_are_kept_for_the_record() {
+    fn unknown_names_are_reported_as_unsupported() {
         let scope = Catalog::built_in().resolve(&selection(&["noSuchType", "*"], &["NoSuchCategory"], false));
         assert_eq!(scope.unsupported, ["noSuchType", "category:NoSuchCategory"]);
         let outcome = &scope.unsupported_outcomes()[0];
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_contract_is_refused_with_its_name() {
+    fn an_invalid_contract_is_rejected_by_name() {
         let good = r#"
             [[policy_type]]
             key = "a"

@@ -1,57 +1,60 @@
-//! Time that this process may judge by itself: monotonic only. Time of record comes from the database.
+//! Local time: monotonic clocks for durations and deadlines. Recorded timestamps come from the database.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Seconds since 1970 by this host's clock: only for what a token says of its own beginning and end, because the
-/// token service speaks of nothing else, and for a person to read on a dead letter.
+/// Unix time in seconds by the clock of this host. Used only for the validity period in tokens, which the token service
+/// states as wall-clock time, and for the informational timestamp on a dead letter.
 #[must_use]
-#[expect(clippy::disallowed_methods, reason = "nothing of ours is dated or decided by it")]
+#[expect(clippy::disallowed_methods, reason = "used for token validity and for display only")]
 pub fn wall_clock_unix_s() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
-/// A moment on the monotonic clock after which an undertaking must have stopped.
+/// Substitute for a duration that the clock can't represent.
+const FAR_FUTURE: Duration = Duration::from_secs(100 * 365 * 86_400);
+
+/// Monotonic instant by which an operation must have stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(Instant);
 
 impl Deadline {
-    /// The deadline `after` from now.
+    /// Deadline `after` from now; far in the future for a duration beyond the range of the clock.
     #[must_use]
     pub fn after(after: Duration) -> Self {
         Self::from_start(Instant::now(), after)
     }
 
-    /// The deadline `after` from a moment that was taken earlier.
+    /// Deadline `after` from an instant recorded earlier.
     ///
-    /// A lease is counted from before the statement that granted it was sent: counted from its answer, this
-    /// process could believe in a lease that the database has already given away.
+    /// A lease is measured from before its statement was sent. Measured from the response, this process could still
+    /// trust a lease that the database has already expired.
     #[must_use]
     pub fn from_start(start: Instant, after: Duration) -> Self {
-        Self(start + after)
+        Self(start.checked_add(after).unwrap_or_else(|| start + FAR_FUTURE))
     }
 
-    /// What is left, zero once it has passed.
+    /// Time remaining; zero once the deadline has passed.
     #[must_use]
     pub fn remaining(self) -> Duration {
         self.0.saturating_duration_since(Instant::now())
     }
 
-    /// Whether it has passed.
+    /// True once the deadline has passed.
     #[must_use]
     pub fn passed(self) -> bool {
         self.remaining().is_zero()
     }
 
-    /// The moment itself, for timers.
+    /// The underlying instant, for timers.
     #[must_use]
     pub fn instant(self) -> Instant {
         self.0
     }
 }
 
-/// The proof that a loop still turns.
+/// Liveness signal of a loop.
 #[derive(Debug)]
 pub struct Heartbeat {
     /// Tokio's clock, so that tests can pause it.
@@ -60,14 +63,14 @@ pub struct Heartbeat {
 }
 
 impl Default for Heartbeat {
-    /// It beats for the first time.
+    /// A heartbeat whose first beat is now.
     fn default() -> Self {
         Self { start: tokio::time::Instant::now(), last_ms: AtomicU64::new(0) }
     }
 }
 
 impl Heartbeat {
-    /// The loop has come round.
+    /// Records one iteration of the loop.
     pub fn beat(&self) {
         self.last_ms.store(self.now_ms(), Ordering::Relaxed);
     }
@@ -88,12 +91,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_deadline_counts_from_its_start_and_passes() {
+    fn deadline_is_measured_from_its_start() {
         let start = Instant::now();
         let deadline = Deadline::from_start(start, Duration::from_secs(5));
         assert_eq!(deadline.instant(), start + Duration::from_secs(5));
         assert!(!deadline.passed() && deadline.remaining() <= Duration::from_secs(5));
         let passed = Deadline::from_start(start, Duration::ZERO);
         assert!(passed.passed() && passed.remaining().is_zero());
+        assert!(!Deadline::after(Duration::MAX).passed(), "a huge duration does not overflow");
     }
 }

@@ -1,4 +1,4 @@
-//! What stands in the dead-letter queue.
+//! Messages in the dead-letter queue.
 
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -6,63 +6,63 @@ use uuid::Uuid;
 
 use super::failure::DeadReason;
 
-/// A message that can never be run, with the bytes, the properties and the headers that it came with; more headers say
-/// why it is here.
+/// A message that can never be processed, with its original bytes, properties and headers; additional headers give the
+/// reason.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[schemars(title = "inventoryd dead letter, version 1")]
 pub struct DeadLetter {
-    /// The headers that say why, beside the publisher's own.
+    /// Headers that give the reason, in addition to the publisher's own.
     pub headers: DeadLetterHeaders,
-    /// Any bytes at all, as they were published.
+    /// The published bytes, unchanged; they need not be text.
     pub body: String,
 }
 
-/// Who gave the message up, and why.
+/// Headers set by whichever side dead-lettered the message.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum DeadLetterHeaders {
-    /// The daemon did.
+    /// Set by the daemon.
     Rejected(RejectedHeaders),
-    /// The broker did, after `topology.delivery_limit` deliveries without an answer.
+    /// Set by the broker, after `topology.delivery_limit` unacknowledged deliveries.
     GivenUp(GivenUpHeaders),
 }
 
 /// The headers of a message that the daemon rejected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct RejectedHeaders {
-    /// What `inventoryd dead` calls it by is made from this.
+    /// Unique id; `inventoryd dead` derives the short id from it.
     #[serde(rename = "x-dead-id")]
     pub id: Uuid,
-    /// Why; `inventoryd explain REASON` says what to do.
+    /// Reason; `inventoryd explain REASON` shows cause and remedy.
     #[serde(rename = "x-dead-reason")]
     pub reason: DeadReason,
-    /// For people: the field, and what was expected. Never a value of the publisher's.
+    /// Human-readable detail: the field and the expected value. Never contains a value from the message.
     #[serde(rename = "x-dead-detail")]
     pub detail: String,
-    /// When, RFC 3339, by the clock of the host that rejected it.
+    /// Time of rejection, RFC 3339, by the clock of the rejecting host.
     #[serde(rename = "x-dead-at")]
     #[schemars(extend("format" = "date-time"))]
     pub at: String,
-    /// The replica that rejected it.
+    /// Replica that rejected the message.
     #[serde(rename = "x-dead-by")]
     pub by: String,
 }
 
-/// The headers of a message that the broker gave up by itself.
+/// Headers of a message that the broker dead-lettered.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 pub struct GivenUpHeaders {
-    /// RabbitMQ's own account of the queues that the message has died in.
+    /// RabbitMQ's record of the queues that dead-lettered the message.
     #[serde(rename = "x-death")]
     pub deaths: Vec<Death>,
 }
 
-/// One entry of RabbitMQ's account.
+/// One entry of RabbitMQ's `x-death` header.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 pub struct Death {
-    /// The queue; what counts is how it left `inventory.sync.requests`.
+    /// Queue that dead-lettered the message; the entry for `inventory.sync.requests` gives the reason.
     pub queue: String,
-    /// `delivery_limit`; `expired` where it had waited on a rung of the retry ladder.
+    /// `delivery_limit`, or `expired` for a wait in a retry tier.
     pub reason: String,
-    /// How often.
+    /// Number of times.
     pub count: u64,
 }

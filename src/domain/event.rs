@@ -1,4 +1,4 @@
-//! The run-completed event that other services receive.
+//! The run-completed event published to subscribers.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use super::failure::ErrorCode;
 use super::run::{GraphUsage, RunStatus, TypeCounters, TypeOutcome};
 use super::selection::Selection;
 
-/// The CloudEvents type of the event; its last part is the version of `data`.
+/// CloudEvents type of the event; the last part is the version of `data`.
 pub const EVENT_TYPE: &str = "io.inventoryd.run.completed.v1";
 
 /// A CloudEvents 1.0 envelope in structured mode, `application/cloudevents+json`.
@@ -20,88 +20,88 @@ pub struct CloudEvent {
     /// `1.0`.
     #[schemars(extend("const" = "1.0"))]
     pub specversion: String,
-    /// The run's id: an event that arrives twice has the same one.
+    /// Run id, the deduplication key: a redelivered event carries the same id.
     pub id: String,
     /// `/inventoryd/<deployment>`.
     pub source: String,
-    /// `io.inventoryd.run.completed.v1`; its last part is the version of `data`.
+    /// `io.inventoryd.run.completed.v1`; the last part is the version of `data`.
     #[serde(rename = "type")]
     #[schemars(extend("const" = EVENT_TYPE))]
     pub kind: String,
-    /// The tenant's id.
+    /// Tenant id.
     pub subject: String,
-    /// When the run ended, RFC 3339.
+    /// End of the run, RFC 3339.
     #[schemars(extend("format" = "date-time"))]
     pub time: String,
     /// `application/json`.
     #[schemars(extend("const" = "application/json"))]
     pub datacontenttype: String,
-    /// W3C trace context of the request, if it had one.
+    /// W3C trace context of the request, if present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
-    /// What happened.
+    /// Result of the run.
     pub data: RunCompleted,
 }
 
-/// What happened in a run that has ended, a skipped one too.
+/// Result of a completed or skipped run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RunCompleted {
-    /// The run.
+    /// Run id.
     pub run_id: Uuid,
-    /// The tenant.
+    /// Tenant id.
     pub tenant_id: Uuid,
-    /// The hash of the selection.
+    /// SHA-256 of the canonical selection, lower-case hex.
     #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
     pub selection_hash: String,
-    /// The selection in its canonical form.
+    /// Selection in canonical form.
     pub selection: Selection,
-    /// The request's key.
+    /// Idempotency key of the request.
     pub idempotency_key: String,
-    /// Handed through from the request.
+    /// Correlation id of the request, unchanged.
     pub correlation_id: Option<String>,
-    /// Handed through from the request.
+    /// Requester named in the request, unchanged.
     pub requested_by: Option<String>,
     /// `success`, `partial`, `failed` or `skipped`.
     pub status: RunStatus,
-    /// Whether anything at all went wrong.
+    /// True if any error occurred.
     pub had_errors: bool,
-    /// The distinct error codes, sorted.
+    /// Distinct error codes, sorted.
     pub error_codes: Vec<ErrorCode>,
     /// Sums over all types.
     #[serde(flatten)]
     pub counters: TypeCounters,
-    /// What the run cost Graph.
+    /// Graph requests and throttling of the run.
     #[serde(flatten)]
     pub usage: GraphUsage,
-    /// One for every selected type; of a run that lost its worker those that had ended by then; empty for a skipped run.
+    /// One outcome per selected type; for a run whose worker was lost, the types that had ended; empty for a skipped run.
     pub types: Vec<TypeOutcome>,
-    /// When the run began, RFC 3339.
+    /// Start of the run, RFC 3339.
     #[schemars(extend("format" = "date-time"))]
     pub started_at: String,
-    /// When it ended, RFC 3339.
+    /// End of the run, RFC 3339.
     #[schemars(extend("format" = "date-time"))]
     pub finished_at: String,
-    /// How many workers held the run, the last one included.
+    /// Number of workers that held the run, the last one included.
     pub attempt: i32,
-    /// Items that are surely missing now, as `inventory_missing` gives them.
+    /// Items missing with high confidence, as computed by `inventory_missing`.
     pub missing_high_count: i64,
-    /// Items that may be missing.
+    /// Items missing with low confidence.
     pub missing_low_count: i64,
-    /// When Graph asked to be left alone: ask again after so many seconds.
+    /// Seconds after which to retry, if throttling exceeded the run's budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_s: Option<i32>,
-    /// The version of the daemon that wrote the run.
+    /// Version of the daemon that recorded the run.
     pub daemon_version: String,
 }
 
 impl RunCompleted {
-    /// The topic routing key: `run.completed.<status>.<tenant_id>`.
+    /// Topic routing key: `run.completed.<status>.<tenant_id>`.
     #[must_use]
     pub fn routing_key(&self) -> String {
         format!("run.completed.{}.{}", self.status.as_str(), self.tenant_id)
     }
 
-    /// The envelope to publish it in.
+    /// Wraps the result in its CloudEvents envelope.
     #[must_use]
     pub fn into_event(self, deployment: &str, traceparent: Option<String>) -> CloudEvent {
         CloudEvent {
@@ -118,7 +118,7 @@ impl RunCompleted {
     }
 }
 
-/// A moment of the database's clock as RFC 3339 text.
+/// RFC 3339 text of a database timestamp.
 #[must_use]
 pub fn rfc3339(moment: OffsetDateTime) -> String {
     moment.format(&Rfc3339).expect("the database's years have four digits")

@@ -1,11 +1,11 @@
-//! The closed lists of error codes and dead-letter reasons, each with its cause and remedy.
+//! Closed lists of error codes and dead-letter reasons, each with cause and remedy.
 
 use std::fmt;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Declares a closed list of stable codes: the enum, its text form, and what each means to an operator.
+/// Declares a closed list of stable codes: the enum, the text form, and the cause and remedy for operators.
 macro_rules! closed_list {
     ($(#[$doc:meta])* $name:ident { $($variant:ident = $text:literal, $cause:literal, $remedy:literal;)+ }) => {
         $(#[$doc])*
@@ -18,19 +18,19 @@ macro_rules! closed_list {
             /// Every member of the list.
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
-            /// The stable text form.
+            /// Stable text form.
             #[must_use]
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text),+ }
             }
 
-            /// What has happened, for an operator.
+            /// Cause, for operators.
             #[must_use]
             pub const fn cause(self) -> &'static str {
                 match self { $(Self::$variant => $cause),+ }
             }
 
-            /// What to do about it.
+            /// Remedy, for operators.
             #[must_use]
             pub const fn remedy(self) -> &'static str {
                 match self { $(Self::$variant => $remedy),+ }
@@ -52,114 +52,114 @@ macro_rules! closed_list {
     };
 }
 
-/// A text that names no member of the list that was asked.
+/// Error for text that does not name a member of the list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("no such code")]
 pub struct UnknownCode;
 
 closed_list! {
-    /// Why a run, or one type of it, did not go as asked.
+    /// Reason that a run, or one type of a run, did not complete as requested.
     ErrorCode {
         LockContended = "lock_contended",
             "Another run of the same tenant and selection is running.",
-            "Wait for its event; if it happens often, space the schedule out or set limits.when_full = \"defer\".";
+            "Wait for the event of that run. If this happens often, schedule less often or set limits.when_full = \"defer\".";
         ConcurrencyLimitTenant = "concurrency_limit_tenant",
-            "The tenant already has as many running runs as it may have.",
-            "Spread its requests, or raise limits.tenant_max_runs or the tenant's own limit.";
+            "The tenant has reached its limit of concurrent runs.",
+            "Spread the requests over time, or raise limits.tenant_max_runs or the tenant's own limit.";
         ConcurrencyLimitGlobal = "concurrency_limit_global",
-            "All replicas together already have as many running runs as they may have.",
+            "All replicas together have reached limits.fleet_max_runs.",
             "Raise limits.fleet_max_runs, or set limits.when_full = \"defer\".";
         TenantDisabled = "tenant_disabled",
             "The tenant is disabled in the inventory.",
-            "Enable it with `inventoryd tenant enable`, or stop asking for it.";
+            "Enable the tenant with `inventoryd tenant enable`, or stop requesting it.";
         GraphThrottled = "graph_throttled",
-            "Graph answered 429 or 503 for longer than the run may wait.",
-            "Ask again after the event's retry_after_s; lower graph.rate_share if other tools use the tenant.";
+            "Graph throttled the tenant (429 or 503) for longer than graph.throttle_budget_s.",
+            "Retry after the event's retry_after_s. Lower graph.rate_share if other tools use the tenant.";
         GraphUnavailable = "graph_unavailable",
-            "Graph could not be reached, or kept failing, after every retry.",
-            "See the service health of Microsoft 365 and the network; then ask again.";
+            "Graph was unreachable or kept returning errors after all retries.",
+            "Check the network and Microsoft 365 service health, then retry.";
         GraphUnauthorized = "graph_unauthorized",
-            "Graph refused the token, a fresh one too.",
+            "Graph rejected the access token, and a fresh one too.",
             "Check the application's tenant, cloud and audience with `inventoryd doctor`.";
         GraphForbidden = "graph_forbidden",
-            "The application may not list this type in this tenant.",
+            "The application lacks permission to list this type in this tenant.",
             "Grant the permission that `inventoryd doctor` names, with admin consent.";
         GraphNotApplicable = "graph_not_applicable",
             "The tenant has no Intune licence for this type.",
-            "Leave the type out of this tenant's selection, or license the tenant.";
+            "Remove the type from the tenant's selection, or license the tenant.";
         GraphUnsupported = "graph_unsupported",
-            "This cloud or ring of Graph does not know the type's path.",
-            "Leave the type out of this tenant's selection.";
+            "This cloud or Graph ring does not provide the type's path.",
+            "Remove the type from the tenant's selection.";
         GraphBadRequest = "graph_bad_request",
-            "Graph refused the request as malformed.",
-            "Compare the type's contract with Graph's current metadata; report it with the request id.";
+            "Graph rejected the request as malformed.",
+            "Compare the type's contract with Graph's current metadata, and report the problem with the request id.";
         GraphBadResponse = "graph_bad_response",
-            "Graph answered with something that is not a page of objects, or an object had no usable id.",
-            "Ask again; if it stays, report it to Microsoft with the request id.";
+            "Graph returned a response that is not a page of objects, or an object without a usable id.",
+            "Retry; if the error persists, report it to Microsoft with the request id.";
         GraphPagingLoop = "graph_paging_loop",
             "Graph's next links stopped making progress.",
-            "Ask again; if it stays, report it to Microsoft with the request id.";
+            "Retry; if the error persists, report it to Microsoft with the request id.";
         GraphForeignLink = "graph_foreign_link",
-            "A next link led to another host and was not followed, because the token would have leaked.",
-            "Look for a proxy that rewrites Graph's answers; check graph.base_url.";
+            "A next link pointed to another host and was not followed, to protect the access token.",
+            "Check graph.base_url, and look for a proxy that rewrites Graph responses.";
         CredentialUnavailable = "credential_unavailable",
-            "No token could be had for the tenant.",
-            "Check the tenant's credential with `inventoryd doctor`: secret expired, wrong tenant, no consent.";
+            "No access token could be obtained for the tenant.",
+            "Check the credential with `inventoryd doctor`: expired secret, wrong tenant, or missing consent.";
         UnsupportedPolicyType = "unsupported_policy_type",
-            "The request names a policy type or category that this version does not know.",
+            "The request names a policy type or category unknown to this version.",
             "Correct the name (`inventoryd types` lists them), or upgrade.";
         DeadlineExceeded = "deadline_exceeded",
-            "The run reached run.deadline_s before this type was read to its end.",
+            "The run reached run.deadline_s before this type was complete.",
             "Split the selection, or raise run.deadline_s together with the broker's consumer timeout.";
         WorkerLost = "worker_lost",
-            "The worker vanished and the run could not be taken over.",
-            "Look for crashes, memory kills or partitions at the time; ask again with a new key.";
+            "The worker stopped without releasing the run, and no other worker could take it over.",
+            "Look for crashes, out-of-memory kills or network partitions at that time, then retry with a new idempotency key.";
         InternalError = "internal_error",
-            "The daemon met a state that it does not understand.",
-            "Report it with the run id and the log lines of the run.";
+            "The daemon reached an unexpected state.",
+            "Report the run id and the log lines of the run.";
     }
 }
 
 closed_list! {
-    /// Why a message was moved to the dead-letter queue.
+    /// Reason that a message was moved to the dead-letter queue.
     DeadReason {
         InvalidJson = "invalid_json",
             "The body is not JSON.",
-            "Mend the publisher; then drop the dead letter, or replay a corrected one.";
+            "Fix the publisher, then drop the dead letter or replay it with `--body FILE`.";
         InvalidRequest = "invalid_request",
-            "The body is JSON but not a sync request; the detail names the field.",
-            "Mend the field that the detail names.";
+            "The body is JSON but not a valid sync request; the detail names the field.",
+            "Correct the field that the detail names, then replay with `--body FILE`.";
         UnsupportedVersion = "unsupported_version",
-            "The schema_version is one that this version does not speak.",
+            "This daemon does not support that schema_version.",
             "Publish schema_version 1, or upgrade the daemon and replay.";
         UnknownTenant = "unknown_tenant",
             "The tenant is not registered.",
-            "Register it with `inventoryd tenant add`, then replay.";
+            "Register the tenant with `inventoryd tenant add`, then replay.";
         IdempotencyConflict = "idempotency_conflict",
-            "The key was used before by this tenant for another selection.",
-            "Give every new piece of work a new idempotency key.";
+            "The tenant already used this idempotency key for another selection.",
+            "Use a new idempotency key for each new request.";
         MessageTooLarge = "message_too_large",
             "The body is larger than 256 KiB.",
-            "Name policy types or categories rather than sending bulk.";
+            "Send only policy types or categories; remove other content.";
         DeliveryLimit = "delivery_limit",
-            "The broker gave the message up after too many deliveries without an answer.",
-            "Look for workers that die while they handle it; then replay.";
+            "The message reached topology.delivery_limit unacknowledged deliveries.",
+            "Look for workers that crash while handling the message, then replay.";
     }
 }
 
-/// One thing that went wrong while a type was read: the code, and what an operator needs to find it in
-/// Microsoft's logs. By construction it holds no token, URL, message body or free text.
+/// One failure while reading a type: the code, and the identifiers needed to find the request in Microsoft's logs.
+/// By construction it contains no token, URL, message body or free text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Failure {
-    /// The stable code.
+    /// Stable code.
     pub code: ErrorCode,
-    /// Graph's HTTP status, if it answered.
+    /// HTTP status of the Graph response, if there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http_status: Option<u16>,
-    /// Graph's own error code, if it is one plain word.
+    /// Graph error code, if it is a plain identifier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub graph_code: Option<String>,
-    /// Graph's request id, for a support case.
+    /// Graph request id, for support cases.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
 }
@@ -171,8 +171,8 @@ impl From<ErrorCode> for Failure {
 }
 
 impl Failure {
-    /// A failure that Graph itself reported. `graph_code` and `request_id` come from outside: what does not
-    /// look like a plain identifier is left out, so that a secret in it goes no further.
+    /// A failure reported by Graph. `graph_code` and `request_id` are untrusted: anything that is not a plain
+    /// identifier is dropped, so that a secret in it is never stored or logged.
     #[must_use]
     pub fn from_graph(code: ErrorCode, http_status: u16, graph_code: Option<&str>, request_id: Option<&str>) -> Self {
         let plain = |text: &&str| {
@@ -187,17 +187,17 @@ impl Failure {
     }
 }
 
-/// A message that can't be accepted, with the reason and a detail that names the field and the cure.
+/// Rejection of a message: the reason, and a detail that names the field and the expected value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rejection {
-    /// The stable reason.
+    /// Stable reason code.
     pub reason: DeadReason,
-    /// For the person who mends the publisher; names fields and kinds of values, never values.
+    /// Detail for the publisher; names fields and kinds of values, never values.
     pub detail: String,
 }
 
 impl Rejection {
-    /// A rejection for `reason` with its detail.
+    /// Creates a rejection.
     #[must_use]
     pub fn new(reason: DeadReason, detail: impl Into<String>) -> Self {
         Self { reason, detail: detail.into() }
@@ -209,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_survive_the_way_to_text_and_back() {
+    fn codes_round_trip_through_text() {
         for code in ErrorCode::ALL {
             assert_eq!(code.as_str().parse(), Ok(*code));
             assert_eq!(serde_json::to_value(code).unwrap(), code.as_str());
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn free_text_of_graph_goes_no_further() {
+    fn free_text_from_graph_is_dropped() {
         let failure =
             Failure::from_graph(ErrorCode::GraphForbidden, 403, Some("see https://x/?t=Bearer abc"), Some("not an id"));
         assert_eq!(failure.graph_code, None);

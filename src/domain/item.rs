@@ -1,4 +1,4 @@
-//! From a raw Graph object to what is kept of it: classified, named, whitelisted.
+//! Conversion of a raw Graph object to an inventory item: classification, name, platform, sanitised properties.
 
 use std::borrow::Cow;
 use std::sync::{Arc, LazyLock};
@@ -13,30 +13,30 @@ use super::policy_type::{Discriminator, PlatformRule, PolicyType};
 use super::raw_object::BorrowedText;
 pub use super::raw_object::{BadObject, RawObject};
 
-/// The longest display name that is kept, in characters.
+/// Maximum length of a stored display name, in characters.
 pub const MAX_DISPLAY_NAME_CHARS: usize = 1_024;
-/// The longest text that is kept of a property, in bytes.
+/// Maximum length of a stored property text, in bytes; a longer one is dropped.
 pub const MAX_TEXT_BYTES: usize = 2 * 1024;
-/// The largest nested value that is kept of a property, in bytes of compact JSON.
+/// Maximum size of a stored nested value, in bytes of compact JSON; a larger one is dropped.
 pub const MAX_NESTED_BYTES: usize = 4 * 1024;
 const MAX_ID_BYTES: usize = 512;
 const USUAL_META_BYTES: usize = 512;
 
-/// One object, last observed.
+/// One observed object, as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InventoryItem {
-    /// Graph's id of it, unique within the tenant and policy type.
+    /// Graph id, unique within the tenant and policy type.
     pub external_id: String,
-    /// Its name, if it has one.
+    /// Display name, if present.
     pub display_name: Option<String>,
-    /// The platform that it is for, if that can be told.
+    /// Target platform, if known.
     pub platform: Option<String>,
-    /// The whitelisted properties, as compact JSON with sorted keys.
+    /// Allow-listed properties, as compact JSON with sorted keys.
     pub meta: String,
 }
 
 impl RawObject<'_> {
-    /// The policy type of `collection` that claims it, selected or not.
+    /// Policy type of `collection` that claims the object, selected or not.
     #[must_use]
     pub fn classify<'c>(&self, collection: &'c Collection) -> Option<&'c Arc<PolicyType>> {
         collection.types.iter().find(|policy_type| match &policy_type.discriminator {
@@ -55,10 +55,10 @@ impl RawObject<'_> {
         type_fits && value_fits
     }
 
-    /// What is kept of it as an object of `policy_type`.
+    /// Converts the object to an inventory item of `policy_type`.
     ///
     /// # Errors
-    /// If it has no id that can be kept.
+    /// If the object has no id that can be stored.
     pub fn observe(&self, policy_type: &PolicyType) -> Result<InventoryItem, BadObject> {
         Ok(InventoryItem {
             external_id: self.external_id(policy_type)?,
@@ -81,7 +81,7 @@ impl RawObject<'_> {
 
     fn display_name(&self, property: &str) -> Option<String> {
         let name = self.text(property)?;
-        // PostgreSQL has no text with NUL in it.
+        // PostgreSQL can't store NUL in text.
         if name.len() <= MAX_DISPLAY_NAME_CHARS && !name.contains('\0') {
             return (!name.is_empty()).then(|| name.into_owned());
         }
@@ -101,7 +101,7 @@ impl RawObject<'_> {
         text.map(Cow::into_owned).or_else(|| rule.fallback.clone())
     }
 
-    /// The sanitizer: whitelisted keys only, nothing large, nothing that looks like a credential.
+    /// Sanitises the properties: allow-listed keys only, bounded sizes, nothing that looks like a credential.
     fn meta(&self, policy_type: &PolicyType) -> String {
         let mut json = String::with_capacity(USUAL_META_BYTES);
         json.push('{');
@@ -118,7 +118,7 @@ impl RawObject<'_> {
     }
 }
 
-/// Writes a name and its colon; one of plain letters and digits needs no escapes.
+/// Appends a property name and colon; plain alphanumeric names need no escaping.
 fn push_name(json: &mut String, name: &str) {
     if name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
         json.push('"');
@@ -130,10 +130,10 @@ fn push_name(json: &mut String, name: &str) {
     json.push(':');
 }
 
-/// The JSON text to store for a value, or nothing if it must not be stored.
+/// JSON text to store for a value, or none if it must not be stored.
 ///
-/// Values are measured and searched in the form that they have once PostgreSQL has stored and returned them, so that
-/// sanitizing what is stored changes nothing.
+/// Values are measured and searched in the form in which PostgreSQL returns them, so that sanitising a stored value
+/// again changes nothing.
 fn keep(raw: &RawValue) -> Option<Cow<'_, str>> {
     let text = raw.get();
     match text.as_bytes().first()? {
@@ -164,19 +164,19 @@ fn any_text(value: &Value, test: &dyn Fn(&str) -> bool) -> bool {
     }
 }
 
-/// What every credential of its kind has in it. Every kept text is searched for all three, so the searches are prepared.
+/// Prepared searches for the marker of each kind of credential, because every stored text is searched for all three.
 static BEARER: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("Bearer "));
 static PEM: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("-----BEGIN"));
 static JWT: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("eyJ"));
 
-/// Whether a text holds a bearer token, a JSON Web Token or a private key.
+/// True if a text contains a bearer token, a JSON Web Token or a private key.
 #[must_use]
 pub fn looks_like_credential(text: &str) -> bool {
     let holds = |mark: &Finder<'_>| mark.find(text.as_bytes()).is_some();
     holds(&BEARER) || (holds(&PEM) && text.contains("PRIVATE KEY")) || holds_jwt(text)
 }
 
-/// A JWT: three base64url segments joined by dots, the first of which is a JSON object (`{"` encodes to `eyJ`).
+/// Detects a JWT: three base64url segments joined by dots, the first of them a JSON object (`{"` encodes to `eyJ`).
 fn holds_jwt(text: &str) -> bool {
     let segment = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
     JWT.find_iter(text.as_bytes()).any(|start| {
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn bounds_hold() {
+    fn size_limits_are_enforced() {
         let object = |description: String, name: String| {
             item("mobileApp", &json!({ "id": "1", "displayName": name, "description": description })).unwrap()
         };
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn every_fixture_comes_out_as_expected() {
+    fn every_fixture_yields_its_expected_items() {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/graph");
         for policy_type in CATALOG.types() {
             let file = folder.join(format!("{}.json", policy_type.key));
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_graph_will_say_tomorrow_is_kept_as_it_says_it() {
+    fn unknown_enum_values_are_stored_unchanged() {
         let said = json!({
             "id": "1", "name": "Baseline", "platforms": "windows10,aPlatformOfTomorrow", "technologies": "mdm,appleRemoteManagement",
             "createdDateTime": "2023-02-23T08:25:45.0780916Z", "lastModifiedDateTime": "2023-02-23T00:25:45-08:00",
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_type_of_its_own_an_object_is_of_the_declared_one() {
+    fn an_object_without_a_template_is_a_settings_catalog_policy() {
         let text = json!({ "id": "1", "name": "x", "templateReference": null }).to_string();
         let policy_type = CATALOG.get("settingsCatalogPolicy").unwrap();
         let object = RawObject::parse(&text).unwrap();
@@ -295,7 +295,7 @@ mod tests {
         assert_eq!(claimed.key, "settingsCatalogPolicy", "no template is template family none");
     }
 
-    /// Any JSON, with the kinds of text that a sanitizer must notice among it.
+    /// Arbitrary JSON, including texts that the sanitiser must drop.
     fn json_value() -> impl Strategy<Value = Value> {
         let text = prop_oneof![
             "\\PC{0,40}",
@@ -321,7 +321,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn sanitizing_what_is_stored_changes_nothing(
+        fn sanitising_is_idempotent(
             values in prop::collection::vec(json_value(), 3), from in 0_usize..12, extra in prop::collection::btree_map("[a-z]{1,9}", json_value(), 0..4),
         ) {
             let policy_type = CATALOG.get("settingsCatalogPolicy").unwrap();

@@ -1,6 +1,6 @@
-//! Which platform an object is for, told from the name of its type.
+//! Platform of an object, derived from the name of its OData type.
 
-/// What a type's name begins with. No prefix belongs to two platforms.
+/// Type name prefixes and their platforms. No prefix belongs to two platforms.
 const PREFIXES: &[(&str, &str)] = &[
     ("win", "windows"),
     ("officesuite", "windows"),
@@ -22,7 +22,7 @@ const PREFIXES: &[(&str, &str)] = &[
     ("depenrollment", "apple"),
 ];
 
-/// The platform of an `@odata.type`, if its name tells.
+/// Platform of an `@odata.type`, if the name has a known prefix.
 pub(super) fn of_type(odata_type: &str) -> Option<&'static str> {
     let name = odata_type.strip_prefix("#microsoft.graph.")?.to_ascii_lowercase();
     PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix)).map(|(_, platform)| *platform)

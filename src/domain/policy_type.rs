@@ -1,4 +1,4 @@
-//! The Graph contracts: which kinds of objects there are, where they are listed and what of them is kept.
+//! Graph contracts: the kinds of objects, where they are listed, and the properties stored.
 
 use std::collections::BTreeSet;
 
@@ -8,52 +8,52 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct PolicyType {
-    /// The name in requests, rows and events.
+    /// Name in requests, rows and events.
     pub key: String,
-    /// The name for people.
+    /// Display label.
     pub label: String,
-    /// The category that a request may select.
+    /// Category, selectable in a request.
     pub category: String,
-    /// Whether others refer to it (scope tags, filters, templates, roles).
+    /// True for types that other types refer to (scope tags, filters, templates, roles).
     pub foundation: bool,
     /// `v1.0` or `beta`.
     pub api_version: String,
-    /// The path below the version; a child collection has `{parent_id}` in it.
+    /// Path below the version; a child collection contains `{parent_id}`.
     pub path: String,
-    /// How the path answers.
+    /// Form of the response.
     pub shape: Shape,
-    /// For a child collection: the collection whose ids are put in for `{parent_id}`.
+    /// Collection whose ids replace `{parent_id}`, for a child collection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
-    /// Which objects of a shared collection are of this type; absent if it owns the collection.
+    /// Condition for the objects of a shared collection; absent if the collection has one type.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub discriminator: Option<Discriminator>,
-    /// The property with the object's id.
+    /// Property that holds the object's id.
     #[serde(default = "id_property")]
     pub id: String,
-    /// The property with its name.
+    /// Property that holds the display name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The property that says when it was created.
+    /// Property that holds the creation time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub created: Option<String>,
-    /// The property that says when it was last changed.
+    /// Property that holds the time of the last change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modified: Option<String>,
-    /// Where its platform comes from.
+    /// Source of the platform.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformRule>,
-    /// The properties to ask for; empty where `$select` is not possible.
+    /// Properties to request; empty where `$select` is unsupported.
     #[serde(default)]
     pub select: Vec<String>,
-    /// The keys that are kept.
+    /// Allow list of properties to store.
     pub meta: BTreeSet<String>,
-    /// The page size to ask for; absent where Graph's own is best.
+    /// Page size to request; absent to use Graph's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top: Option<u32>,
-    /// The limits of Graph that count for it.
+    /// Name of the Graph limits that apply.
     pub throttle: String,
-    /// The application permission that lists it.
+    /// Application permission required to list the type.
     pub permission: String,
 }
 
@@ -61,7 +61,7 @@ fn id_property() -> String {
     "id".to_owned()
 }
 
-/// How a path answers.
+/// Form of a list's response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Shape {
@@ -73,17 +73,17 @@ pub enum Shape {
     ChildCollection,
 }
 
-/// Which objects of a shared collection belong to a type. All given conditions must hold.
+/// Condition that assigns objects of a shared collection to a type. All given conditions must hold.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Discriminator {
-    /// The object's `@odata.type` is one of these.
+    /// Accepted values of the object's `@odata.type`.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub odata_type: BTreeSet<String>,
-    /// The property (a dotted path) has one of `values`.
+    /// Property (a dotted path) that must have one of `values`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub property: Option<String>,
-    /// The values of `property`, compared as text.
+    /// Accepted values of `property`, compared as text.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub values: BTreeSet<String>,
     /// Takes every object of the collection that no other type claims.
@@ -91,20 +91,20 @@ pub struct Discriminator {
     pub fallback: bool,
 }
 
-/// Where an object's platform comes from.
+/// Source of an object's platform.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct PlatformRule {
-    /// It is always this one.
+    /// Fixed platform.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fixed: Option<String>,
-    /// It stands in this property.
+    /// Property that holds the platform.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub property: Option<String>,
-    /// It is this one if the property says nothing.
+    /// Platform if the property is empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<String>,
-    /// It follows from the `@odata.type`.
+    /// Derives the platform from the `@odata.type`.
     #[serde(default)]
     pub odata_type: bool,
 }
@@ -144,7 +144,7 @@ impl PolicyType {
         self.discriminator.as_ref().map_or(Ok(()), Discriminator::check)
     }
 
-    /// Whether it takes what no other type of its collection claims.
+    /// True for the type that takes the objects that no other type of the collection claims.
     #[must_use]
     pub fn is_fallback(&self) -> bool {
         self.discriminator.as_ref().is_some_and(|rule| rule.fallback)
@@ -161,7 +161,7 @@ impl Discriminator {
     }
 }
 
-/// `microsoft.graph.x/prop` asks for `prop` of a derived type; the answer has it under its plain name.
+/// Strips the cast of `microsoft.graph.x/prop`, which requests `prop` of a derived type; the response uses the plain name.
 fn without_cast(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or(name)
 }

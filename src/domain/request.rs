@@ -1,4 +1,4 @@
-//! The sync request: from the bytes on the queue to a checked value, or to a rejection that names the field.
+//! The sync request: parses message bytes to a validated value, or to a rejection that names the field.
 
 use std::collections::BTreeSet;
 
@@ -10,49 +10,48 @@ use uuid::Uuid;
 use super::failure::{DeadReason, Rejection};
 use super::selection::Selection;
 
-/// The largest body that is read, in bytes.
+/// Maximum size of a message body, in bytes.
 pub const MAX_BODY_BYTES: usize = 256 * 1024;
-/// The content type of a structured CloudEvents envelope.
+/// Content type of a structured CloudEvents envelope.
 pub const CLOUDEVENTS_CONTENT_TYPE: &str = "application/cloudevents+json";
-/// The version of the message that this daemon speaks.
+/// Supported version of the message.
 pub const SCHEMA_VERSION: u64 = 1;
 const MAX_NAMES: usize = 1_000;
 
-/// A request to observe a selection of a tenant, as it is published.
+/// Request to observe a selection of a tenant, as published.
 ///
 /// Unknown keys are ignored and never hashed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[schemars(title = "inventoryd sync request, version 1")]
 pub struct SyncRequest {
-    /// The version of this message: 1.
+    /// Message version: 1.
     #[schemars(extend("const" = 1))]
     pub schema_version: u64,
-    /// The tenant: an Entra directory id in its hyphenated form.
+    /// Tenant: an Entra directory id in hyphenated form.
     pub tenant_id: Uuid,
-    /// One piece of work has one key: the same key and tenant never make a second run. 1 to 200 visible ASCII
-    /// characters.
+    /// Idempotency key: a repeated key of a tenant never starts a second run. 1 to 200 visible ASCII characters.
     #[schemars(length(min = 1, max = 200), regex(pattern = "^[!-~]+$"))]
     pub idempotency_key: String,
-    /// What to look at.
+    /// Policy types to observe.
     pub selection: Selection,
-    /// Handed through to the run and its event.
+    /// Correlation id, copied to the run and its event.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 200))]
     pub correlation_id: Option<String>,
-    /// Who asked, for the record.
+    /// Requester, recorded with the run.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 200))]
     pub requested_by: Option<String>,
 }
 
 impl SyncRequest {
-    /// Reads a message body: bare, or as the `data` of a CloudEvents envelope if the content type says so.
+    /// Parses a message body: bare, or the `data` of a CloudEvents envelope, depending on the content type.
     ///
     /// # Errors
-    /// A [`Rejection`] with the reason and a detail that names the field, what stood there and what belongs there.
+    /// A [`Rejection`] with the reason and a detail that names the field, the kind of value found and the one expected.
     pub fn parse(content_type: Option<&str>, body: &[u8]) -> Result<Self, Rejection> {
         if body.len() > MAX_BODY_BYTES {
-            let detail = format!("the body has {} bytes; at most {MAX_BODY_BYTES} are read", body.len());
+            let detail = format!("the body has {} bytes; at most {MAX_BODY_BYTES} are allowed", body.len());
             return Err(Rejection::new(DeadReason::MessageTooLarge, detail));
         }
         let value: Value = serde_json::from_slice(body).map_err(|error| {
@@ -65,7 +64,9 @@ impl SyncRequest {
             return Self::from_fields(&message);
         }
         let data = message.get("data").ok_or_else(|| {
-            invalid("`data` is missing: a CloudEvents envelope carries the request there, as JSON (not data_base64)")
+            invalid(
+                "`data` is missing: a CloudEvents envelope must contain the request there, as JSON (not data_base64)",
+            )
         })?;
         Self::from_fields(&Fields::of("`data`", data)?)
     }
@@ -97,7 +98,7 @@ fn check_version(message: &Fields<'_>) -> Result<(), Rejection> {
     match value.as_u64() {
         Some(SCHEMA_VERSION) => Ok(()),
         Some(other) => {
-            let detail = format!("`schema_version` is {other}: this daemon speaks version {SCHEMA_VERSION}");
+            let detail = format!("`schema_version` is {other}: this daemon supports version {SCHEMA_VERSION}");
             Err(Rejection::new(DeadReason::UnsupportedVersion, detail))
         }
         None => Err(wrong("schema_version", value, expected)),
@@ -124,7 +125,7 @@ fn idempotency_key(message: &Fields<'_>) -> Result<String, Rejection> {
     Ok(key.to_owned())
 }
 
-/// An optional short text that is only handed through.
+/// Optional short text that is stored and published unchanged.
 fn label(message: &Fields<'_>, name: &str) -> Result<Option<String>, Rejection> {
     let expected = "1 to 200 characters without control characters";
     let Some(text) = message.string(name, expected)? else { return Ok(None) };
@@ -162,12 +163,12 @@ fn names(fields: &Fields<'_>, key: &str) -> Result<BTreeSet<String>, Rejection> 
         Some(other) => return Err(wrong(&name, other, "an array of names")),
     };
     if list.len() > MAX_NAMES {
-        return Err(invalid(format!("`{name}` has {} entries: at most {MAX_NAMES} are read", list.len())));
+        return Err(invalid(format!("`{name}` has {} entries: at most {MAX_NAMES} are allowed", list.len())));
     }
     let entry = |(index, value): (usize, &Value)| match value {
         Value::String(text) if usable_name(text) => Ok(text.clone()),
         Value::String(_) => Err(invalid(format!(
-            "`{name}[{index}]` is a string that can't be a name: expected 1 to 200 characters without control characters"
+            "`{name}[{index}]` is not a valid name: expected 1 to 200 characters without control characters"
         ))),
         other => Err(wrong(&format!("{name}[{index}]"), other, "a name as a string")),
     };
@@ -178,7 +179,7 @@ fn usable_name(text: &str) -> bool {
     (1..=200).contains(&text.chars().count()) && !text.chars().any(char::is_control)
 }
 
-/// A JSON object whose fields are asked for one by one.
+/// Accessor for the fields of a JSON object.
 struct Fields<'a>(&'a Map<String, Value>);
 
 impl<'a> Fields<'a> {
@@ -193,7 +194,7 @@ impl<'a> Fields<'a> {
         self.0.get(name)
     }
 
-    /// A string field; `null` counts as absent.
+    /// String field; `null` counts as absent.
     fn string(&self, name: &str, expected: &str) -> Result<Option<&'a str>, Rejection> {
         match self.get(name) {
             None | Some(Value::Null) => Ok(None),
@@ -242,7 +243,7 @@ mod tests {
         SyncRequest::parse(Some("application/json"), value.to_string().as_bytes())
     }
 
-    /// The rejection that `good` gets once the value at `pointer` is replaced.
+    /// Rejection of `good` with the value at `pointer` replaced.
     fn rejected(pointer: &str, value: Value) -> Rejection {
         let mut message = good();
         let (parent, key) = pointer.rsplit_once('/').unwrap();
@@ -251,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_good_request_is_read_with_its_defaults() {
+    fn a_valid_request_gets_its_defaults() {
         let mut message = good();
         message["colour"] = json!("blue");
         let request = parse(&message).unwrap();
@@ -261,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn an_envelope_is_opened_by_its_content_type_only() {
+    fn an_envelope_is_recognised_by_content_type_only() {
         let envelope = json!({ "specversion": "1.0", "id": "1", "source": "/s", "type": "t", "data": good() });
         let body = envelope.to_string();
         let kind = Some("application/cloudevents+json; charset=utf-8");
@@ -273,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn every_rejection_names_the_field_the_kind_and_the_cure() {
+    fn every_rejection_names_field_found_and_expected() {
         let cases = [
             ("/schema_version", json!("1"), "`schema_version` is a string: expected the integer 1"),
             ("/tenant_id", json!(7), "`tenant_id` is a number: expected a GUID"),
@@ -289,7 +290,7 @@ mod tests {
             ("/selection", json!([]), "`selection` is an array: expected an object"),
             ("/selection/policy_types", json!("x"), "`selection.policy_types` is a string: expected an array of names"),
             ("/selection/policy_types", json!(["a", 5]), "`selection.policy_types[1]` is a number"),
-            ("/selection/categories", json!([""]), "`selection.categories[0]` is a string that can't be a name"),
+            ("/selection/categories", json!([""]), "`selection.categories[0]` is not a valid name"),
             ("/selection/include_foundations", json!("no"), "`selection.include_foundations` is a string"),
             ("/correlation_id", json!("x".repeat(201)), "`correlation_id` is a string of 201 characters"),
             ("/requested_by", json!({}), "`requested_by` is an object"),
@@ -304,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn the_other_reasons_have_their_own_codes() {
+    fn other_rejections_have_their_own_reason() {
         assert_eq!(rejected("/schema_version", json!(2)).reason, DeadReason::UnsupportedVersion);
         assert_eq!(SyncRequest::parse(None, b"{nope").unwrap_err().reason, DeadReason::InvalidJson);
         assert_eq!(SyncRequest::parse(None, &[0xff, 0xfe]).unwrap_err().reason, DeadReason::InvalidJson);
@@ -313,8 +314,8 @@ mod tests {
         assert_eq!(SyncRequest::parse(None, b"[1]").unwrap_err().reason, DeadReason::InvalidRequest);
     }
 
-    /// What is read means the same when it is published again; what is not read says why, at bearable length.
-    fn answered_in_order(parsed: Result<SyncRequest, Rejection>) -> Result<(), TestCaseError> {
+    /// Asserts that an accepted request round-trips and that a rejection has a detail of bounded length.
+    fn parsed_or_rejected(parsed: Result<SyncRequest, Rejection>) -> Result<(), TestCaseError> {
         match parsed {
             Ok(request) => {
                 let again = serde_json::to_vec(&request).unwrap();
@@ -327,13 +328,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_answered_without_a_panic(body in prop::collection::vec(any::<u8>(), 0..512)) {
+        fn arbitrary_bytes_do_not_panic(body in prop::collection::vec(any::<u8>(), 0..512)) {
             let _ = SyncRequest::parse(Some(CLOUDEVENTS_CONTENT_TYPE), &body);
             let _ = SyncRequest::parse(None, &body);
         }
 
         #[test]
-        fn a_damaged_request_is_read_as_it_stands_or_answered_with_a_reason(
+        fn a_damaged_request_is_parsed_or_rejected(
             damage in prop::collection::vec((any::<prop::sample::Index>(), prop_oneof![any::<u8>(), Just(b'"'), Just(b'{'), Just(b']')]), 0..6),
             wrapped in any::<bool>(), end in any::<prop::sample::Index>(), cut in any::<bool>(),
         ) {
@@ -346,11 +347,11 @@ mod tests {
             if cut {
                 body.truncate(end.index(body.len()));
             }
-            answered_in_order(SyncRequest::parse(wrapped.then_some(CLOUDEVENTS_CONTENT_TYPE), &body))?;
+            parsed_or_rejected(SyncRequest::parse(wrapped.then_some(CLOUDEVENTS_CONTENT_TYPE), &body))?;
         }
 
         #[test]
-        fn any_value_in_any_place_is_read_or_answered_with_a_reason(
+        fn any_value_in_any_field_is_parsed_or_rejected(
             place in prop::sample::select(&["/schema_version", "/tenant_id", "/idempotency_key", "/selection", "/selection/policy_types",
                 "/selection/categories", "/selection/include_foundations", "/correlation_id", "/requested_by"]),
             text in any::<String>(), number in any::<f64>(), kind in 0..7,
@@ -367,11 +368,11 @@ mod tests {
             let mut message = good();
             let (parent, key) = place.rsplit_once('/').unwrap();
             message.pointer_mut(parent).unwrap().as_object_mut().unwrap().insert(key.to_owned(), value);
-            answered_in_order(parse(&message))?;
+            parsed_or_rejected(parse(&message))?;
         }
 
         #[test]
-        fn what_we_publish_we_also_read(
+        fn published_requests_are_accepted(
             key in "[!-~]{1,200}", names in prop::collection::btree_set("[a-zA-Z]{1,30}", 1..5),
             foundations in any::<bool>(), correlation in prop::option::of("[^\\p{C}]{1,200}"),
         ) {

@@ -1,4 +1,4 @@
-//! A run: its states, what it counted, and how its end follows from the ends of its types.
+//! A run: states, counters, and the derivation of its final status from the outcomes of its types.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,27 +8,27 @@ use uuid::Uuid;
 
 use super::failure::Failure;
 
-/// The largest `error_context` that is kept, in bytes of JSON.
+/// Maximum size of a stored `error_context`, in bytes of JSON.
 pub const MAX_ERROR_CONTEXT_BYTES: usize = 4 * 1024;
 
-/// The states of a run. The terminal ones never change.
+/// State of a run. Terminal states never change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RunStatus {
-    /// A worker holds its lease, or held it until it vanished.
+    /// A worker holds the lease, or held it until the worker was lost.
     Running,
-    /// Every selected type was read to its end without an error.
+    /// Every selected type is complete without errors.
     Success,
-    /// Some of it went wrong.
+    /// Some types failed or had errors.
     Partial,
-    /// No type was read to its end.
+    /// No type is complete.
     Failed,
-    /// It was never begun; the error code says why.
+    /// Never started; the error code gives the reason.
     Skipped,
 }
 
 impl RunStatus {
-    /// The stable text form.
+    /// Stable text form.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -47,23 +47,23 @@ impl std::str::FromStr for RunStatus {
         [Self::Running, Self::Success, Self::Partial, Self::Failed, Self::Skipped]
             .into_iter()
             .find(|status| status.as_str() == text)
-            .ok_or_else(|| format!("{text:?} is no run status"))
+            .ok_or_else(|| format!("{text:?} is not a run status; use running, success, partial, failed or skipped"))
     }
 }
 
-/// A worker's right to write for a run. `attempt` is its fence: it grows by one with every take-over, and every
+/// Permission of a worker to write for a run. `attempt` is the fencing token: every take-over increments it, and every
 /// write of the run checks it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Lease {
-    /// The tenant of the run.
+    /// Tenant of the run.
     pub tenant_id: Uuid,
-    /// The run.
+    /// Run id.
     pub run_id: Uuid,
-    /// The fence.
+    /// Fencing token.
     pub attempt: i32,
 }
 
-/// What was counted of one policy type.
+/// Counters of one policy type.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TypeCounters {
     /// Distinct objects that Graph returned.
@@ -74,12 +74,12 @@ pub struct TypeCounters {
     pub items_created_count: i64,
     /// Rows whose name, category, platform or meta differ from before.
     pub items_changed_count: i64,
-    /// Objects that could not be read, and the failure that ended the type, if one did.
+    /// Objects that could not be read, plus the failure that ended the type, if any.
     pub errors_count: i64,
 }
 
 impl TypeCounters {
-    /// Adds those of another type, or of another batch.
+    /// Adds the counters of another type or batch.
     pub fn add(&mut self, other: &Self) {
         self.items_observed_count += other.items_observed_count;
         self.items_upserted_count += other.items_upserted_count;
@@ -89,25 +89,25 @@ impl TypeCounters {
     }
 }
 
-/// How one policy type of a run ended.
+/// Outcome of one policy type of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TypeOutcome {
-    /// The policy type; an unknown category stands here as `category:NAME`.
+    /// Policy type; an unknown category appears as `category:NAME`.
     pub policy_type: String,
-    /// Whether it was read to its end.
+    /// True if the type was read completely.
     pub complete: bool,
-    /// What was counted.
+    /// Counters.
     #[serde(flatten)]
     pub counters: TypeCounters,
-    /// The failure that ended it, or the first bad object of a complete one.
+    /// Failure that ended the type, or the first bad object of a complete type.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
-    /// Complete, but with far fewer objects than the previous completed run of the selection had.
+    /// Complete, but with far fewer objects than in the previous completed run of the selection.
     pub suspicious_drop: bool,
 }
 
 impl TypeOutcome {
-    /// A type that ended before its end, with what had been counted by then.
+    /// Outcome of a type that failed, with the counters up to the failure.
     #[must_use]
     pub fn failed(policy_type: &str, mut counters: TypeCounters, failure: Failure) -> Self {
         counters.errors_count += 1;
@@ -121,23 +121,23 @@ impl TypeOutcome {
     }
 }
 
-/// What the whole run cost Graph.
+/// Graph requests and throttling of a run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct GraphUsage {
     /// Requests sent, retries included.
     pub graph_requests_count: i64,
-    /// Answers that were 429 or 503.
+    /// Responses with status 429 or 503.
     pub graph_throttled_count: i64,
-    /// Time spent waiting because of them, in milliseconds.
+    /// Time spent waiting because of throttling, in milliseconds.
     pub graph_throttle_wait_ms: i64,
     /// Objects of a shared collection that no policy type claims.
     pub items_unclassified_count: i64,
-    /// Requests repeated without `$select`, because Graph refused it.
+    /// Requests repeated without `$select` because Graph rejected it.
     pub graph_select_refused_count: i64,
 }
 
 impl GraphUsage {
-    /// What came after `earlier`.
+    /// Difference to an earlier reading.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {
         Self {
@@ -150,19 +150,19 @@ impl GraphUsage {
     }
 }
 
-/// Everything a run has to say at its end.
+/// Result of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunReport {
-    /// One for every selected type, unknown names included.
+    /// One outcome per selected type, unknown names included.
     pub outcomes: Vec<TypeOutcome>,
-    /// What it cost Graph.
+    /// Graph requests and throttling.
     pub usage: GraphUsage,
-    /// When Graph asked to be left alone for longer than the run could wait: how many seconds.
+    /// Seconds after which to retry, if throttling exceeded the run's budget.
     pub retry_after_s: Option<i32>,
 }
 
 impl RunReport {
-    /// The terminal state that follows from the types.
+    /// Terminal status derived from the outcomes.
     #[must_use]
     pub fn status(&self) -> RunStatus {
         let complete = self.outcomes.iter().filter(|outcome| outcome.complete).count();
@@ -175,13 +175,13 @@ impl RunReport {
         }
     }
 
-    /// The distinct codes, sorted by their text.
+    /// Distinct error codes, sorted by text.
     #[must_use]
     pub fn error_codes(&self) -> BTreeSet<&'static str> {
         self.outcomes.iter().filter_map(|outcome| outcome.failure.as_ref()).map(|f| f.code.as_str()).collect()
     }
 
-    /// The sums over all types.
+    /// Sums over all types.
     #[must_use]
     pub fn totals(&self) -> TypeCounters {
         self.outcomes.iter().fold(TypeCounters::default(), |mut sum, outcome| {
@@ -190,7 +190,7 @@ impl RunReport {
         })
     }
 
-    /// The failures by type, cut to [`MAX_ERROR_CONTEXT_BYTES`]; what did not fit is counted under `_omitted`.
+    /// Failures by type, limited to [`MAX_ERROR_CONTEXT_BYTES`]; `_omitted` counts the failures left out.
     #[must_use]
     pub fn error_context(&self) -> serde_json::Value {
         let room_for_count = 32;
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_follows_from_the_types() {
+    fn status_is_derived_from_the_outcomes() {
         assert_eq!(report(vec![complete("a"), complete("b")]).status(), RunStatus::Success);
         let partial = report(vec![complete("a"), failed("b", ErrorCode::GraphForbidden)]);
         assert_eq!(partial.status(), RunStatus::Partial);
@@ -248,7 +248,7 @@ mod tests {
         assert_eq!(refused.error_codes().into_iter().collect::<Vec<_>>(), ["graph_forbidden", "graph_throttled"]);
         let mut bad_object = complete("a");
         bad_object.counters.errors_count = 1;
-        assert_eq!(report(vec![bad_object]).status(), RunStatus::Partial, "one bad object is an error, not the end");
+        assert_eq!(report(vec![bad_object]).status(), RunStatus::Partial, "one bad object makes the run partial");
     }
 
     /// Counters in which field number `n` has the value `factor * 10^n`.
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn every_counter_is_added_and_every_usage_subtracted() {
+    fn counters_are_added_and_usage_subtracted_field_by_field() {
         let mut sum: TypeCounters = counted(1);
         sum.add(&counted(2));
         assert_eq!(sum, counted(3));
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_error_context_stays_within_its_bound() {
+    fn error_context_is_bounded() {
         let many = (0..500).map(|n| failed(&format!("policyTypeNumber{n}"), ErrorCode::GraphForbidden)).collect();
         let context = report(many).error_context();
         assert!(context.to_string().len() <= MAX_ERROR_CONTEXT_BYTES, "{}", context.to_string().len());

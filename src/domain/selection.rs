@@ -1,4 +1,4 @@
-//! What a run looks at: its canonical form and the hash that other languages must agree with.
+//! Selection of policy types: canonical form, and the hash that implementations in other languages must reproduce.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -7,24 +7,24 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// The name that selects every supported type that is not a foundation.
+/// Name that selects every supported type except the foundations.
 pub const EVERY_TYPE: &str = "*";
 
-/// What to look at in a tenant.
+/// Policy types of a tenant to observe.
 ///
-/// The fields stand in the order of their names and the sets are sorted, so that plain serialisation *is* RFC 8785
-/// canonical JSON of the keys that change the scope: there is no second form to keep in step.
+/// Fields are declared in alphabetical order and the sets are sorted, so that plain serialisation *is* RFC 8785
+/// canonical JSON; there is no second form to keep in sync.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[schemars(description = "What to look at in a tenant.")]
+#[schemars(description = "Policy types of a tenant to observe.")]
 pub struct Selection {
-    /// Names of categories: every type of each.
+    /// Categories; each selects all of its types.
     #[serde(default)]
     pub categories: BTreeSet<String>,
-    /// Whether the foundations (scope tags, filters, templates, roles) are looked at as well. `false` means never
-    /// a foundation, even one that is named.
+    /// Includes the foundations (scope tags, filters, templates, roles). `false` excludes every foundation, even one
+    /// that is named.
     #[serde(default = "yes")]
     pub include_foundations: bool,
-    /// Names of policy types, or `"*"` for every supported type that is not a foundation.
+    /// Policy types, or `"*"` for every supported type except the foundations.
     #[serde(default)]
     pub policy_types: BTreeSet<String>,
 }
@@ -34,7 +34,7 @@ fn yes() -> bool {
 }
 
 impl Selection {
-    /// Every supported type, foundations included.
+    /// Selects every supported type, foundations included.
     #[must_use]
     pub fn everything() -> Self {
         Self { categories: BTreeSet::new(), include_foundations: true, policy_types: [EVERY_TYPE.to_owned()].into() }
@@ -55,7 +55,7 @@ impl Selection {
         })
     }
 
-    /// Whether it names nothing at all.
+    /// True if the selection selects nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.categories.is_empty() && self.policy_types.is_empty() && !self.include_foundations
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn published_vectors_agree() {
+    fn published_test_vectors_match() {
         let vectors: Vec<Value> =
             serde_json::from_str(include_str!("../../tests/fixtures/selection_hash.json")).unwrap();
         assert!(vectors.len() >= 6);
@@ -94,7 +94,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn order_repeats_and_unknown_keys_change_nothing(
+        fn order_repeats_and_unknown_keys_do_not_change_the_hash(
             names in prop::collection::vec("\\PC{1,12}", 1..8),
             categories in prop::collection::vec("[A-Za-z]{1,12}", 0..4),
             foundations in any::<bool>(),
@@ -111,7 +111,7 @@ mod tests {
         }
 
         #[test]
-        fn another_scope_has_another_hash(name in "[a-z]{1,12}", foundations in any::<bool>()) {
+        fn a_different_scope_has_a_different_hash(name in "[a-z]{1,12}", foundations in any::<bool>()) {
             let one = Selection {
                 categories: BTreeSet::new(), include_foundations: foundations, policy_types: [name].into() };
             let other = Selection { include_foundations: !foundations, ..one.clone() };
