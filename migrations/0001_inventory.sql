@@ -1,7 +1,13 @@
--- The inventory: what was last observed in each tenant, the runs that observed it, and the events that say so.
--- Every key begins with tenant_id, so that the schema distributes by tenant as it is.
--- No index stands on a column that every run rewrites (last_seen_*, lease_expires_at): it would take updates off the
--- heap-only path. The free space that such updates need is kept by fillfactor.
+-- The inventory: what was last observed in each tenant, the runs that observed it, and the events that are due.
+--
+-- Conventions
+-- * Every key starts with tenant_id, so that the schema can be distributed or partitioned by tenant unchanged.
+-- * Columns that are compared in a key are collated "C": byte order needs no locale, and an update of the operating
+--   system's locales cannot corrupt their indexes.
+-- * No index covers a column that every run rewrites (last_seen_*, lease_expires_at): such an index would turn heap-only
+--   updates into full ones. `fillfactor` keeps the free space that heap-only updates need.
+-- * Functions in SQL have standard bodies (`begin atomic`), whose names are resolved once, when they are created; the others
+--   pin their search_path. No setting of a session changes what they read.
 
 create table tenants (
     tenant_id           uuid        primary key,
@@ -11,28 +17,41 @@ create table tenants (
     credential          text        not null default 'default' check (length(credential) between 1 and 100),
     created_at          timestamptz not null default now()
 );
-comment on table tenants is 'The tenants that may be asked for; a request for any other is dead-lettered.';
+comment on table tenants is 'Registered tenants; a request for any other tenant is dead-lettered.';
 comment on column tenants.tenant_id is 'Entra directory id.';
 comment on column tenants.display_name is 'Name for people.';
-comment on column tenants.enabled is 'Requests of a disabled tenant end skipped, tenant_disabled.';
-comment on column tenants.max_concurrent_runs is 'Running runs that it may have; null means limits.tenant_max_runs.';
-comment on column tenants.credential is 'Name of the section graph.credentials.<name> that reads it.';
-comment on column tenants.created_at is 'When it was registered.';
+comment on column tenants.enabled is 'A request for a disabled tenant is recorded as skipped, tenant_disabled.';
+comment on column tenants.max_concurrent_runs is 'Limit of concurrent runs; null means limits.tenant_max_runs.';
+comment on column tenants.credential is 'Name of the section graph.credentials.<name> used to read the tenant.';
+comment on column tenants.created_at is 'Time of registration.';
+
+create table policy_types (
+    policy_type text    collate "C" primary key,
+    label       text    not null,
+    category    text    not null,
+    supported   boolean not null
+);
+comment on table policy_types is 'Policy types that the daemons list, written by each daemon when it starts.';
+comment on column policy_types.policy_type is 'Key of the type.';
+comment on column policy_types.label is 'Name for people.';
+comment on column policy_types.category is 'Category of the type.';
+comment on column policy_types.supported is 'False once the daemon that started last has no contract for the type.';
 
 create table inventory_fleet (
     only_row boolean primary key default true check (only_row)
 );
 insert into inventory_fleet default values;
-comment on table inventory_fleet is 'One row, locked while a strict limit over all tenants is checked.';
+comment on table inventory_fleet is 'One row, locked while the limit over all tenants is checked.';
 comment on column inventory_fleet.only_row is 'Always true: there is one fleet.';
 
 create table inventory_sync_runs (
     tenant_id                  uuid        not null references tenants,
     id                         uuid        not null,
-    idempotency_key            text        not null,
-    selection_hash             text        not null,
+    idempotency_key            text        collate "C" not null,
+    selection_hash             text        collate "C" not null,
     selection_payload          jsonb       not null,
-    status                     text        not null check (status in ('running', 'success', 'partial', 'failed', 'skipped')),
+    status                     text        collate "C" not null
+                                           check (status in ('running', 'success', 'partial', 'failed', 'skipped')),
     had_errors                 boolean     not null default false,
     error_codes                text[]      not null default '{}',
     error_context              jsonb       not null default '{}',
@@ -46,11 +65,14 @@ create table inventory_sync_runs (
     graph_throttled_count      bigint      not null default 0,
     graph_throttle_wait_ms     bigint      not null default 0,
     graph_select_refused_count bigint      not null default 0,
+    missing_high_count         bigint      not null default 0,
+    missing_low_count          bigint      not null default 0,
     retry_after_s              integer,
     attempt                    integer     not null default 1,
     interruptions              integer     not null default 0,
     lease_owner                text,
     lease_expires_at           timestamptz,
+    republished_at             timestamptz,
     correlation_id             text,
     requested_by               text,
     traceparent                text,
@@ -63,46 +85,49 @@ create table inventory_sync_runs (
     check (status <> 'running' or lease_expires_at is not null)
 ) with (fillfactor = 50);
 create unique index inventory_sync_runs_lock on inventory_sync_runs (tenant_id, selection_hash) where status = 'running';
-create index inventory_sync_runs_latest on inventory_sync_runs (tenant_id, selection_hash, finished_at desc)
-    where status in ('success', 'partial', 'failed');
-create index inventory_sync_runs_ended on inventory_sync_runs (finished_at) where finished_at is not null;
-comment on table inventory_sync_runs is 'One row for every try to observe a selection of a tenant. Terminal states never change.';
+create index inventory_sync_runs_id on inventory_sync_runs (id);
+comment on table inventory_sync_runs is 'One row for each attempt to observe a selection of a tenant. Terminal states never change.';
+comment on index inventory_sync_runs_lock is 'At most one running run of a tenant and selection: the row is the lock.';
+comment on index inventory_sync_runs_id is 'Ids start with the time by the database clock: newest runs first, and old runs for retention.';
 comment on column inventory_sync_runs.tenant_id is 'The tenant.';
-comment on column inventory_sync_runs.id is 'UUID version 7; also the id of its event.';
-comment on column inventory_sync_runs.idempotency_key is 'The key of the request: it never makes a second run.';
+comment on column inventory_sync_runs.id is 'UUID version 7 by the database clock; also the id of the event.';
+comment on column inventory_sync_runs.idempotency_key is 'Key of the request; it never creates a second run.';
 comment on column inventory_sync_runs.selection_hash is 'SHA-256 of the canonical selection, lower-case hex.';
 comment on column inventory_sync_runs.selection_payload is 'The selection.';
 comment on column inventory_sync_runs.status is 'running, then success, partial or failed; or skipped from the start.';
-comment on column inventory_sync_runs.had_errors is 'Whether anything at all went wrong.';
+comment on column inventory_sync_runs.had_errors is 'True if there is any error code or a counted error.';
 comment on column inventory_sync_runs.error_codes is 'Distinct codes of the closed list, sorted.';
 comment on column inventory_sync_runs.error_context is 'By type: code, http_status, graph_code, request_id. At most 4 KiB, no free text.';
 comment on column inventory_sync_runs.items_observed_count is 'Distinct objects that Graph returned in scope.';
 comment on column inventory_sync_runs.items_upserted_count is 'Rows written.';
-comment on column inventory_sync_runs.items_created_count is 'Rows first seen.';
-comment on column inventory_sync_runs.items_changed_count is 'Rows whose name, category, platform or meta changed.';
-comment on column inventory_sync_runs.errors_count is 'Bad objects, and failures that ended a type.';
+comment on column inventory_sync_runs.items_created_count is 'Rows first seen since the run started.';
+comment on column inventory_sync_runs.items_changed_count is 'Rows whose name, category, platform or meta changed since the run started.';
+comment on column inventory_sync_runs.errors_count is 'Unreadable objects, and failures that ended a type.';
 comment on column inventory_sync_runs.items_unclassified_count is 'Objects of shared collections that no policy type claims.';
 comment on column inventory_sync_runs.graph_requests_count is 'Requests sent to Graph, retries included.';
-comment on column inventory_sync_runs.graph_throttled_count is 'Answers that were 429 or 503.';
-comment on column inventory_sync_runs.graph_throttle_wait_ms is 'Milliseconds waited because of them.';
-comment on column inventory_sync_runs.graph_select_refused_count is 'Lists asked again without $select.';
-comment on column inventory_sync_runs.retry_after_s is 'Seconds after which to ask again, where Graph wanted to be left alone.';
-comment on column inventory_sync_runs.attempt is 'The fence: one more with every take-over; every write of the run checks it.';
-comment on column inventory_sync_runs.interruptions is 'Take-overs that followed an orderly stop; they do not count as attempts.';
-comment on column inventory_sync_runs.lease_owner is 'The replica that holds it; null once it was handed back.';
-comment on column inventory_sync_runs.lease_expires_at is 'When another replica may take it over.';
-comment on column inventory_sync_runs.correlation_id is 'Handed through from the request.';
-comment on column inventory_sync_runs.requested_by is 'Handed through from the request.';
+comment on column inventory_sync_runs.graph_throttled_count is 'Responses with status 429 or 503.';
+comment on column inventory_sync_runs.graph_throttle_wait_ms is 'Milliseconds waited because of throttling, over all attempts.';
+comment on column inventory_sync_runs.graph_select_refused_count is 'Lists requested again without $select.';
+comment on column inventory_sync_runs.missing_high_count is 'Items missing with high confidence when the run ended.';
+comment on column inventory_sync_runs.missing_low_count is 'Items missing with low confidence when the run ended.';
+comment on column inventory_sync_runs.retry_after_s is 'Seconds after which to request again, if Graph throttled the run.';
+comment on column inventory_sync_runs.attempt is 'Fencing token: each take-over increments it, and each write of the run checks it.';
+comment on column inventory_sync_runs.interruptions is 'Take-overs after an orderly hand-back; they do not count against run.max_attempts.';
+comment on column inventory_sync_runs.lease_owner is 'Replica that holds the lease; null once it was handed back.';
+comment on column inventory_sync_runs.lease_expires_at is 'Time from which another replica may take the run over.';
+comment on column inventory_sync_runs.republished_at is 'Last time that the request was published again for a run that nobody worked on.';
+comment on column inventory_sync_runs.correlation_id is 'Copied from the request.';
+comment on column inventory_sync_runs.requested_by is 'Copied from the request.';
 comment on column inventory_sync_runs.traceparent is 'W3C trace context of the request.';
-comment on column inventory_sync_runs.daemon_version is 'Version of the daemon that admitted it.';
-comment on column inventory_sync_runs.started_at is 'When it was admitted; a take-over does not move it.';
-comment on column inventory_sync_runs.finished_at is 'When it ended.';
+comment on column inventory_sync_runs.daemon_version is 'Version of the daemon that admitted the run.';
+comment on column inventory_sync_runs.started_at is 'Time of admission; a take-over does not change it.';
+comment on column inventory_sync_runs.finished_at is 'Time of the terminal state.';
 
 create table inventory_sync_run_types (
     tenant_id            uuid        not null,
     run_id               uuid        not null,
-    policy_type          text        not null,
-    status               text        not null check (status in ('complete', 'failed')),
+    policy_type          text        collate "C" not null,
+    status               text        not null check (status in ('complete', 'failed', 'not_applicable')),
     items_observed_count bigint      not null,
     items_upserted_count bigint      not null,
     items_created_count  bigint      not null,
@@ -115,24 +140,54 @@ create table inventory_sync_run_types (
     primary key (tenant_id, run_id, policy_type),
     foreign key (tenant_id, run_id) references inventory_sync_runs on delete cascade
 );
-comment on table inventory_sync_run_types is 'How each selected policy type of a run ended. Rows of finished types are there while the run still works.';
+comment on table inventory_sync_run_types is 'Outcome of each selected policy type of a run, recorded while the run goes on.';
 comment on column inventory_sync_run_types.tenant_id is 'The tenant.';
 comment on column inventory_sync_run_types.run_id is 'The run.';
 comment on column inventory_sync_run_types.policy_type is 'The policy type, or category:NAME for an unknown category.';
-comment on column inventory_sync_run_types.status is 'complete: read to its end; failed: not.';
+comment on column inventory_sync_run_types.status is
+    'complete: read to the end. failed: not. not_applicable: the tenant or the cloud does not have it, and the request did not name it.';
 comment on column inventory_sync_run_types.items_observed_count is 'Distinct objects that Graph returned.';
 comment on column inventory_sync_run_types.items_upserted_count is 'Rows written.';
-comment on column inventory_sync_run_types.items_created_count is 'Rows first seen.';
-comment on column inventory_sync_run_types.items_changed_count is 'Rows that differ from before.';
-comment on column inventory_sync_run_types.errors_count is 'Bad objects, and the failure that ended it.';
+comment on column inventory_sync_run_types.items_created_count is 'Rows first seen since the run started.';
+comment on column inventory_sync_run_types.items_changed_count is 'Rows that changed since the run started.';
+comment on column inventory_sync_run_types.errors_count is 'Unreadable objects, and the failure that ended the type.';
 comment on column inventory_sync_run_types.error_code is 'Code of the failure, if there was one.';
 comment on column inventory_sync_run_types.failure is 'code, http_status, graph_code, request_id.';
-comment on column inventory_sync_run_types.suspicious_drop is 'Complete, but with far fewer objects than in the previous completed run.';
-comment on column inventory_sync_run_types.finished_at is 'When it ended.';
+comment on column inventory_sync_run_types.suspicious_drop is 'Complete, but with far fewer objects than the previous complete listing.';
+comment on column inventory_sync_run_types.finished_at is 'Time of the outcome.';
+
+create table inventory_complete_listings (
+    tenant_id            uuid        not null,
+    policy_type          text        collate "C" not null,
+    started_at           timestamptz not null,
+    items_observed_count bigint      not null,
+    evidence_at          timestamptz,
+    primary key (tenant_id, policy_type)
+) with (fillfactor = 70);
+comment on table inventory_complete_listings is 'Latest complete listing of each policy type of a tenant. Retention never deletes it: it is the evidence that unseen items are gone.';
+comment on column inventory_complete_listings.tenant_id is 'The tenant.';
+comment on column inventory_complete_listings.policy_type is 'The policy type.';
+comment on column inventory_complete_listings.started_at is 'Start of the run that made the latest complete listing.';
+comment on column inventory_complete_listings.items_observed_count is 'Objects in it.';
+comment on column inventory_complete_listings.evidence_at is
+    'Start of the latest run whose listing was complete, without unreadable objects and no suspicious drop: an item not seen since is gone.';
+
+create table inventory_selections (
+    tenant_id         uuid        not null,
+    selection_hash    text        collate "C" not null,
+    latest_run_id     uuid        not null,
+    latest_success_at timestamptz,
+    primary key (tenant_id, selection_hash)
+) with (fillfactor = 70);
+comment on table inventory_selections is 'Latest completed run of each selection of a tenant. Retention keeps that run.';
+comment on column inventory_selections.tenant_id is 'The tenant.';
+comment on column inventory_selections.selection_hash is 'The selection.';
+comment on column inventory_selections.latest_run_id is 'Its latest run that ended success, partial or failed.';
+comment on column inventory_selections.latest_success_at is 'End of its latest successful run.';
 
 create table inventory_items (
     tenant_id        uuid        not null,
-    policy_type      text        not null,
+    policy_type      text        collate "C" not null,
     external_id      text        collate "C" not null,
     display_name     text,
     category         text        not null,
@@ -146,113 +201,395 @@ create table inventory_items (
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.05);
 comment on table inventory_items is 'Objects as last observed. Nothing is ever deleted here: what is missing is derived.';
 comment on column inventory_items.tenant_id is 'The tenant.';
-comment on column inventory_items.policy_type is 'The kind of object.';
-comment on column inventory_items.external_id is 'Graph''s id of it, compared byte by byte: no update of a locale can damage the index.';
-comment on column inventory_items.display_name is 'Its name, if it has one; at most 1,024 characters.';
-comment on column inventory_items.category is 'Category of its policy type.';
-comment on column inventory_items.platform is 'Platform that it is for, if that can be told.';
-comment on column inventory_items.meta_jsonb is 'Its whitelisted properties.';
-comment on column inventory_items.first_seen_at is 'When it was first observed.';
-comment on column inventory_items.last_changed_at is 'When name, category, platform or meta last differed from before.';
-comment on column inventory_items.last_seen_at is 'When it was last observed.';
-comment on column inventory_items.last_seen_run_id is 'The run that last observed it.';
+comment on column inventory_items.policy_type is 'The policy type.';
+comment on column inventory_items.external_id is 'Id of the object in Graph, compared byte by byte.';
+comment on column inventory_items.display_name is 'Name, if it has one; at most 1,024 characters.';
+comment on column inventory_items.category is 'Category of the policy type.';
+comment on column inventory_items.platform is 'Target platform, if known.';
+comment on column inventory_items.meta_jsonb is 'Whitelisted properties.';
+comment on column inventory_items.first_seen_at is 'Time of the first observation.';
+comment on column inventory_items.last_changed_at is 'Time of the last observation that changed name, category, platform or meta.';
+comment on column inventory_items.last_seen_at is 'Time of the last observation: when its page was requested, not when the row was written.';
+comment on column inventory_items.last_seen_run_id is 'Run of the last observation.';
 
-create table outbox_events (
-    tenant_id      uuid        not null,
-    id             uuid        not null,
-    routing_key    text        not null,
-    payload        text        not null,
-    correlation_id text,
-    traceparent    text,
-    created_at     timestamptz not null default clock_timestamp(),
-    claimed_until  timestamptz,
-    claims         integer     not null default 0,
-    sent_at        timestamptz,
-    primary key (tenant_id, id)
+create table outbox (
+    tenant_id    uuid        not null,
+    run_id       uuid        not null,
+    due_at       timestamptz not null,
+    attempts     integer     not null default 0,
+    committed_at timestamptz not null default clock_timestamp(),
+    primary key (tenant_id, run_id)
 ) with (fillfactor = 70);
-create index outbox_events_unsent on outbox_events (created_at) where sent_at is null;
-create index outbox_events_sent on outbox_events (sent_at) where sent_at is not null;
-comment on table outbox_events is 'Run-completed events, written in the transaction that ends the run and published from here at least once.';
-comment on column outbox_events.tenant_id is 'The tenant.';
-comment on column outbox_events.id is 'The run''s id, which is the event''s.';
-comment on column outbox_events.routing_key is 'run.completed.<status>.<tenant_id>';
-comment on column outbox_events.payload is 'The CloudEvents envelope, byte for byte as it is published.';
-comment on column outbox_events.correlation_id is 'AMQP correlation id.';
-comment on column outbox_events.traceparent is 'W3C trace context.';
-comment on column outbox_events.created_at is 'When the run ended.';
-comment on column outbox_events.claimed_until is 'Until when a replica has it in hand; after that another may publish it.';
-comment on column outbox_events.claims is 'How often a replica took it in hand.';
-comment on column outbox_events.sent_at is 'When the broker confirmed it.';
+create index outbox_due on outbox (due_at);
+comment on table outbox is 'Run-completed events that the broker has not confirmed. The event itself is built from the run and its types.';
+comment on column outbox.tenant_id is 'The tenant.';
+comment on column outbox.run_id is 'The run, whose id is the id of the event.';
+comment on column outbox.due_at is 'Time from which any replica may publish it; the one that is publishing has moved it ahead.';
+comment on column outbox.attempts is 'Times that it was claimed for another try.';
+comment on column outbox.committed_at is 'End of the run.';
 
 create table daemon_replicas (
-    replica text        primary key,
+    replica text        collate "C" primary key,
     seen_at timestamptz not null
 );
-comment on table daemon_replicas is 'The replicas that live: Graph''s limits are divided by their number.';
-comment on column daemon_replicas.replica is 'Name that the replica signs leases with.';
-comment on column daemon_replicas.seen_at is 'When it last said that it lives.';
+comment on table daemon_replicas is 'Running replicas: the rate limits of Graph are divided by their number.';
+comment on column daemon_replicas.replica is 'Name that the replica puts on leases.';
+comment on column daemon_replicas.seen_at is 'Time of the last heartbeat.';
 
-create table tenant_gates (
+create table tenant_pauses (
     tenant_id    uuid        not null,
-    family       text        not null,
-    closed_until timestamptz not null,
+    family       text        collate "C" not null,
+    paused_until timestamptz not null,
     primary key (tenant_id, family)
 );
-comment on table tenant_gates is 'Where Graph asked to be left alone: no replica asks the tenant before then.';
-comment on column tenant_gates.tenant_id is 'The tenant.';
-comment on column tenant_gates.family is 'Which limits of Graph: intune, devices, conditional_access or graph.';
-comment on column tenant_gates.closed_until is 'When it may be asked again.';
+comment on table tenant_pauses is 'Pauses that Graph asked for with Retry-After, shared by all replicas.';
+comment on column tenant_pauses.tenant_id is 'The tenant.';
+comment on column tenant_pauses.family is 'Throttling family: intune, devices, conditional_access or graph.';
+comment on column tenant_pauses.paused_until is 'Time until which no replica sends a request.';
+
+-- ------------------------------------------------------------------------------------------------ run ids
+
+create function inventory_run_id_at(in_moment timestamptz) returns uuid
+    language sql immutable parallel safe
+    return (lpad(to_hex(floor(extract(epoch from greatest(in_moment, 'epoch')) * 1000)::bigint), 12, '0')
+            || '70008000000000000000')::uuid;
+comment on function inventory_run_id_at is
+    'Smallest run id of that millisecond, 1970 at the earliest: ids below it are of runs that were admitted earlier.';
+
+create function inventory_new_run_id(in_moment timestamptz) returns uuid
+    language sql volatile parallel safe
+    return (lpad(to_hex(floor(extract(epoch from in_moment) * 1000)::bigint), 12, '0') || '7'
+            || substr(replace(gen_random_uuid()::text, '-', ''), 14))::uuid;
+comment on function inventory_new_run_id is 'UUID version 7 of that moment.';
+
+-- ---------------------------------------------------------------------------------------------- admission
+
+create function inventory_admit(
+        in_tenant_id uuid, in_idempotency_key text, in_selection_hash text, in_selection jsonb,
+        in_correlation_id text, in_requested_by text, in_traceparent text,
+        in_owner text, in_lease_s double precision, in_max_attempts integer,
+        in_tenant_max_runs bigint, in_fleet_max_runs bigint, in_may_defer boolean, in_daemon_version text)
+    returns table (decision text, error_code text, run_id uuid, attempt integer, credential text,
+                   decided_at timestamptz, started_at timestamptz, throttle_wait_ms bigint)
+    language plpgsql
+    set search_path from current
+    -- A session that lingers with the tenant's row locked must not hold a connection for long: the message is retried later.
+    set lock_timeout = '3s'
+as $$
+#variable_conflict use_column
+declare
+    tenant         tenants;
+    same_key       inventory_sync_runs;
+    same_selection inventory_sync_runs;
+    running        bigint;
+    refusal        text;
+begin
+    -- Each statement must see what committed while the one before it waited for a lock.
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'inventory_admit needs the isolation level read committed, not %', current_setting('transaction_isolation')
+            using errcode = 'invalid_transaction_state';
+    end if;
+
+    -- Serialises the admissions of a tenant, so that its limit is exact. FOR NO KEY UPDATE suffices, and does not conflict
+    -- with the foreign key checks of other statements.
+    select * into tenant from tenants t where t.tenant_id = in_tenant_id for no key update;
+    if not found then
+        decision := 'unknown_tenant';
+        return next;
+        return;
+    end if;
+    decided_at := clock_timestamp();
+    credential := tenant.credential;
+
+    -- Plain reads from here on: the row of a running run may be locked by its worker for as long as a statement lasts, and
+    -- whoever waited for it here would hold up every other request of the tenant.
+    select * into same_key from inventory_sync_runs r
+     where r.tenant_id = in_tenant_id and r.idempotency_key = in_idempotency_key;
+    if found then
+        run_id := same_key.id;
+        if same_key.selection_hash <> in_selection_hash then
+            decision := 'idempotency_conflict';
+        elsif same_key.status <> 'running' then
+            decision := 'duplicate';
+        elsif same_key.lease_expires_at > decided_at then
+            decision := 'in_progress';
+        elsif same_key.lease_owner is not null and same_key.attempt - same_key.interruptions >= in_max_attempts then
+            decision := 'exhausted';
+        else
+            -- FOR UPDATE conflicts with the FOR KEY SHARE of a batch that is still being written by the worker before: the
+            -- attempt changes only when no such batch is in flight. SKIP LOCKED: then somebody is at work, come back later.
+            perform from inventory_sync_runs r
+              where r.tenant_id = in_tenant_id and r.id = same_key.id and r.status = 'running'
+                and r.attempt = same_key.attempt and r.lease_expires_at <= decided_at
+                for update skip locked;
+            if not found then
+                decision := 'in_progress';
+            else
+                update inventory_sync_runs r
+                   set attempt = r.attempt + 1, interruptions = r.interruptions + (r.lease_owner is null)::integer,
+                       lease_owner = in_owner, lease_expires_at = clock_timestamp() + make_interval(secs => in_lease_s),
+                       republished_at = null
+                 where r.tenant_id = in_tenant_id and r.id = same_key.id
+                returning r.attempt, r.started_at, r.graph_throttle_wait_ms into attempt, started_at, throttle_wait_ms;
+                decision := 'admitted';
+            end if;
+        end if;
+        return next;
+        return;
+    end if;
+
+    if not tenant.enabled then
+        refusal := 'tenant_disabled';
+        in_may_defer := false;
+    else
+        select * into same_selection from inventory_sync_runs r
+         where r.tenant_id = in_tenant_id and r.selection_hash = in_selection_hash and r.status = 'running';
+        -- A run whose lease has expired keeps its place: its own message, or a copy of it, restarts it.
+        if found then
+            if same_selection.lease_expires_at <= decided_at and same_selection.lease_owner is not null
+               and same_selection.attempt - same_selection.interruptions >= in_max_attempts then
+                decision := 'exhausted';
+                run_id := same_selection.id;
+                return next;
+                return;
+            end if;
+            refusal := 'lock_contended';
+        else
+            select count(*) into running from inventory_sync_runs r where r.tenant_id = in_tenant_id and r.status = 'running';
+            if running >= coalesce(tenant.max_concurrent_runs, in_tenant_max_runs) then
+                refusal := 'concurrency_limit_tenant';
+            elsif in_fleet_max_runs > 0 then
+                -- The rows of different tenants do not serialise each other; this row does.
+                perform from inventory_fleet for update;
+                select count(*) into running from inventory_sync_runs r where r.status = 'running';
+                if running >= in_fleet_max_runs then
+                    refusal := 'concurrency_limit_global';
+                end if;
+            end if;
+        end if;
+    end if;
+
+    error_code := refusal;
+    if refusal is not null and in_may_defer then
+        decision := 'deferred';
+        return next;
+        return;
+    end if;
+
+    decision := case when refusal is null then 'admitted' else 'skipped' end;
+    run_id := inventory_new_run_id(decided_at);
+    attempt := 1;
+    started_at := decided_at;
+    throttle_wait_ms := 0;
+    insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status, had_errors,
+           error_codes, lease_owner, lease_expires_at, correlation_id, requested_by, traceparent, daemon_version, started_at,
+           finished_at)
+    values (in_tenant_id, run_id, in_idempotency_key, in_selection_hash, in_selection,
+            case when refusal is null then 'running' else 'skipped' end, refusal is not null,
+            case when refusal is null then '{}' else array[refusal] end,
+            case when refusal is null then in_owner end,
+            case when refusal is null then clock_timestamp() + make_interval(secs => in_lease_s) end,
+            in_correlation_id, in_requested_by, in_traceparent, in_daemon_version, decided_at,
+            case when refusal is not null then decided_at end);
+    if refusal is not null then
+        insert into outbox (tenant_id, run_id, due_at) values (in_tenant_id, run_id, decided_at);
+    end if;
+    return next;
+end
+$$;
+comment on function inventory_admit is
+    'Decides about a request: admitted, skipped, deferred, duplicate, in_progress, exhausted (its run or the one of its selection has used up its attempts), idempotency_conflict or unknown_tenant.';
+
+-- ------------------------------------------------------------------------------------ outcomes and the end
+
+create function inventory_insert_types(in_tenant_id uuid, in_run_id uuid, in_started_at timestamptz, in_types jsonb,
+                                       in_drop_share double precision, in_drop_min_items bigint)
+    returns text[]
+    language plpgsql
+    set search_path from current
+as $$
+declare
+    suspicious text[];
+begin
+    with outcome as (
+        select o.*, coalesce(o.status = 'complete' and l.items_observed_count >= in_drop_min_items
+                             and o.items_observed_count < l.items_observed_count * in_drop_share, false) as dropped
+          from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o
+          left join inventory_complete_listings l on l.tenant_id = in_tenant_id and l.policy_type = o.policy_type),
+    recorded as (
+        insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
+               items_upserted_count, items_created_count, items_changed_count, errors_count, error_code, failure, suspicious_drop)
+        select in_tenant_id, in_run_id, o.policy_type, o.status, o.items_observed_count, o.items_upserted_count,
+               o.items_created_count, o.items_changed_count, o.errors_count, o.failure ->> 'code', o.failure, o.dropped
+          from outcome o
+            on conflict do nothing
+        returning policy_type, status, items_observed_count, errors_count, suspicious_drop),
+    listed as (
+        -- In the order of the key: runs of other selections list the same types, and lock the same rows in the same order.
+        insert into inventory_complete_listings as l (tenant_id, policy_type, started_at, items_observed_count, evidence_at)
+        select in_tenant_id, r.policy_type, in_started_at, r.items_observed_count,
+               case when r.errors_count = 0 and not r.suspicious_drop then in_started_at end
+          from recorded r where r.status = 'complete' order by r.policy_type
+            on conflict (tenant_id, policy_type) do update
+           -- A run that started earlier may end later: its listing is not the latest, but it can be the latest evidence.
+           set started_at = greatest(l.started_at, excluded.started_at),
+               items_observed_count = case when excluded.started_at >= l.started_at
+                 then excluded.items_observed_count else l.items_observed_count end,
+               evidence_at = greatest(l.evidence_at, excluded.evidence_at))
+    select coalesce(array_agg(r.policy_type) filter (where r.suspicious_drop), '{}') into suspicious from recorded r;
+    return suspicious;
+end
+$$;
+comment on function inventory_insert_types is
+    'Inserts outcomes of types and the listings that they are evidence of; returns the types with a suspicious drop. The caller holds the fence.';
+
+create function inventory_record_types(in_tenant_id uuid, in_run_id uuid, in_attempt integer, in_usage jsonb, in_types jsonb,
+                                       in_drop_share double precision, in_drop_min_items bigint)
+    returns text[]
+    language plpgsql
+    set search_path from current
+as $$
+declare
+    run inventory_sync_runs;
+begin
+    -- The fence. An update locks FOR NO KEY UPDATE, which the FOR KEY SHARE of the batches of sibling lists does not block.
+    update inventory_sync_runs r
+       set graph_requests_count = r.graph_requests_count + u.graph_requests_count,
+           graph_throttled_count = r.graph_throttled_count + u.graph_throttled_count,
+           graph_throttle_wait_ms = r.graph_throttle_wait_ms + u.graph_throttle_wait_ms,
+           items_unclassified_count = r.items_unclassified_count + u.items_unclassified_count,
+           graph_select_refused_count = r.graph_select_refused_count + u.graph_select_refused_count
+      from jsonb_populate_record(null::inventory_sync_runs, in_usage) u
+     where r.tenant_id = in_tenant_id and r.id = in_run_id and r.attempt = in_attempt and r.status = 'running'
+    returning r.* into run;
+    if not found then
+        return null;
+    end if;
+    return inventory_insert_types(in_tenant_id, in_run_id, run.started_at, in_types, in_drop_share, in_drop_min_items);
+end
+$$;
+comment on function inventory_record_types is
+    'Records types that have ended, and what Graph was asked since the last call; returns the types with a suspicious drop, or null if the lease is lost.';
+
+create function inventory_unseen(in_tenant_id uuid, in_run_id uuid, in_started_at timestamptz, in_trusted boolean)
+    returns table (policy_type text, external_id text, display_name text, last_seen_at timestamptz,
+                   last_seen_run_id uuid, confidence text, type_complete boolean)
+    language sql stable parallel safe
+begin atomic
+    select i.policy_type, i.external_id, i.display_name, i.last_seen_at, i.last_seen_run_id,
+           case when in_trusted and t.status = 'complete' and not t.suspicious_drop then 'high' else 'low' end,
+           t.status = 'complete'
+      from inventory_sync_run_types t
+      join inventory_items i on i.tenant_id = t.tenant_id and i.policy_type = t.policy_type
+     where t.tenant_id = in_tenant_id and t.run_id = in_run_id and i.last_seen_at < in_started_at;
+end;
+comment on function inventory_unseen is
+    'Items of the types of a run that were not observed since it started. Confidence is high only for a trusted run, a complete type and no suspicious drop.';
+
+create function inventory_end_run(in_tenant_id uuid, in_run_id uuid, in_attempt integer, in_usage jsonb, in_types jsonb,
+                                  in_drop_share double precision, in_drop_min_items bigint, in_end jsonb,
+                                  in_event_due_s double precision)
+    returns text[]
+    language plpgsql
+    set search_path from current
+as $$
+declare
+    run          inventory_sync_runs;
+    suspicious   text[];
+    missing_high bigint;
+    missing_low  bigint;
+begin
+    -- The fence. FOR UPDATE conflicts with the FOR KEY SHARE of batches: whoever ends the run of a lost worker waits for a batch
+    -- that is in flight, so that nothing is written after the end. The worker's own end finds no batch in flight.
+    select * into run from inventory_sync_runs r
+     where r.tenant_id = in_tenant_id and r.id = in_run_id and r.attempt = in_attempt and r.status = 'running'
+       for update;
+    if not found then
+        return null;
+    end if;
+    suspicious := inventory_insert_types(in_tenant_id, in_run_id, run.started_at, in_types, in_drop_share, in_drop_min_items);
+
+    select count(*) filter (where u.confidence = 'high'), count(*) filter (where u.confidence = 'low')
+      into missing_high, missing_low
+      from inventory_unseen(in_tenant_id, in_run_id, run.started_at,
+                            in_end ->> 'status' = 'success' and not (in_end ->> 'had_errors')::boolean) u;
+
+    update inventory_sync_runs r
+       set status = e.status, had_errors = e.had_errors, error_codes = e.error_codes, error_context = e.error_context,
+           retry_after_s = e.retry_after_s, items_observed_count = e.items_observed_count,
+           items_upserted_count = e.items_upserted_count, items_created_count = e.items_created_count,
+           items_changed_count = e.items_changed_count, errors_count = e.errors_count,
+           graph_requests_count = r.graph_requests_count + u.graph_requests_count,
+           graph_throttled_count = r.graph_throttled_count + u.graph_throttled_count,
+           graph_throttle_wait_ms = r.graph_throttle_wait_ms + u.graph_throttle_wait_ms,
+           items_unclassified_count = r.items_unclassified_count + u.items_unclassified_count,
+           graph_select_refused_count = r.graph_select_refused_count + u.graph_select_refused_count,
+           missing_high_count = missing_high, missing_low_count = missing_low,
+           -- Never before its start, even if the clock of the server was set back meanwhile.
+           finished_at = greatest(clock_timestamp(), r.started_at)
+      from jsonb_populate_record(null::inventory_sync_runs, in_end) e,
+           jsonb_populate_record(null::inventory_sync_runs, in_usage) u
+     where r.tenant_id = in_tenant_id and r.id = in_run_id
+    returning r.* into run;
+
+    insert into inventory_selections as s (tenant_id, selection_hash, latest_run_id, latest_success_at)
+    values (in_tenant_id, run.selection_hash, in_run_id, case when run.status = 'success' then run.finished_at end)
+        on conflict (tenant_id, selection_hash) do update
+       set latest_run_id = excluded.latest_run_id,
+           latest_success_at = coalesce(excluded.latest_success_at, s.latest_success_at);
+
+    -- Due in a while: the replica that ends the run publishes the event itself, and others only if it does not.
+    insert into outbox (tenant_id, run_id, due_at)
+    values (in_tenant_id, in_run_id, clock_timestamp() + make_interval(secs => in_event_due_s));
+    return suspicious;
+end
+$$;
+comment on function inventory_end_run is
+    'Ends a run with the types that are not recorded yet, and makes its event due; returns the types with a suspicious drop, or null if the lease is lost.';
+
+-- ----------------------------------------------------------------------------------------------- readers
 
 create function inventory_missing_of_run(in_tenant_id uuid, in_run_id uuid)
     returns table (policy_type text, external_id text, display_name text, last_seen_at timestamptz,
                    last_seen_run_id uuid, confidence text, type_complete boolean)
-    language sql stable parallel safe as $$
-    select i.policy_type, i.external_id, i.display_name, i.last_seen_at, i.last_seen_run_id,
-           case when r.status = 'success' and not r.had_errors and not t.suspicious_drop then 'high' else 'low' end,
-           t.status = 'complete'
-      from inventory_sync_runs r
-      join inventory_sync_run_types t on t.tenant_id = r.tenant_id and t.run_id = r.id
-      join inventory_items i on i.tenant_id = r.tenant_id and i.policy_type = t.policy_type
-     where r.tenant_id = in_tenant_id and r.id = in_run_id
-       and r.status in ('success', 'partial', 'failed')
-       and i.last_seen_at < r.started_at
-$$;
+    language sql stable parallel safe
+begin atomic
+    select u.*
+      from inventory_sync_runs r,
+           lateral inventory_unseen(r.tenant_id, r.id, r.started_at, r.status = 'success' and not r.had_errors) u
+     where r.tenant_id = in_tenant_id and r.id = in_run_id and r.status in ('success', 'partial', 'failed');
+end;
 comment on function inventory_missing_of_run is
-    'Items of the types that one completed run covered which neither it nor anything since has observed.';
+    'Items of the types of one completed run that neither it nor any later run has observed.';
 
 create function inventory_missing(in_tenant_id uuid, in_selection_hash text)
     returns table (policy_type text, external_id text, display_name text, last_seen_at timestamptz,
                    last_seen_run_id uuid, confidence text, type_complete boolean)
-    language sql stable parallel safe as $$
+    language sql stable parallel safe
+begin atomic
     select m.*
-      from (select r.id from inventory_sync_runs r
-             where r.tenant_id = in_tenant_id and r.selection_hash = in_selection_hash
-               and r.status in ('success', 'partial', 'failed')
-             order by r.finished_at desc limit 1) latest
-     cross join lateral inventory_missing_of_run(in_tenant_id, latest.id) m
-$$;
+      from inventory_selections s,
+           lateral inventory_missing_of_run(s.tenant_id, s.latest_run_id) m
+     where s.tenant_id = in_tenant_id and s.selection_hash = in_selection_hash;
+end;
 comment on function inventory_missing is
-    'What is missing of a selection, relative to its latest completed run. No completed run: no rows.';
+    'Items missing from a selection, relative to its latest completed run. No completed run: no rows.';
 
 create view inventory_latest_runs with (security_invoker = true) as
-    select distinct on (tenant_id, selection_hash)
-           tenant_id, selection_hash, id as run_id, selection_payload, status, had_errors, error_codes,
-           items_observed_count, items_upserted_count, items_created_count, items_changed_count, errors_count,
-           started_at, finished_at
-      from inventory_sync_runs
-     where status in ('success', 'partial', 'failed')
-     order by tenant_id, selection_hash, finished_at desc;
-comment on view inventory_latest_runs is 'The latest completed run of every tenant and selection.';
+    select r.tenant_id, r.selection_hash, r.id as run_id, r.selection_payload, r.status, r.had_errors, r.error_codes,
+           r.items_observed_count, r.items_upserted_count, r.items_created_count, r.items_changed_count, r.errors_count,
+           r.started_at, r.finished_at, s.latest_success_at
+      from inventory_selections s
+      join inventory_sync_runs r on r.tenant_id = s.tenant_id and r.id = s.latest_run_id;
+comment on view inventory_latest_runs is 'Latest completed run of every tenant and selection, and the end of its latest success.';
 
 create view inventory_items_current with (security_invoker = true) as
     select i.tenant_id, t.display_name as tenant_name, i.policy_type, i.external_id, i.display_name, i.category, i.platform,
-           i.meta_jsonb, i.first_seen_at, i.last_changed_at, i.last_seen_at, i.last_seen_run_id
-      from inventory_items i join tenants t using (tenant_id)
-     where not exists (
-           select from inventory_sync_runs r
-             join inventory_sync_run_types rt on rt.tenant_id = r.tenant_id and rt.run_id = r.id
-            where r.tenant_id = i.tenant_id and r.status in ('success', 'partial', 'failed')
-              and rt.policy_type = i.policy_type and rt.status = 'complete' and not rt.suspicious_drop
-              and i.last_seen_at < r.started_at);
+           i.meta_jsonb, i.first_seen_at, i.last_changed_at, i.last_seen_at, i.last_seen_run_id, p.supported as type_supported
+      from inventory_items i
+      join tenants t on t.tenant_id = i.tenant_id
+      left join policy_types p on p.policy_type = i.policy_type
+      left join inventory_complete_listings l on l.tenant_id = i.tenant_id and l.policy_type = i.policy_type
+     where l.evidence_at is null or i.last_seen_at >= l.evidence_at;
 comment on view inventory_items_current is
-    'Items that no later complete listing of their type has failed to find. Doubtful ones (an incomplete or suspicious listing) stay in.';
+    'Items that were observed since the latest listing that is evidence of absence. type_supported is false for a type that no daemon lists any more.';

@@ -105,7 +105,8 @@ pub struct RunConfig {
     pub lease_s: u64,
     pub deadline_s: u64,
     pub max_attempts: i32,
-    pub abandoned_after_s: u64,
+    pub restart_after_s: u64,
+    pub give_up_after_s: u64,
     pub concurrent_lists: usize,
     pub batch_rows: usize,
     pub suspicious_drop_share: f64,
@@ -249,7 +250,7 @@ pub struct OutboxConfig {
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct RetentionConfig {
     pub runs_days: u32,
-    pub outbox_days: u32,
+    pub interval_s: u64,
 }
 
 /// `[http]`
@@ -356,7 +357,8 @@ mod tests {
             ("INVENTORYD__DATABASE__URL_FILE", "/no/such/file", "database.url_file"),
             ("INVENTORYD__DATABASE__URL", "postgres://u@h/d?passwrod=hunter2", "database.url: there is no parameter"),
             ("INVENTORYD__DATABASE__URL", "h/d", "database.url"),
-            ("INVENTORYD__RUN__ABANDONED_AFTER_S", "1300", "run.abandoned_after_s"),
+            ("INVENTORYD__RUN__RESTART_AFTER_S", "0", "run.restart_after_s"),
+            ("INVENTORYD__RETENTION__RUNS_DAYS", "9999999", "retention.runs_days"),
             ("INVENTORYD__CONSUMER__WATCHDOG_S", "0", "consumer.watchdog_s"),
             ("INVENTORYD__CONSUMER__BROKER_TIMEOUT_S", "1500", "consumer.broker_timeout_s"),
             ("INVENTORYD__GRAPH__BACKOFF_MAX_S", "inf", "graph.backoff_max_s"),

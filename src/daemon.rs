@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -15,12 +16,13 @@ use crate::backoff::{Waits, full_jitter};
 use crate::broker::{Broker, BrokerError};
 use crate::config::{Config, ConfigError, seconds};
 use crate::consumer::{Consumer, ConsumerHealth};
+use crate::domain::catalog::Catalog;
 use crate::domain::clock::Heartbeat;
 use crate::fleet::Fleet;
 use crate::graph::{GraphClient, GraphError};
 use crate::http::{self, Consuming, Figures, HttpState};
 use crate::janitor::Janitor;
-use crate::relay::Relay;
+use crate::relay::{self, Relay};
 use crate::run::{Runner, Stop};
 use crate::store::{Store, StoreError};
 
@@ -71,21 +73,24 @@ impl Daemon {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let owner = replica_name();
         let catalog = config.graph.catalog()?;
-        let store = Store::connect(&config.database, &config.telemetry.deployment)?;
+        let store = Store::connect(&config.database)?;
         let broker = Broker::new(&config.broker, &config.topology, &format!("inventoryd {owner}"))?;
         let graph = GraphClient::new(&config.graph)?;
+        // Keys of runs that this replica has ended: their events are published at once, without a poll.
+        let (ended, ended_runs) = mpsc::channel(relay::MAX_ENDED_RUNS);
         let fleet = Fleet::new(store.clone(), graph.clone(), &owner);
-        let runner = Runner::new(&config, &owner, store.clone(), graph, catalog);
+        let runner = Runner::new(&config, &owner, (store.clone(), graph), catalog.clone(), ended.clone());
         let publisher = broker.publisher();
-        let consumer = Consumer::new(broker, publisher.clone(), runner.clone(), store.clone(), &config);
-        let relay = Relay::new(publisher, store.clone(), &config.outbox);
-        let janitor = Janitor::new(store.clone(), &config);
+        let janitor = Janitor::new(store.clone(), publisher.clone(), catalog.clone(), &config, ended);
+        let relay =
+            Relay::new(publisher.clone(), store.clone(), &config.outbox, &config.telemetry.deployment, ended_runs);
+        let consumer = Consumer::new(broker, publisher, runner.clone(), store.clone(), &config);
         let (stop, health) = (Stop::default(), consumer.health());
         let parts = Parts { consumer, relay, janitor, fleet, runner, store };
         // Before the wait for the database: an orchestrator that gets no answers would start this again and again.
         let answers = http_server(&config, metrics, &owner, &parts, &stop).await?;
         let answers = AbortOnDropHandle::new(tokio::spawn(answers));
-        wait_for_schema(&parts.store, health.heartbeat()).await?;
+        wait_for_schema(&parts.store, &catalog, health.heartbeat()).await?;
         info!(replica = owner, version = env!("CARGO_PKG_VERSION"), "started");
         let ended = tokio::spawn(parts.run(stop.clone(), answers));
         Ok(Self { stop, health, ended })
@@ -142,8 +147,8 @@ impl Parts {
         let mut beside = JoinSet::new();
         let (leases, stopping) = (self.runner.leases(), late.clone());
         beside.spawn(async move { leases.keep(&stopping).await });
-        let (health, stopping) = (self.consumer.health(), late.clone());
-        beside.spawn(async move { self.janitor.run(&stopping, || health.reading_for()).await });
+        let stopping = late.clone();
+        beside.spawn(async move { self.janitor.run(&stopping).await });
         let stopping = late.clone();
         beside.spawn(async move { self.fleet.run(&stopping).await });
         let stopping = late.clone();
@@ -183,11 +188,11 @@ fn replica_name() -> String {
 }
 
 /// Waits for a database that is away; one that refuses, or has another schema, does not get better by waiting.
-async fn wait_for_schema(store: &Store, heartbeat: &Heartbeat) -> Result<(), StoreError> {
+async fn wait_for_schema(store: &Store, catalog: &Catalog, heartbeat: &Heartbeat) -> Result<(), StoreError> {
     let mut waits = Waits::new(seconds(1), MOST_PATIENT);
     loop {
         heartbeat.beat();
-        match timeout(MOST_PATIENT, store.check_schema()).await {
+        match timeout(MOST_PATIENT, prepare(store, catalog)).await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(error)) if error.is_refusal() => return Err(error),
             Ok(Err(error)) => warn!(%error, "waiting for the database"),
@@ -197,6 +202,14 @@ async fn wait_for_schema(store: &Store, heartbeat: &Heartbeat) -> Result<(), Sto
         systemd::say("waiting for the database");
         tokio::time::sleep(full_jitter(waits.next_wait())).await;
     }
+}
+
+/// Checks the server and its schema, and publishes which types this daemon lists.
+async fn prepare(store: &Store, catalog: &Catalog) -> Result<(), StoreError> {
+    for warning in store.check_schema().await? {
+        warn!("{warning}");
+    }
+    store.publish_catalog(catalog).await
 }
 
 /// The server behind `/livez` and the rest; nothing to be waited for if there is to be none.

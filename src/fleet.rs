@@ -54,7 +54,7 @@ impl Fleet {
 
     async fn announce(&self, change: Result<GateChange, RecvError>) -> Result<(), StoreError> {
         match change {
-            Ok(change) => self.store.close_gate(change.tenant_id, change.family, change.closed_for).await,
+            Ok(change) => self.store.announce_pause(change.tenant_id, change.family, change.closed_for).await,
             // The newest matter, and they are still there.
             Err(_) => Ok(()),
         }
@@ -67,7 +67,7 @@ impl Fleet {
     }
 
     async fn heed(&self) -> Result<(), StoreError> {
-        for gate in self.store.closed_gates().await? {
+        for gate in self.store.pauses().await? {
             self.graph.close_gate(gate.tenant_id, &gate.family, Duration::from_secs_f64(gate.left_s.max(0.0)));
         }
         Ok(())

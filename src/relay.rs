@@ -1,192 +1,192 @@
-//! The relay: carries events from the outbox to the broker, at least once, each time with the same id.
+//! Relay: publishes run-completed events and keeps each in the outbox until the broker has confirmed it.
 //!
-//! Every replica has one. They claim different events, commit the claim, publish, and mark what was confirmed. No
-//! transaction stays open while the broker is waited for.
+//! The key of a run that this replica ended comes from memory, so that its event is published at once. Any other event that is due
+//! (of a crashed replica, refused, unroutable) is found by polling. Either way the event is built from the row of the run, so a
+//! repeat has the same bytes and the same id.
 
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, debug, warn};
-use uuid::Uuid;
 
 use crate::backoff::{Waits, full_jitter};
 use crate::broker::{Outgoing, PublishOutcome, Publisher};
 use crate::config::OutboxConfig;
-use crate::store::{OutboxEvent, Store, StoreError};
+use crate::domain::run::RunKey;
+use crate::store::{Store, StoreError};
 use crate::telemetry::{self, spans};
 
-/// How long the last flush of a stopping daemon may take; what is left is carried by another replica, or later.
+/// Limit of ended runs that wait in memory; the events of further ones are found in the outbox once they are due.
+pub const MAX_ENDED_RUNS: usize = 10_000;
+/// Time for the last flush of a stopping daemon; another replica publishes the rest.
 const LAST_FLUSH: Duration = Duration::from_secs(2);
-/// Batches of one round; between rounds the gauges are looked at.
-const MOST_BATCHES: usize = 25;
-/// After a round that sent something, what ends within this time is published together: each round is two commits.
+/// Batches in flight: the database builds one while the broker confirms another.
+const BATCHES_IN_FLIGHT: usize = 2;
+/// Batches of one round; the gauges are updated between rounds.
+const MAX_BATCHES: usize = 25;
+/// Pause after a round in which further events gather: each batch is one commit.
 const GATHER: Duration = Duration::from_millis(50);
 const GAUGES_EVERY: Duration = Duration::from_secs(5);
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
-/// Publishes events until it is told to stop.
+/// Publishes events until it is stopped.
 pub struct Relay {
-    publisher: Publisher,
-    store: Store,
+    outlet: Outlet,
     config: OutboxConfig,
+    ended: mpsc::Receiver<RunKey>,
+    /// Taken from `ended`, not published yet.
+    pending: Vec<RunKey>,
+    next_poll: Instant,
     gauged: Option<Instant>,
     warned: Option<Instant>,
 }
 
-/// A tenant and one of its events.
-type EventId = (Uuid, Uuid);
-
-/// What became of a batch.
-#[derive(Default)]
-struct Published {
-    ids: Vec<EventId>,
-    outcomes: Vec<PublishOutcome>,
+/// Builds, publishes and settles one batch.
+#[derive(Clone)]
+struct Outlet {
+    publisher: Publisher,
+    store: Store,
+    deployment: String,
 }
 
-/// How a round went.
+/// Result of a batch, or of all batches of a round.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Counts {
+    confirmed: usize,
+    unroutable: usize,
+    /// Events that did not reach a broker, or whose confirmation did not come in time.
+    unconfirmed: usize,
+}
+
+/// Result of a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Round {
-    /// There was nothing to do.
+    /// No event was due.
     Idle,
-    /// All of it was confirmed, and there may be more.
-    Full,
-    /// All of it was confirmed.
+    /// All events were confirmed.
     Sent,
-    /// Some of it was not.
+    /// Some events were not confirmed.
     Stuck,
 }
 
 impl Relay {
-    /// A relay by the configuration.
+    /// A relay that takes the runs of this replica from `ended`.
     #[must_use]
-    pub fn new(publisher: Publisher, store: Store, config: &OutboxConfig) -> Self {
-        Self { publisher, store, config: config.clone(), gauged: None, warned: None }
+    pub fn new(
+        publisher: Publisher,
+        store: Store,
+        config: &OutboxConfig,
+        deployment: &str,
+        ended: mpsc::Receiver<RunKey>,
+    ) -> Self {
+        Self {
+            outlet: Outlet { publisher, store, deployment: deployment.to_owned() },
+            config: config.clone(),
+            ended,
+            pending: Vec::new(),
+            next_poll: Instant::now(),
+            gauged: None,
+            warned: None,
+        }
     }
 
     /// Works until `stop`, then publishes what is left, for a short time, and closes the publisher.
     pub async fn run(mut self, stop: &CancellationToken) {
-        let committed = self.store.event_committed();
         let mut waits = waits();
         while !stop.is_cancelled() {
-            // Listening before looking: an event that is committed in between is not overlooked.
-            let mut woken = std::pin::pin!(committed.notified());
-            woken.as_mut().enable();
-            let wait = match self.round().await {
-                Ok(Round::Full) => {
-                    waits = self::waits();
-                    continue;
-                }
-                Ok(Round::Sent) => {
-                    waits = self::waits();
-                    GATHER
-                }
-                Ok(Round::Idle) => {
-                    waits = self::waits();
-                    tokio::select! {
-                        () = woken => continue,
-                        () = stop.cancelled() => break,
-                        () = tokio::time::sleep(self.poll_wait()) => continue,
-                    }
-                }
-                Ok(Round::Stuck) => full_jitter(waits.next_wait()),
-                Err(error) => {
-                    warn!(%error, "the outbox can't be read");
-                    full_jitter(waits.next_wait())
-                }
+            let round = self.round().await.unwrap_or_else(|error| {
+                warn!(%error, "the outbox cannot be read");
+                Round::Stuck
+            });
+            let pause = match round {
+                Round::Stuck => full_jitter(waits.next_wait()),
+                Round::Sent => GATHER,
+                Round::Idle => Duration::ZERO,
             };
-            stop.run_until_cancelled(tokio::time::sleep(wait)).await;
+            if round != Round::Stuck {
+                waits = self::waits();
+            }
+            stop.run_until_cancelled(async {
+                tokio::time::sleep(pause).await;
+                if round == Round::Idle {
+                    self.next_event().await;
+                }
+            })
+            .await;
         }
         if timeout(LAST_FLUSH, self.flush()).await.is_err() {
-            warn!("events are left in the outbox; another replica carries them, or this one when it is back");
+            warn!("events remain in the outbox; another replica publishes them, or this one after a restart");
         }
-        self.publisher.close().await;
+        self.outlet.publisher.close().await;
     }
 
-    /// Replicas that look at the same time find the same nothing.
-    fn poll_wait(&self) -> Duration {
-        let poll = Duration::from_millis(self.config.poll_ms);
-        poll.mul_f64(0.75) + full_jitter(poll / 2)
+    /// Waits until a run of this replica ends or the next poll is due.
+    async fn next_event(&mut self) {
+        tokio::select! {
+            Some(run) = self.ended.recv() => self.pending.push(run),
+            () = tokio::time::sleep_until(self.next_poll) => {}
+        }
     }
 
     async fn flush(&mut self) {
-        while matches!(self.round().await, Ok(Round::Sent | Round::Full)) {}
+        while matches!(self.round().await, Ok(Round::Sent)) {}
     }
 
-    /// Publishes what is due. While one batch is with the broker, the database marks the one before and gives the next.
+    /// Publishes what is due, several batches at a time.
     async fn round(&mut self) -> Result<Round, StoreError> {
         self.gauge().await?;
-        if self.publisher.blocked() {
-            // A claim would only keep other replicas from trying; some of them may reach another node.
+        if self.outlet.publisher.blocked() {
+            // Nothing is claimed: other replicas may reach another node of the broker.
             return Ok(Round::Stuck);
         }
-        let mut batch = self.claim().await?;
-        if batch.is_empty() {
-            return Ok(Round::Idle);
-        }
-        let (mut published, mut all_sent, mut batches) = (Published::default(), true, 1);
+        let outlet = self.outlet.clone();
+        let (mut in_flight, mut started, mut more_due) = (FuturesUnordered::new(), 0, true);
+        let mut total = Counts::default();
         loop {
-            let ids: Vec<EventId> = batch.iter().map(|event| (event.tenant_id, event.id)).collect();
-            let more_may_be_due = all_sent && self.is_full(&batch) && batches < MOST_BATCHES;
-            let spans: Vec<Span> = batch.iter().map(|event| spans::publish(event.traceparent.as_deref())).collect();
-            let publish = self.publisher.publish(batch.into_iter().map(outgoing).collect());
-            let publish = async { publish.await.into_iter().zip(spans).map(end_span).collect::<Vec<PublishOutcome>>() };
-            let claim = async { if more_may_be_due { self.claim().await } else { Ok(Vec::new()) } };
-            let (outcomes, settled, next) = tokio::join!(publish, self.settle(&published), claim);
-            let unroutable = outcomes.iter().filter(|outcome| **outcome == PublishOutcome::Unroutable).count();
-            all_sent &= outcomes.iter().all(|outcome| *outcome == PublishOutcome::Confirmed);
-            published = Published { ids, outcomes };
-            self.note_unroutable(unroutable);
-            batch = match settled.and(next) {
-                Ok(next) => next,
-                Err(error) => {
-                    self.settle(&published).await?;
-                    return Err(error);
+            while more_due && started < MAX_BATCHES && in_flight.len() < BATCHES_IN_FLIGHT {
+                let batch = self.next_batch().await?;
+                more_due = batch.len() >= self.config.batch as usize;
+                if !batch.is_empty() {
+                    in_flight.push(outlet.publish(batch));
+                    started += 1;
                 }
-            };
-            batches += 1;
-            if batch.is_empty() {
-                break;
             }
+            let Some(counts) = in_flight.next().await else { break };
+            total.add(counts?);
+            more_due &= total.all_confirmed();
         }
-        let last_was_full = published.ids.len() >= self.config.batch as usize;
-        self.settle(&published).await?;
-        Ok(match (all_sent, last_was_full) {
-            (false, _) => Round::Stuck,
-            (true, true) => Round::Full,
-            (true, false) => Round::Sent,
+        self.note_unroutable(total.unroutable);
+        Ok(match total {
+            Counts { confirmed: 0, unroutable: 0, unconfirmed: 0 } => Round::Idle,
+            total if total.all_confirmed() => Round::Sent,
+            _ => Round::Stuck,
         })
     }
 
-    async fn claim(&self) -> Result<Vec<OutboxEvent>, StoreError> {
-        self.store.claim_events(self.config.batch, self.config.claim_s).await
-    }
-
-    fn is_full(&self, batch: &[OutboxEvent]) -> bool {
-        batch.len() >= self.config.batch as usize
-    }
-
-    /// Marks what the broker has, and puts back what no queue took.
-    async fn settle(&self, published: &Published) -> Result<(), StoreError> {
-        let with = |wanted: PublishOutcome| -> Vec<EventId> {
-            let both = published.ids.iter().zip(&published.outcomes);
-            both.filter(|(_, outcome)| **outcome == wanted).map(|(id, _)| *id).collect()
-        };
-        // Those of unknown outcome stay claimed: the claim runs out, and they are published again.
-        let (sent, unroutable, refused) =
-            (with(PublishOutcome::Confirmed), with(PublishOutcome::Unroutable), with(PublishOutcome::Refused));
-        if !sent.is_empty() {
-            self.store.mark_sent(&sent).await?;
-            telemetry::event_published(sent.len() as u64);
-            debug!(events = sent.len(), "published");
+    /// Runs that ended here, and once per poll interval those whose events are due in the outbox.
+    async fn next_batch(&mut self) -> Result<Vec<RunKey>, StoreError> {
+        let limit = self.config.batch as usize;
+        let mut batch = std::mem::take(&mut self.pending);
+        while batch.len() < limit
+            && let Ok(run) = self.ended.try_recv()
+        {
+            batch.push(run);
         }
-        if !unroutable.is_empty() {
-            self.store.release_events(&unroutable).await?;
+        let room = limit.saturating_sub(batch.len());
+        if room > 0 && self.next_poll <= Instant::now() {
+            let due = self.outlet.store.claim_due_events(room as u32, self.config.claim_s).await?;
+            if due.len() < room {
+                // Jittered, so that replicas do not poll together.
+                let poll = Duration::from_millis(self.config.poll_ms);
+                self.next_poll = Instant::now() + poll.mul_f64(0.75) + full_jitter(poll / 2);
+            }
+            batch.extend(due);
         }
-        if !refused.is_empty() {
-            self.store.give_back_events(&refused).await?;
-        }
-        Ok(())
+        Ok(batch)
     }
 
     fn note_unroutable(&mut self, count: usize) {
@@ -196,13 +196,13 @@ impl Relay {
         telemetry::event_unroutable(count as u64);
         if self.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY) {
             self.warned = Some(Instant::now());
-            warn!(count, "no queue takes these events: is the exchange for unrouted ones bound? They are kept");
+            warn!(count, "no queue takes these events, not even the one for unrouted events; they stay in the outbox");
         }
     }
 
     async fn gauge(&mut self) -> Result<(), StoreError> {
         if self.gauged.is_none_or(|gauged| gauged.elapsed() >= GAUGES_EVERY) {
-            let backlog = self.store.outbox_backlog().await?;
+            let backlog = self.outlet.store.outbox_backlog().await?;
             telemetry::outbox_unsent(backlog.unsent);
             telemetry::outbox_oldest(backlog.oldest_age_s);
             self.gauged = Some(Instant::now());
@@ -211,18 +211,61 @@ impl Relay {
     }
 }
 
-fn end_span((outcome, span): (PublishOutcome, Span)) -> PublishOutcome {
-    if outcome != PublishOutcome::Confirmed {
-        spans::not_published(&span, outcome.as_str());
+impl Outlet {
+    /// Publishes the events of `runs` and settles each: confirmed ones leave the outbox, unroutable ones are delayed, those that did
+    /// not reach a broker are due at once. Those without a confirmation stay claimed and are published again later.
+    async fn publish(&self, runs: Vec<RunKey>) -> Result<Counts, StoreError> {
+        let events = self.store.load_events(&runs).await?;
+        let (mut keys, mut spans, mut messages) = (Vec::new(), Vec::new(), Vec::new());
+        for (event, traceparent) in events {
+            keys.push(RunKey { tenant_id: event.tenant_id, run_id: event.run_id });
+            spans.push(spans::publish(traceparent.as_deref()));
+            messages.push(Outgoing::run_completed(event, &self.deployment, traceparent));
+        }
+        let outcomes = self.publisher.publish(messages).await;
+        for (outcome, span) in outcomes.iter().zip(&spans) {
+            note_outcome(*outcome, span);
+        }
+        let with = |wanted: PublishOutcome| -> Vec<RunKey> {
+            let both = keys.iter().zip(&outcomes);
+            both.filter(|(_, outcome)| **outcome == wanted).map(|(key, _)| *key).collect()
+        };
+        let (confirmed, unroutable, refused) =
+            (with(PublishOutcome::Confirmed), with(PublishOutcome::Unroutable), with(PublishOutcome::Refused));
+        if !confirmed.is_empty() {
+            self.store.remove_confirmed_events(&confirmed).await?;
+            telemetry::event_published(confirmed.len() as u64);
+            debug!(events = confirmed.len(), "events published");
+        }
+        if !unroutable.is_empty() {
+            self.store.delay_events(&unroutable).await?;
+        }
+        if !refused.is_empty() {
+            self.store.release_events(&refused).await?;
+        }
+        let unconfirmed = keys.len() - confirmed.len() - unroutable.len();
+        Ok(Counts { confirmed: confirmed.len(), unroutable: unroutable.len(), unconfirmed })
     }
-    outcome
+}
+
+impl Counts {
+    fn add(&mut self, other: Self) {
+        self.confirmed += other.confirmed;
+        self.unroutable += other.unroutable;
+        self.unconfirmed += other.unconfirmed;
+    }
+
+    fn all_confirmed(self) -> bool {
+        self.unroutable == 0 && self.unconfirmed == 0
+    }
+}
+
+fn note_outcome(outcome: PublishOutcome, span: &Span) {
+    if outcome != PublishOutcome::Confirmed {
+        spans::not_published(span, outcome.as_str());
+    }
 }
 
 fn waits() -> Waits {
     Waits::new(Duration::from_millis(200), Duration::from_secs(15))
-}
-
-fn outgoing(event: OutboxEvent) -> Outgoing {
-    let (correlation_id, traceparent) = (event.correlation_id.as_deref(), event.traceparent.as_deref());
-    Outgoing::event(event.id, &event.routing_key, event.payload, correlation_id, traceparent)
 }

@@ -175,8 +175,8 @@ metrics! {
         "inventoryd_leases_lost_total" "Runs that this replica had to stop because their lease was lost.";
     lease_headroom() set(least: Duration => least.as_secs_f64()) Gauge
         "inventoryd_lease_headroom_seconds" "Least time left on any lease held, just before it was renewed.";
-    run_abandoned() increment(count: u64 => count) Counter
-        "inventoryd_runs_abandoned_total" "Runs whose worker was lost, ended by the janitor.";
+    run_restarted() increment() Counter
+        "inventoryd_runs_restarted_total" "Interrupted runs whose request was published again.";
     event_published() increment(count: u64 => count) Counter
         "inventoryd_events_published_total" "Events that the broker confirmed.";
     event_unroutable() increment(count: u64 => count) Counter

@@ -3,7 +3,7 @@
 --
 --     psql -v ON_ERROR_STOP=1 "$OWNER_URL" -f deploy/sql/roles.sql
 --
--- Both roles can't log in: give them to roles that can, and put those into database.url and into your readers:
+-- Neither role can log in: grant them to roles that can, and put those into database.url and into your readers:
 --
 --     create role inventoryd_a login password '…' in role inventoryd_daemon;
 --     create role reports      login password '…' in role inventoryd_reader;
@@ -20,7 +20,9 @@
 --
 --     create role "inventoryd_reader:6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d" login password '…' in role inventoryd_reader;
 --
--- Back up as a superuser or with pg_dump --enable-row-security: row level security holds the owner too.
+-- Back up as a superuser or with pg_dump --enable-row-security: row level security applies to the owner too, unless the owner is
+-- a superuser, to whom it never applies. Nor does it apply to views of a superuser without security_invoker: keep the tables
+-- and views owned by a role without that attribute.
 
 begin;
 set local client_min_messages = warning;
@@ -45,23 +47,30 @@ $$;
 alter view inventory_latest_runs set (security_invoker = true);
 alter view inventory_items_current set (security_invoker = true);
 
-revoke all on tenants, inventory_fleet, inventory_sync_runs, inventory_sync_run_types, inventory_items, outbox_events,
-              daemon_replicas, tenant_gates, inventory_latest_runs, inventory_items_current
+revoke all on tenants, policy_types, inventory_fleet, inventory_sync_runs, inventory_sync_run_types, inventory_items,
+              inventory_complete_listings, inventory_selections, outbox, daemon_replicas, tenant_pauses,
+              inventory_latest_runs, inventory_items_current
     from public, inventoryd_daemon, inventoryd_reader;
-revoke all on function inventory_missing, inventory_missing_of_run, inventory_admit_at_once from public;
+revoke all on function inventory_missing, inventory_missing_of_run, inventory_unseen, inventory_run_id_at,
+                       inventory_new_run_id, inventory_admit, inventory_insert_types, inventory_record_types, inventory_end_run
+    from public;
 
 -- What the daemon does and nothing else: it deletes no tenant and no item. The types of a run go with their run.
-grant select, insert, update         on tenants, inventory_items, tenant_gates to inventoryd_daemon;
-grant select, insert, update, delete on inventory_sync_runs, outbox_events, daemon_replicas to inventoryd_daemon;
+grant select, insert, update         on tenants, policy_types, inventory_items, inventory_complete_listings,
+                                        inventory_selections, tenant_pauses to inventoryd_daemon;
+grant select, insert, update, delete on inventory_sync_runs, outbox, daemon_replicas to inventoryd_daemon;
 grant select, insert                 on inventory_sync_run_types to inventoryd_daemon;
 grant select, update                 on inventory_fleet to inventoryd_daemon;
 grant select on inventory_latest_runs, inventory_items_current to inventoryd_daemon;
-grant execute on function inventory_missing, inventory_missing_of_run, inventory_admit_at_once to inventoryd_daemon;
+grant execute on function inventory_missing, inventory_missing_of_run, inventory_unseen, inventory_run_id_at,
+                          inventory_new_run_id, inventory_admit, inventory_insert_types, inventory_record_types, inventory_end_run
+    to inventoryd_daemon;
 
--- Readers have no business with the outbox: events are for subscribers.
-grant select on tenants, inventory_sync_runs, inventory_sync_run_types, inventory_items, inventory_latest_runs,
-                inventory_items_current to inventoryd_reader;
-grant execute on function inventory_missing, inventory_missing_of_run to inventoryd_reader;
+-- Readers do not see the outbox: events are for subscribers.
+grant select on tenants, policy_types, inventory_sync_runs, inventory_sync_run_types, inventory_items,
+                inventory_complete_listings, inventory_selections, inventory_latest_runs, inventory_items_current
+    to inventoryd_reader;
+grant execute on function inventory_missing, inventory_missing_of_run, inventory_unseen to inventoryd_reader;
 
 do $$
 declare
@@ -74,7 +83,7 @@ begin
         execute 'grant select on _sqlx_migrations to inventoryd_daemon, inventoryd_reader';
     end if;
     foreach its_table in array array['tenants', 'inventory_sync_runs', 'inventory_sync_run_types', 'inventory_items',
-                                     'outbox_events', 'tenant_gates'] loop
+                                     'inventory_complete_listings', 'inventory_selections', 'outbox', 'tenant_pauses'] loop
         execute format('alter table %I enable row level security, force row level security', its_table);
         execute format('drop policy if exists inventoryd_daemon on %I', its_table);
         execute format('create policy inventoryd_daemon on %I to inventoryd_daemon using (true) with check (true)', its_table);

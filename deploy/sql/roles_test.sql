@@ -73,8 +73,15 @@ insert into tenants (tenant_id, display_name) values
 begin;
 select tenant_id from tenants where tenant_id = 'aaaaaaaa-0000-4000-8000-000000000001' for update \g /dev/null
 select only_row from inventory_fleet for update \g /dev/null
-select equal('default', inventory_admit_at_once('aaaaaaaa-0000-4000-8000-000000000001', gen_random_uuid(), 'at once', 'hash', '{}',
-             'here', 60, 2, null, null, null, '0'), 'the credential of a request that is admitted') \g /dev/null
+select equal('admitted default', (select decision || ' ' || credential from inventory_admit('aaaaaaaa-0000-4000-8000-000000000001',
+             'first', 'hash', '{}', null, null, null, 'here', 60, 5, 2, 0, false, '0')), 'a request is admitted') \g /dev/null
+select equal('{}', inventory_record_types(tenant_id, id, 1, '{}', '[{"policy_type": "type", "status": "complete",
+             "items_observed_count": 0, "items_upserted_count": 0, "items_created_count": 0, "items_changed_count": 0,
+             "errors_count": 0}]', 0.5, 20)::text, 'a type is recorded') from inventory_sync_runs \g /dev/null
+select equal('{}', inventory_end_run(tenant_id, id, 1, '{}', '[]', 0.5, 20, '{"status": "success", "had_errors": false,
+             "error_codes": [], "error_context": {}, "items_observed_count": 0, "items_upserted_count": 0,
+             "items_created_count": 0, "items_changed_count": 0, "errors_count": 0}', 0)::text, 'a run is ended')
+  from inventory_sync_runs \g /dev/null
 rollback;
 insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status, lease_owner,
         lease_expires_at, daemon_version, started_at)
@@ -91,22 +98,24 @@ insert into inventory_items (tenant_id, policy_type, external_id, category, meta
 insert into inventory_items select * from inventory_items
     on conflict (tenant_id, policy_type, external_id) do update set last_changed_at = excluded.last_changed_at;
 update inventory_sync_runs set status = 'success', finished_at = clock_timestamp();
-insert into outbox_events (tenant_id, id, routing_key, payload) select tenant_id, id, 'key', '{}' from inventory_sync_runs;
-with due as (select tenant_id, id from outbox_events where sent_at is null for update skip locked)
-update outbox_events e set sent_at = now() from due where e.tenant_id = due.tenant_id and e.id = due.id;
+insert into inventory_selections select tenant_id, selection_hash, id, finished_at from inventory_sync_runs;
+insert into inventory_complete_listings select tenant_id, 'type', started_at, 1, started_at from inventory_sync_runs;
+insert into outbox (tenant_id, run_id, due_at) select tenant_id, id, now() from inventory_sync_runs;
+with due as (select tenant_id, run_id from outbox where due_at <= clock_timestamp() for update skip locked)
+update outbox o set due_at = now() from due where o.tenant_id = due.tenant_id and o.run_id = due.run_id;
 insert into daemon_replicas values ('here', now()) on conflict (replica) do update set seen_at = excluded.seen_at;
 delete from daemon_replicas where replica = 'elsewhere';
-insert into tenant_gates as g select tenant_id, 'intune', now() from tenants
-    on conflict (tenant_id, family) do update set closed_until = excluded.closed_until where g.closed_until < excluded.closed_until;
-select equal('inventory_items=2 inventory_items_current=1 inventory_latest_runs=1 inventory_sync_run_types=1 '
-             'inventory_sync_runs=1 outbox_events=1 tenant_gates=1 tenants=1', visible('bbbbbbbb-0000-4000-8000-000000000002'),
+insert into tenant_pauses as p select tenant_id, 'intune', now() from tenants
+    on conflict (tenant_id, family) do update set paused_until = excluded.paused_until where p.paused_until < excluded.paused_until;
+select equal('inventory_complete_listings=1 inventory_items=2 inventory_items_current=1 inventory_latest_runs=1 '
+             'inventory_selections=1 inventory_sync_run_types=1 inventory_sync_runs=1 outbox=1 tenant_pauses=1 tenants=1', visible('bbbbbbbb-0000-4000-8000-000000000002'),
              'what the daemon sees of a tenant') \g /dev/null
 select equal(1::bigint, count(*), 'missing, for the daemon')
   from inventory_missing('bbbbbbbb-0000-4000-8000-000000000002', 'hash') \g /dev/null
 select max(version) from _sqlx_migrations where success \g /dev/null
 -- It deletes old runs, with their types, and sent events.
 begin;
-delete from outbox_events;
+delete from outbox;
 delete from inventory_sync_runs;
 select equal(0::bigint, count(*), 'types of deleted runs') from inventory_sync_run_types \g /dev/null
 rollback;
@@ -122,7 +131,8 @@ select refused(statement) from unnest(array[
 
 -- A reader without a tenant sees nothing.
 create function sees_nothing(who text) returns void language sql as $$
-    select equal('forgetful=0 inventory_items=0 inventory_items_current=0 inventory_latest_runs=0 inventory_sync_run_types=0 '
+    select equal('forgetful=0 inventory_complete_listings=0 inventory_items=0 inventory_items_current=0 '
+                 'inventory_latest_runs=0 inventory_selections=0 inventory_sync_run_types=0 '
                  'inventory_sync_runs=0 tenants=0', visible(tenant), who || ' sees of ' || tenant)
       from unnest(array['aaaaaaaa-0000-4000-8000-000000000001', 'bbbbbbbb-0000-4000-8000-000000000002']::uuid[]) tenant
 $$;
@@ -130,9 +140,11 @@ create function sees_only_a(who text) returns void language plpgsql as $$
 declare
     run uuid := (select id from inventory_sync_runs);
 begin
-    perform equal('forgetful=0 inventory_items=2 inventory_items_current=1 inventory_latest_runs=1 inventory_sync_run_types=1 '
+    perform equal('forgetful=0 inventory_complete_listings=1 inventory_items=2 inventory_items_current=1 '
+                 'inventory_latest_runs=1 inventory_selections=1 inventory_sync_run_types=1 '
                   'inventory_sync_runs=1 tenants=1', visible('aaaaaaaa-0000-4000-8000-000000000001'), who || ' sees of A');
-    perform equal('forgetful=0 inventory_items=0 inventory_items_current=0 inventory_latest_runs=0 inventory_sync_run_types=0 '
+    perform equal('forgetful=0 inventory_complete_listings=0 inventory_items=0 inventory_items_current=0 '
+                 'inventory_latest_runs=0 inventory_selections=0 inventory_sync_run_types=0 '
                   'inventory_sync_runs=0 tenants=0', visible('bbbbbbbb-0000-4000-8000-000000000002'), who || ' sees of B');
     perform equal('gone', string_agg(external_id, ' '), who || ', missing of A')
        from inventory_missing('aaaaaaaa-0000-4000-8000-000000000001', 'hash');
@@ -170,7 +182,7 @@ set row_security = on;
 select refused(statement) from unnest(array[
     'create table mine ()', 'create temporary table mine ()', 'insert into tenants (tenant_id, display_name) values (gen_random_uuid(), ''C'')',
     'update inventory_items set category = ''x''', 'delete from inventory_items', 'select from inventory_items for update',
-    'select from outbox_events', 'select from inventory_fleet', 'select from tenant_gates', 'select from daemon_replicas', 'select from policy_versions', 'truncate inventory_items',
+    'select from outbox', 'select from inventory_fleet', 'select from tenant_pauses', 'select from daemon_replicas', 'select from policy_versions', 'truncate inventory_items',
     'set role inventoryd_daemon', 'set session authorization roles_test_daemon']) statement \g /dev/null
 \connect - :superuser
 

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::topology::{Names, RetryTier, SYNC_REQUESTED};
 use crate::domain::clock;
-use crate::domain::event::rfc3339;
+use crate::domain::event::{RunCompleted, rfc3339};
 use crate::domain::failure::Rejection;
 use crate::domain::request::CLOUDEVENTS_CONTENT_TYPE;
 
@@ -59,6 +59,21 @@ impl Target {
 }
 
 impl Outgoing {
+    /// The event of a completed run of `deployment`.
+    #[must_use]
+    pub fn run_completed(run: RunCompleted, deployment: &str, traceparent: Option<String>) -> Self {
+        let (id, routing_key, correlation_id) = (run.run_id, run.routing_key(), run.correlation_id.clone());
+        let event = run.into_event(deployment, traceparent);
+        let payload = serde_json::to_string(&event).expect("strings and numbers always serialise");
+        Self::event(id, &routing_key, payload, correlation_id.as_deref(), event.traceparent.as_deref())
+    }
+
+    /// The same message, straight to one queue instead of its exchange.
+    #[must_use]
+    pub fn to_queue(self, queue: &str) -> Self {
+        Self { target: Target::Queue, routing_key: short(queue).unwrap_or_default(), ..self }
+    }
+
     /// Builds a run-completed event. No timestamp property is set: the payload has the end of the run by the database's
     /// clock.
     #[must_use]

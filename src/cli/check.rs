@@ -1,6 +1,6 @@
 //! `inventoryd check`: the configuration that the daemon would run with.
 
-use super::{CliError, Context, Outcome};
+use super::{CliError, Context, Outcome, note};
 use crate::broker::Broker;
 use crate::config::{Config, Origin};
 use crate::graph::GraphClient;
@@ -23,7 +23,11 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
         [setting.key.clone(), value, setting.origin.to_string()]
     })?;
     // Shown first, judged then: where a value comes from is what one wants to know about a bad one.
-    let problems = problems(&loaded?);
+    let config = loaded?;
+    if let Some(warning) = config.warning() {
+        note(format_args!("warning: {warning}"));
+    }
+    let problems = problems(&config);
     if problems.is_empty() { Ok(Outcome::Done) } else { Err(CliError::Failed(problems.join("\n"))) }
 }
 

@@ -1,17 +1,22 @@
-//! `inventoryd events`: run-completed events as they pass by.
+//! `inventoryd events`: run-completed events, as they are published or published again.
 
 use std::time::Duration;
 
 use clap::Subcommand;
-use serde_json::Value;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
 
 use super::output::{printable, second};
 use super::{CliError, Context, Outcome, note};
-use crate::broker::{Broker, EventTail, TailedEvent};
+use crate::broker::{Broker, EventTail, Outgoing, PublishOutcome, TailedEvent};
 use crate::domain::clock::Deadline;
 use crate::domain::event::CloudEvent;
+use crate::domain::run::RunStatus;
+use crate::store::ReplayFilter;
 
-/// Watch run-completed events
+/// Watch run-completed events, or publish them again
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -22,6 +27,8 @@ pub(super) struct Args {
 enum Action {
     /// Print events as they are published from now on, one a line
     Tail(Tail),
+    /// Publish the events of completed runs again, with the same ids and bytes, for a subscriber that was away
+    Replay(Replay),
 }
 
 #[derive(Debug, clap::Args)]
@@ -37,8 +44,77 @@ struct Tail {
     timeout_s: Option<u64>,
 }
 
+#[derive(Debug, clap::Args)]
+struct Replay {
+    /// Events of runs that ended at this time or later, RFC 3339 such as 2026-11-28T00:00:00Z
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    since: OffsetDateTime,
+    /// Only of runs that ended before this time
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    until: Option<OffsetDateTime>,
+    /// Only of this tenant
+    #[arg(long, value_name = "TENANT")]
+    tenant: Option<Uuid>,
+    /// Only of runs with this status: success, partial, failed or skipped
+    #[arg(long, value_name = "STATUS")]
+    status: Option<RunStatus>,
+    /// Straight to this queue, so that no other subscriber sees them
+    #[arg(long, value_name = "QUEUE")]
+    to_queue: Option<String>,
+}
+
+fn moment(text: &str) -> Result<OffsetDateTime, String> {
+    OffsetDateTime::parse(text, &Rfc3339).map_err(|error| format!("expected an RFC 3339 time: {error}"))
+}
+
 pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
-    let Action::Tail(args) = args.action;
+    match args.action {
+        Action::Tail(args) => tail(args, context).await,
+        Action::Replay(args) => replay(&args, context).await,
+    }
+}
+
+/// Publishes in batches, in the order in which the runs started, and stops at the first event that is not confirmed.
+async fn replay(args: &Replay, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let config = context.config()?;
+    let store = context.store().await?;
+    let publisher = Broker::new(&config.broker, &config.topology, "inventoryd events replay")?.publisher();
+    let filter = ReplayFilter { since: args.since, until: args.until, tenant_id: args.tenant, status: args.status };
+    let (mut after, mut published) = (Uuid::nil(), 0_usize);
+    loop {
+        let runs = store.runs_to_replay(&filter, after, config.outbox.batch).await?;
+        let Some(last) = runs.last() else { break };
+        after = last.run_id;
+        let mut events = store.load_events(&runs).await?;
+        events.sort_by_key(|(event, _)| event.run_id);
+        let messages = events.into_iter().map(|(event, traceparent)| {
+            let message = Outgoing::run_completed(event, &config.telemetry.deployment, traceparent);
+            match &args.to_queue {
+                Some(queue) => message.to_queue(queue),
+                None => message,
+            }
+        });
+        let outcomes = publisher.publish(messages.collect()).await;
+        let confirmed = outcomes.iter().take_while(|outcome| **outcome == PublishOutcome::Confirmed).count();
+        published += confirmed;
+        if let Some(outcome) = outcomes.get(confirmed) {
+            let problem = match (outcome, &args.to_queue) {
+                (PublishOutcome::Unroutable, Some(queue)) => format!("there is no queue {queue:?}"),
+                (outcome, _) => format!("the broker did not confirm an event ({})", outcome.as_str()),
+            };
+            return Err(CliError::Failed(format!("{problem}; {published} events were published")));
+        }
+    }
+    publisher.close().await;
+    if context.out.is_json() {
+        context.out.json(&json!({ "published": published }))?;
+    } else {
+        context.out.line(format_args!("{published} events published again"))?;
+    }
+    Ok(Outcome::Done)
+}
+
+async fn tail(args: Tail, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let config = context.config()?;
     let broker = Broker::new(&config.broker, &config.topology, "inventoryd events tail")?;
     let mut tail = broker.tail_events(&args.binding).await?;

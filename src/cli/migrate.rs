@@ -11,7 +11,7 @@ pub(super) struct Args {}
 
 pub(super) async fn run(_: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let config = context.config()?;
-    let store = Store::connect(&config.database, &config.telemetry.deployment)?;
+    let store = Store::connect(&config.database)?;
     // Asked first, because a migration says of a database that is away only that it failed.
     store.ping().await?;
     store.migrate().await?;

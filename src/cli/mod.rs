@@ -110,7 +110,7 @@ impl From<ConfigError> for CliError {
 impl From<StoreError> for CliError {
     fn from(error: StoreError) -> Self {
         let hint = match &error {
-            StoreError::Database(_) if !error.is_defect() => {
+            StoreError::Database(_) if !error.is_data_rejected() => {
                 "; see that PostgreSQL runs and that database.url is right (`inventoryd check` shows it)"
             }
             _ => "",
@@ -145,7 +145,7 @@ impl Context<'_> {
     /// The database, once its schema is known to be the one of this version.
     async fn store(&self) -> Result<Store, CliError> {
         let config = self.config()?;
-        let store = Store::connect(&config.database, &config.telemetry.deployment)?;
+        let store = Store::connect(&config.database)?;
         store.check_schema().await?;
         Ok(store)
     }

@@ -9,9 +9,9 @@ use uuid::Uuid;
 
 use super::{CliError, note};
 use crate::domain::catalog::Catalog;
-use crate::domain::run::{RunStatus, TypeOutcome};
+use crate::domain::run::{RunStatus, TypeOutcome, TypeStatus};
 use crate::domain::selection::Selection;
-use crate::store::{ClosedGate, RunDetails, Store};
+use crate::store::{RunDetails, Store, TenantPause};
 
 /// How often the database is asked. What a run has observed so far is counted there, which is not free.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -27,7 +27,7 @@ pub(super) async fn follow(at: &Follow<'_>, run_id: Uuid) -> Result<Option<RunDe
     let Some(mut details) = at.store.show_run(run_id).await? else { return Ok(None) };
     let mut bars = Bars::new(&details.run.selection, at.catalog);
     while details.run.status == RunStatus::Running {
-        let gates = at.store.closed_gates().await?;
+        let gates = at.store.pauses().await?;
         bars.show(&details, throttled(&gates, details.run.tenant_id));
         tokio::time::sleep(LOOK_EVERY).await;
         let Some(newer) = at.store.show_run(run_id).await? else { return Ok(None) };
@@ -122,7 +122,7 @@ impl Bars {
 }
 
 /// Whether Graph has asked for patience with the tenant, and for how long.
-fn throttled(gates: &[ClosedGate], tenant_id: Uuid) -> Option<String> {
+fn throttled(gates: &[TenantPause], tenant_id: Uuid) -> Option<String> {
     let longest = gates.iter().filter(|gate| gate.tenant_id == tenant_id).map(|gate| gate.left_s).reduce(f64::max)?;
     Some(format!("  throttled for {longest:.0} s"))
 }
@@ -138,11 +138,12 @@ fn types_in(selection: &Selection, catalog: &Catalog) -> u64 {
 
 fn type_line(outcome: &TypeOutcome) -> String {
     let count = HumanCount(unsigned(outcome.counters.items_observed_count));
-    let (mark, end) = match (&outcome.failure, outcome.complete) {
+    let (mark, end) = match (&outcome.failure, outcome.status) {
         (None, _) if outcome.suspicious_drop => ("!", "  suspicious drop".to_owned()),
         (None, _) => ("✓", String::new()),
-        (Some(failure), true) => ("!", format!("  {}", failure.code)),
-        (Some(failure), false) => ("✗", format!("  {}", failure.code)),
+        (Some(failure), TypeStatus::Complete) => ("!", format!("  {}", failure.code)),
+        (Some(failure), TypeStatus::NotApplicable) => ("-", format!("  not applicable, {}", failure.code)),
+        (Some(failure), TypeStatus::Failed) => ("✗", format!("  {}", failure.code)),
     };
     format!("  {mark} {:36} {count} objects{end}", outcome.policy_type)
 }
@@ -159,14 +160,16 @@ mod tests {
         let failed = TypeOutcome::failed("mobileApp", counters, ErrorCode::GraphThrottled.into());
         let line = type_line(&failed);
         assert!(line.contains("✗ mobileApp") && line.ends_with("12,345 objects  graph_throttled"), "{line}");
-        let complete = TypeOutcome { complete: true, failure: None, ..failed };
+        let complete = TypeOutcome::complete("mobileApp", counters, None);
         assert!(type_line(&complete).ends_with("12,345 objects"));
+        let absent = TypeOutcome::not_applicable("mobileApp", counters, ErrorCode::GraphNotApplicable.into());
+        assert!(type_line(&absent).contains("- mobileApp"), "{}", type_line(&absent));
     }
 
     #[test]
     fn the_longest_gate_of_the_tenant_is_shown() {
         let gate =
-            |tenant: u128, left_s| ClosedGate { tenant_id: Uuid::from_u128(tenant), family: String::new(), left_s };
+            |tenant: u128, left_s| TenantPause { tenant_id: Uuid::from_u128(tenant), family: String::new(), left_s };
         let gates = [gate(1, 2.0), gate(1, 7.4), gate(2, 60.0)];
         assert_eq!(throttled(&gates, Uuid::from_u128(1)).as_deref(), Some("  throttled for 7 s"));
         assert_eq!(throttled(&gates, Uuid::from_u128(3)), None);

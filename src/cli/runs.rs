@@ -126,7 +126,7 @@ pub(super) fn print(details: &RunDetails, context: &mut Context<'_>) -> Result<(
     if details.types.is_empty() {
         return Ok(());
     }
-    let header = ["type", "complete", "items", "new", "changed", "errors", "code", "note"];
+    let header = ["type", "status", "items", "new", "changed", "errors", "code", "note"];
     context.out.line(table(header, details.types.iter().map(type_row)))
 }
 
@@ -177,7 +177,7 @@ fn type_row(outcome: &TypeOutcome) -> [String; 8] {
     ];
     [
         outcome.policy_type.clone(),
-        if outcome.complete { "yes".to_owned() } else { "no".to_owned() },
+        outcome.status.as_str().to_owned(),
         counters.items_observed_count.to_string(),
         counters.items_created_count.to_string(),
         counters.items_changed_count.to_string(),

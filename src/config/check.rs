@@ -17,7 +17,25 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     check_graph(config, &mut require);
     check_store(config, &mut require);
     check_telemetry(config, &mut require);
+    check_durations(config, &mut require);
     if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems.join("\n"))) }
+}
+
+impl Config {
+    /// Warns of a combination that works, but more slowly than an operator may expect.
+    #[must_use]
+    pub fn warning(&self) -> Option<String> {
+        let lists = u64::from(self.consumer.prefetch) * self.run.concurrent_lists as u64;
+        let connections = u64::from(self.database.max_connections);
+        (lists > 4 * connections).then(|| {
+            format!(
+                "consumer.prefetch x run.concurrent_lists is {lists}, so that many lists can write at the same time over the \
+                 {connections} connections of database.max_connections: runs will wait for each other. Raise \
+                 database.max_connections to {} or more, or lower one of the others",
+                lists.div_ceil(4)
+            )
+        })
+    }
 }
 
 fn check_broker(config: &Config, require: &mut dyn FnMut(bool, &str)) {
@@ -58,14 +76,15 @@ fn check_run(config: &Config, require: &mut dyn FnMut(bool, &str)) {
         "run.lease_s: must be at least three times broker.heartbeat_s, or a run is given away before the loss of its worker is noticed",
     );
     require(
-        run.deadline_s * 5 <= config.consumer.broker_timeout_s * 4,
+        run.deadline_s.saturating_mul(5) <= config.consumer.broker_timeout_s.saturating_mul(4),
         "run.deadline_s: must stay under 80 % of consumer.broker_timeout_s, or the broker takes the message back mid-run",
     );
     require(run.deadline_s > 0, "run.deadline_s: must be at least 1");
     require(run.max_attempts > 0, "run.max_attempts: must be at least 1");
+    require(run.restart_after_s > 0, "run.restart_after_s: must be at least 1");
     require(
-        run.abandoned_after_s > run.deadline_s.max(600),
-        "run.abandoned_after_s: must be over run.deadline_s and over 600, the longest retry rung, or runs end whose message is only waiting",
+        run.give_up_after_s > run.restart_after_s,
+        "run.give_up_after_s: must be over run.restart_after_s, or a run ends before its request was published again",
     );
     require((1..=64).contains(&run.concurrent_lists), "run.concurrent_lists: must be 1 to 64");
     require((1..=5000).contains(&run.batch_rows), "run.batch_rows: must be 1 to 5000");
@@ -156,10 +175,8 @@ fn check_store(config: &Config, require: &mut dyn FnMut(bool, &str)) {
         "outbox.claim_s: must be longer than broker.operation_timeout_s, or two replicas publish the same events",
     );
     require(config.outbox.high_water > 0, "outbox.high_water: must be at least 1");
-    require(
-        config.retention.runs_days > 0 && config.retention.outbox_days > 0,
-        "retention: runs_days and outbox_days must be at least 1",
-    );
+    require((1..=36_500).contains(&config.retention.runs_days), "retention.runs_days: must be 1 to 36500");
+    require(config.retention.interval_s > 0, "retention.interval_s: must be at least 1");
 }
 
 fn check_telemetry(config: &Config, require: &mut dyn FnMut(bool, &str)) {
@@ -171,4 +188,32 @@ fn check_telemetry(config: &Config, require: &mut dyn FnMut(bool, &str)) {
         fits || endpoint.is_empty(),
         "telemetry.otlp_endpoint: must be an http:// or https:// address without user and password; a collector's token goes into OTEL_EXPORTER_OTLP_HEADERS",
     );
+}
+
+/// Longest duration of any key: a year. Longer ones overflow once they are added to a time.
+const MAX_DURATION_S: u64 = 366 * 86_400;
+
+fn check_durations(config: &Config, require: &mut dyn FnMut(bool, &str)) {
+    for (key, duration_s) in [
+        ("broker.heartbeat_s", u64::from(config.broker.heartbeat_s)),
+        ("broker.connect_timeout_s", config.broker.connect_timeout_s),
+        ("broker.operation_timeout_s", config.broker.operation_timeout_s),
+        ("consumer.watchdog_s", config.consumer.watchdog_s),
+        ("consumer.drain_s", config.consumer.drain_s),
+        ("consumer.broker_timeout_s", config.consumer.broker_timeout_s),
+        ("run.lease_s", config.run.lease_s),
+        ("run.deadline_s", config.run.deadline_s),
+        ("run.restart_after_s", config.run.restart_after_s),
+        ("run.give_up_after_s", config.run.give_up_after_s),
+        ("limits.defer_max_s", config.limits.defer_max_s),
+        ("graph.request_timeout_s", config.graph.request_timeout_s),
+        ("graph.throttle_budget_s", config.graph.throttle_budget_s),
+        ("database.acquire_timeout_s", config.database.acquire_timeout_s),
+        ("database.statement_timeout_s", config.database.statement_timeout_s),
+        ("outbox.poll_ms", config.outbox.poll_ms / 1_000),
+        ("outbox.claim_s", config.outbox.claim_s),
+        ("retention.interval_s", config.retention.interval_s),
+    ] {
+        require(duration_s <= MAX_DURATION_S, &format!("{key}: must be at most {MAX_DURATION_S} seconds, a year"));
+    }
 }

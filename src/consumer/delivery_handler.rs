@@ -77,7 +77,7 @@ impl DeliveryHandler {
         let mut waits = Waits::new(Duration::from_millis(500), Duration::from_secs(15));
         loop {
             let disposition = self.runner.handle(incoming, &self.abort).await;
-            let undecided = matches!(disposition, Disposition::StoreAway | Disposition::Defect);
+            let undecided = matches!(disposition, Disposition::DatabaseUnavailable | Disposition::DataRejected);
             if !undecided || hold.passed() || !delivery.usable() {
                 return disposition;
             }
@@ -102,20 +102,24 @@ impl DeliveryHandler {
         match disposition {
             Disposition::Ended(_) => self.ack(delivery, "done").await,
             Disposition::Duplicate => self.ack(delivery, "duplicate").await,
-            Disposition::Busy => self.schedule_retry(delivery, RetryTier::while_busy(delivery.retries)).await,
+            Disposition::InProgressElsewhere => {
+                self.schedule_retry(delivery, RetryTier::while_busy(delivery.retries)).await
+            }
             Disposition::Deferred(_) => {
                 self.schedule_retry(delivery, RetryTier::while_deferred(delivery.retries)).await
             }
             Disposition::Rejected(rejection) => self.dead_letter(delivery, &rejection).await,
             Disposition::HandBack(_) => note_requeued(delivery.requeue().await),
-            Disposition::StoreAway | Disposition::Defect if self.database_unavailable() => {
+            Disposition::DatabaseUnavailable | Disposition::DataRejected if self.database_unavailable() => {
                 note_requeued(delivery.requeue().await);
             }
             // The database answers but rejects this work (disk full, missing privilege). A retry queue is used because
             // brokers before 4.3 count a requeue as a failed delivery.
-            Disposition::StoreAway => self.schedule_retry(delivery, RetryTier::while_busy(delivery.retries)).await,
+            Disposition::DatabaseUnavailable => {
+                self.schedule_retry(delivery, RetryTier::while_busy(delivery.retries)).await
+            }
             // A counted rejection: a request that fails on every delivery becomes a dead letter.
-            Disposition::Defect => note_requeued(delivery.fail().await),
+            Disposition::DataRejected => note_requeued(delivery.fail().await),
         }
     }
 

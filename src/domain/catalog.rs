@@ -35,7 +35,7 @@ pub struct Collection {
 }
 
 /// All policy types known to this process.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Catalog {
     types: BTreeMap<String, Arc<PolicyType>>,
     collections: Vec<Arc<Collection>>,
@@ -48,6 +48,8 @@ pub struct Scope {
     pub listings: Vec<Listing>,
     /// Selected names that are not policy types, and categories (as `category:NAME`) without types.
     pub unsupported: Vec<String>,
+    /// Types that the request names, as opposed to those of `"*"`, of a category and foundations.
+    pub named: BTreeSet<String>,
 }
 
 /// One list to read in a run, with those of its types that are selected.
@@ -132,7 +134,7 @@ impl Catalog {
             })
             .filter(|listing| !listing.selected.is_empty())
             .collect();
-        Scope { listings, unsupported: self.unknown_names(selection) }
+        Scope { listings, unsupported: self.unknown_names(selection), named: selection.policy_types.clone() }
     }
 
     fn unknown_names(&self, selection: &Selection) -> Vec<String> {
@@ -140,7 +142,9 @@ impl Catalog {
         let types =
             selection.policy_types.iter().filter(|name| *name != EVERY_TYPE && self.get(name).is_none()).cloned();
         let unknown = selection.categories.iter().filter(|name| !categories.contains(name.as_str()));
-        types.chain(unknown.map(|name| format!("category:{name}"))).collect()
+        // A set, because `policy_types` can name "category:X" as well.
+        let names: BTreeSet<String> = types.chain(unknown.map(|name| format!("category:{name}"))).collect();
+        names.into_iter().collect()
     }
 }
 
@@ -149,6 +153,13 @@ impl Scope {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.listings.is_empty() && self.unsupported.is_empty()
+    }
+
+    /// Names of every policy type of the scope, unknown ones included.
+    #[must_use]
+    pub fn policy_types(&self) -> Vec<String> {
+        let selected = self.listings.iter().flat_map(|listing| &listing.selected).map(|selected| selected.key.clone());
+        selected.chain(self.unsupported.iter().cloned()).collect()
     }
 
     /// Outcomes of the unknown names.
@@ -246,8 +257,9 @@ mod tests {
 
     #[test]
     fn unknown_names_are_reported_as_unsupported() {
-        let scope = Catalog::built_in().resolve(&selection(&["noSuchType", "*"], &["NoSuchCategory"], false));
-        assert_eq!(scope.unsupported, ["noSuchType", "category:NoSuchCategory"]);
+        let named = ["noSuchType", "*", "category:NoSuchCategory"];
+        let scope = Catalog::built_in().resolve(&selection(&named, &["NoSuchCategory"], false));
+        assert_eq!(scope.unsupported, ["category:NoSuchCategory", "noSuchType"], "each once");
         let outcome = &scope.unsupported_outcomes()[0];
         assert_eq!(outcome.failure.as_ref().unwrap().code, ErrorCode::UnsupportedPolicyType);
     }

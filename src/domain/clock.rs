@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use time::OffsetDateTime;
+
 /// Unix time in seconds by the clock of this host. Used only for the validity period in tokens, which the token service
 /// states as wall-clock time, and for the informational timestamp on a dead letter.
 #[must_use]
@@ -54,6 +56,31 @@ impl Deadline {
     }
 }
 
+/// Database time of the observations of a run: the time that its admission returned, plus the monotonic time since. No
+/// statement is needed for an observation, and a change of a host's clock has no effect.
+#[derive(Debug, Clone, Copy)]
+pub struct ObservationClock {
+    started_at: OffsetDateTime,
+    admitted_at: OffsetDateTime,
+    admitted: Instant,
+}
+
+impl ObservationClock {
+    /// The clock of a run that started at `started_at`, of whose admission the database said at `admitted` (local) that it
+    /// was `admitted_at`.
+    #[must_use]
+    pub fn new(started_at: OffsetDateTime, admitted_at: OffsetDateTime, admitted: Instant) -> Self {
+        Self { started_at, admitted_at, admitted }
+    }
+
+    /// Database time of a local moment. Never before the start of the run, even if the clock of the server was set back
+    /// between two attempts: an item that a run observed is not missing from it.
+    #[must_use]
+    pub fn at(&self, moment: Instant) -> OffsetDateTime {
+        (self.admitted_at + moment.saturating_duration_since(self.admitted)).max(self.started_at)
+    }
+}
+
 /// Liveness signal of a loop.
 #[derive(Debug)]
 pub struct Heartbeat {
@@ -99,5 +126,16 @@ mod tests {
         let passed = Deadline::from_start(start, Duration::ZERO);
         assert!(passed.passed() && passed.remaining().is_zero());
         assert!(!Deadline::after(Duration::MAX).passed(), "a huge duration does not overflow");
+    }
+
+    #[test]
+    fn observations_are_dated_by_the_database_and_never_before_the_run() {
+        let (started_at, admitted) = (OffsetDateTime::UNIX_EPOCH, Instant::now());
+        let second = Duration::from_secs(1);
+        let clock = ObservationClock::new(started_at, started_at + second, admitted);
+        assert_eq!(clock.at(admitted + 2 * second), started_at + 3 * second);
+        let set_back = ObservationClock::new(started_at, started_at - 10 * second, admitted);
+        assert_eq!(set_back.at(admitted + 2 * second), started_at);
+        assert_eq!(set_back.at(admitted + 11 * second), started_at + second);
     }
 }

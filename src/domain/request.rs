@@ -45,6 +45,12 @@ pub struct SyncRequest {
 }
 
 impl SyncRequest {
+    /// JSON of the request, as a publisher would write it.
+    #[must_use]
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings, numbers and booleans always serialise")
+    }
+
     /// Parses a message body: bare, or the `data` of a CloudEvents envelope, depending on the content type.
     ///
     /// # Errors

@@ -51,6 +51,15 @@ impl std::str::FromStr for RunStatus {
     }
 }
 
+/// Key of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RunKey {
+    /// Tenant of the run.
+    pub tenant_id: Uuid,
+    /// Id of the run.
+    pub run_id: Uuid,
+}
+
 /// Permission of a worker to write for a run. `attempt` is the fencing token: every take-over increments it, and every
 /// write of the run checks it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,6 +70,14 @@ pub struct Lease {
     pub run_id: Uuid,
     /// Fencing token.
     pub attempt: i32,
+}
+
+impl Lease {
+    /// Key of the run.
+    #[must_use]
+    pub fn run(&self) -> RunKey {
+        RunKey { tenant_id: self.tenant_id, run_id: self.run_id }
+    }
 }
 
 /// Counters of one policy type.
@@ -89,13 +106,48 @@ impl TypeCounters {
     }
 }
 
+/// Status of a policy type in a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TypeStatus {
+    /// Read to the end.
+    Complete,
+    /// Not read to the end.
+    Failed,
+    /// The tenant or the cloud does not have it, and the request did not name it: no error.
+    NotApplicable,
+}
+
+impl TypeStatus {
+    /// Name in events, tables and output.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Failed => "failed",
+            Self::NotApplicable => "not_applicable",
+        }
+    }
+}
+
+impl std::str::FromStr for TypeStatus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::Complete, Self::Failed, Self::NotApplicable]
+            .into_iter()
+            .find(|status| status.as_str() == text)
+            .ok_or_else(|| format!("{text:?} is not a status of a policy type"))
+    }
+}
+
 /// Outcome of one policy type of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TypeOutcome {
     /// Policy type; an unknown category appears as `category:NAME`.
     pub policy_type: String,
-    /// True if the type was read completely.
-    pub complete: bool,
+    /// Status.
+    pub status: TypeStatus,
     /// Counters.
     #[serde(flatten)]
     pub counters: TypeCounters,
@@ -107,17 +159,33 @@ pub struct TypeOutcome {
 }
 
 impl TypeOutcome {
+    /// A type that was read to the end; `failure` is the first of its unreadable objects.
+    #[must_use]
+    pub fn complete(policy_type: &str, counters: TypeCounters, failure: Option<Failure>) -> Self {
+        Self::new(policy_type, TypeStatus::Complete, counters, failure)
+    }
+
     /// Outcome of a type that failed, with the counters up to the failure.
     #[must_use]
     pub fn failed(policy_type: &str, mut counters: TypeCounters, failure: Failure) -> Self {
         counters.errors_count += 1;
-        Self {
-            policy_type: policy_type.to_owned(),
-            complete: false,
-            counters,
-            failure: Some(failure),
-            suspicious_drop: false,
-        }
+        Self::new(policy_type, TypeStatus::Failed, counters, Some(failure))
+    }
+
+    /// A type that the tenant or the cloud does not have; the failure says how Graph put it.
+    #[must_use]
+    pub fn not_applicable(policy_type: &str, counters: TypeCounters, failure: Failure) -> Self {
+        Self::new(policy_type, TypeStatus::NotApplicable, counters, Some(failure))
+    }
+
+    fn new(policy_type: &str, status: TypeStatus, counters: TypeCounters, failure: Option<Failure>) -> Self {
+        Self { policy_type: policy_type.to_owned(), status, counters, failure, suspicious_drop: false }
+    }
+
+    /// True if the type was read to the end.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.status == TypeStatus::Complete
     }
 }
 
@@ -165,20 +233,25 @@ impl RunReport {
     /// Terminal status derived from the outcomes.
     #[must_use]
     pub fn status(&self) -> RunStatus {
-        let complete = self.outcomes.iter().filter(|outcome| outcome.complete).count();
-        if complete == 0 {
+        let any_complete = self.outcomes.iter().any(TypeOutcome::is_complete);
+        let any_failed = self.outcomes.iter().any(|outcome| outcome.status == TypeStatus::Failed);
+        if !any_complete {
             RunStatus::Failed
-        } else if complete == self.outcomes.len() && self.error_codes().is_empty() && self.totals().errors_count == 0 {
-            RunStatus::Success
-        } else {
+        } else if any_failed || !self.error_codes().is_empty() || self.totals().errors_count > 0 {
             RunStatus::Partial
+        } else {
+            RunStatus::Success
         }
     }
 
     /// Distinct error codes, sorted by text.
     #[must_use]
     pub fn error_codes(&self) -> BTreeSet<&'static str> {
-        self.outcomes.iter().filter_map(|outcome| outcome.failure.as_ref()).map(|f| f.code.as_str()).collect()
+        // A run that read nothing has failed, even if each of its types alone would be no error.
+        let any_complete = self.outcomes.iter().any(TypeOutcome::is_complete);
+        let counts = |outcome: &&TypeOutcome| !any_complete || outcome.status != TypeStatus::NotApplicable;
+        let failures = self.outcomes.iter().filter(counts).filter_map(|outcome| outcome.failure.as_ref());
+        failures.map(|failure| failure.code.as_str()).collect()
     }
 
     /// Sums over all types.
@@ -193,14 +266,14 @@ impl RunReport {
     /// Failures by type, limited to [`MAX_ERROR_CONTEXT_BYTES`]; `_omitted` counts the failures left out.
     #[must_use]
     pub fn error_context(&self) -> serde_json::Value {
-        let room_for_count = 32;
+        let omitted_bytes = stored_bytes("_omitted", &self.outcomes.len().into());
         let mut kept = BTreeMap::new();
-        let (mut bytes, mut omitted) = (2, 0);
-        for outcome in &self.outcomes {
+        let (mut bytes, mut omitted) = (2 + omitted_bytes, 0);
+        for outcome in self.outcomes.iter().filter(|outcome| outcome.status != TypeStatus::NotApplicable) {
             let Some(failure) = &outcome.failure else { continue };
             let value = serde_json::to_value(failure).expect("codes, numbers and strings always serialise");
-            let size = outcome.policy_type.len() + value.to_string().len() + 8;
-            if bytes + size + room_for_count > MAX_ERROR_CONTEXT_BYTES {
+            let size = stored_bytes(&outcome.policy_type, &value);
+            if bytes + size > MAX_ERROR_CONTEXT_BYTES {
                 omitted += 1;
                 continue;
             }
@@ -214,19 +287,19 @@ impl RunReport {
     }
 }
 
+/// Bytes of an entry as PostgreSQL prints it: escaped, with a blank after each colon and comma.
+fn stored_bytes(key: &str, value: &serde_json::Value) -> usize {
+    let fields = value.as_object().map_or(0, serde_json::Map::len);
+    serde_json::Value::from(key).to_string().len() + value.to_string().len() + 2 * fields + 4
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::domain::failure::ErrorCode;
 
     fn complete(name: &str) -> TypeOutcome {
-        TypeOutcome {
-            policy_type: name.to_owned(),
-            complete: true,
-            counters: TypeCounters::default(),
-            failure: None,
-            suspicious_drop: false,
-        }
+        TypeOutcome::complete(name, TypeCounters::default(), None)
     }
 
     fn failed(name: &str, code: ErrorCode) -> TypeOutcome {
@@ -269,11 +342,44 @@ mod tests {
     }
 
     #[test]
-    fn error_context_is_bounded() {
-        let many = (0..500).map(|n| failed(&format!("policyTypeNumber{n}"), ErrorCode::GraphForbidden)).collect();
-        let context = report(many).error_context();
-        assert!(context.to_string().len() <= MAX_ERROR_CONTEXT_BYTES, "{}", context.to_string().len());
-        let kept = context.as_object().unwrap().len() - 1;
-        assert_eq!(context["_omitted"], 500 - kept);
+    fn types_that_the_tenant_does_not_have_are_no_error_of_a_run() {
+        let absent = |name: &str| {
+            TypeOutcome::not_applicable(name, TypeCounters::default(), ErrorCode::GraphNotApplicable.into())
+        };
+        let licensed_for_one = report(vec![complete("a"), absent("b")]);
+        assert_eq!(licensed_for_one.status(), RunStatus::Success);
+        assert!(licensed_for_one.error_codes().is_empty());
+        assert_eq!(licensed_for_one.error_context(), serde_json::json!({}));
+        let licensed_for_none = report(vec![absent("a"), absent("b")]);
+        assert_eq!(licensed_for_none.status(), RunStatus::Failed, "nothing was read");
+        assert_eq!(licensed_for_none.error_codes().into_iter().collect::<Vec<_>>(), ["graph_not_applicable"]);
+        let one_forbidden = report(vec![complete("a"), absent("b"), failed("c", ErrorCode::GraphForbidden)]);
+        assert_eq!(one_forbidden.status(), RunStatus::Partial);
+    }
+
+    #[test]
+    fn error_context_is_bounded_as_stored() {
+        for name in ["policyTypeNumber", "category:\u{1}\"quoted\"\u{fffd}é", "x"] {
+            let many = (0..500).map(|n| failed(&format!("{name}{n}"), ErrorCode::GraphForbidden)).collect();
+            let context = report(many).error_context();
+            let printed = printed_by_postgresql(&context);
+            assert!(printed.len() <= MAX_ERROR_CONTEXT_BYTES, "{}", printed.len());
+            assert!(printed.len() > MAX_ERROR_CONTEXT_BYTES * 9 / 10, "the bound is used: {}", printed.len());
+            let kept = context.as_object().unwrap().len() - 1;
+            assert_eq!(context["_omitted"], 500 - kept);
+        }
+    }
+
+    fn printed_by_postgresql(value: &serde_json::Value) -> String {
+        match value {
+            serde_json::Value::Object(fields) => {
+                let fields = fields.iter();
+                let fields = fields.map(|(key, value)| {
+                    format!("{}: {}", serde_json::Value::from(&**key), printed_by_postgresql(value))
+                });
+                format!("{{{}}}", fields.collect::<Vec<_>>().join(", "))
+            }
+            other => other.to_string(),
+        }
     }
 }

@@ -16,6 +16,8 @@ use crate::domain::policy_type::Shape;
 pub struct Page {
     /// Its objects, in Graph's order.
     pub objects: Vec<PageObject>,
+    /// Time when it was requested.
+    pub requested_at: std::time::Instant,
 }
 
 /// One object of a page, as Graph wrote it.
@@ -66,13 +68,14 @@ impl Pages {
         if self.ended {
             return Ok(None);
         }
+        let requested_at = std::time::Instant::now();
         let page = match self.collection.shape {
             Shape::Singleton => self.singleton().await.map(Some),
             Shape::Collection => self.page_of_collection().await,
             Shape::ChildCollection => self.page_of_children().await,
         };
         self.ended = self.collection.shape == Shape::Singleton || !matches!(page, Ok(Some(_)));
-        page
+        page.map(|page| page.map(|page| Page { requested_at, ..page }))
     }
 
     async fn singleton(&mut self) -> Result<Page, Refusal> {
@@ -81,7 +84,9 @@ impl Pages {
         match walk.step(&self.reader, &|body| page::singleton(body, id)).await {
             Ok(Some(parsed)) => page("", parsed, &mut walk, &mut self.seen),
             // The object does not exist in this tenant: that is the whole answer.
-            Ok(None) | Err(Refusal { why: Why::NotFound, .. }) => Ok(Page { objects: Vec::new() }),
+            Ok(None) | Err(Refusal { why: Why::NotFound, .. }) => {
+                Ok(Page { objects: Vec::new(), requested_at: std::time::Instant::now() })
+            }
             Err(refusal) => Err(refusal),
         }
     }
@@ -144,7 +149,7 @@ fn page(parent: &str, parsed: Parsed, walk: &mut Walk, seen: &mut Met) -> Result
         objects.push(PageObject { text, first_sight });
     }
     walk.check_progress(objects.is_empty(), ids, new_ids)?;
-    Ok(Page { objects })
+    Ok(Page { objects, requested_at: std::time::Instant::now() })
 }
 
 /// Types that share a collection have their ids in the same property.

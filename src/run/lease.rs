@@ -1,10 +1,11 @@
-//! Keeping leases: renewed together in the background, given up by the worker itself before the database would give
-//! them away.
+//! Leases of this process: renewed together in the background, given up by the worker itself before the database would give
+//! them to another replica.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -13,27 +14,24 @@ use tracing::{debug, warn};
 use crate::config::seconds;
 use crate::domain::clock::Deadline;
 use crate::domain::run::Lease;
-use crate::store::{Renewal, Store};
+use crate::store::Store;
 use crate::telemetry;
 
-/// A lease whose row a statement of its run has just locked is asked for again so soon.
-const BUSY_AGAIN: Duration = Duration::from_millis(250);
+/// First pause before leases are tried again whose row was locked; it doubles.
+const LOCKED_RETRY: Duration = Duration::from_millis(250);
+/// Time that handing back one run may take.
+const HAND_BACK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Keeps the leases of this process.
+/// Renews the leases of this process.
 #[derive(Debug, Clone)]
 pub struct LeaseKeeper {
-    held: Arc<Mutex<HashMap<Lease, Holding>>>,
-    /// Nobody works under them, and the database could not be told yet.
+    /// Leases that are worked under, each with its local deadline.
+    held: Arc<Mutex<HashMap<Lease, watch::Sender<Deadline>>>>,
+    /// Leases that nobody works under, still to be handed back.
     orphaned: Arc<Mutex<HashSet<Lease>>>,
     store: Store,
     owner: Arc<str>,
     lease_s: u64,
-}
-
-#[derive(Debug)]
-struct Holding {
-    until: watch::Sender<Deadline>,
-    revoked: CancellationToken,
 }
 
 /// A lease while it is worked under; dropped, it is no longer renewed.
@@ -42,7 +40,6 @@ pub(super) struct HeldLease {
     lease: Lease,
     keeper: LeaseKeeper,
     until: watch::Receiver<Deadline>,
-    revoked: CancellationToken,
 }
 
 impl LeaseKeeper {
@@ -50,16 +47,15 @@ impl LeaseKeeper {
         Self { held: Arc::default(), orphaned: Arc::default(), store, owner: owner.into(), lease_s }
     }
 
-    /// How long a worker trusts a lease: shorter than the database does, so that it has stopped by then.
+    /// Time that a worker trusts a lease for: shorter than its life in the database, so that the worker has stopped by then.
     fn trusted_for(&self) -> Duration {
         seconds(self.lease_s).mul_f64(5.0 / 6.0)
     }
 
     pub(super) fn hold(&self, lease: Lease, granted: Instant) -> HeldLease {
         let (sender, until) = watch::channel(Deadline::from_start(granted, self.trusted_for()));
-        let revoked = CancellationToken::new();
-        lock(&self.held).insert(lease, Holding { until: sender, revoked: revoked.clone() });
-        HeldLease { lease, keeper: self.clone(), until, revoked }
+        self.held.lock().insert(lease, sender);
+        HeldLease { lease, keeper: self.clone(), until }
     }
 
     /// Renews every lease each third of its life, until `stop`.
@@ -68,7 +64,7 @@ impl LeaseKeeper {
         let mut ticks = tokio::time::interval(third);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-            // The next third has leases of its own to ask for.
+            // Bounded, because the next tick has leases of its own to renew.
             let renewed = timeout(third, self.renew_all());
             if let Some(Err(_)) = stop.run_until_cancelled(renewed).await {
                 warn!("some leases could not be renewed in time");
@@ -77,62 +73,78 @@ impl LeaseKeeper {
     }
 
     async fn renew_all(&self) {
-        let mut leases: Vec<Lease> = lock(&self.held).keys().copied().collect();
-        while !leases.is_empty() {
+        let mut pause = LOCKED_RETRY;
+        let mut leases: Vec<Lease> = self.held.lock().keys().copied().collect();
+        loop {
             leases = self.renew(&leases).await;
-            if !leases.is_empty() {
-                tokio::time::sleep(BUSY_AGAIN).await;
-            }
-        }
-    }
-
-    /// Asks once, and returns those whose rows were locked. A database that hangs must not hold up the next asking.
-    async fn renew(&self, leases: &[Lease]) -> Vec<Lease> {
-        let asked = Instant::now();
-        let renewal = self.store.renew_leases(leases, &self.owner, self.lease_s);
-        match timeout(seconds(self.lease_s) / 6, renewal).await {
-            Ok(Ok(renewal)) => {
-                if renewal.least_left_s.is_finite() {
-                    telemetry::lease_headroom(Duration::from_secs_f64(renewal.least_left_s.max(0.0)));
-                }
-                self.apply(leases, &renewal, Deadline::from_start(asked, self.trusted_for()));
-                return renewal.busy;
-            }
-            // Nothing is known: each worker stops itself at its own deadline.
-            Ok(Err(error)) => warn!(%error, leases = leases.len(), "leases could not be renewed"),
-            Err(_) => warn!(leases = leases.len(), "leases could not be renewed: the database does not answer"),
-        }
-        Vec::new()
-    }
-
-    fn apply(&self, asked: &[Lease], renewal: &Renewal, until: Deadline) {
-        let held = lock(&self.held);
-        for lease in asked {
-            let Some(holding) = held.get(lease) else { continue };
-            if renewal.kept.contains(lease) {
-                holding.until.send_replace(until);
-            } else if !renewal.busy.contains(lease) {
-                holding.revoked.cancel();
-            }
-        }
-    }
-
-    /// The database went away under a run that is given up for now: its lease is to be handed back once it answers, so
-    /// that the run need not wait for the lease to end, and an outage costs it no attempt.
-    pub(super) fn orphan(&self, lease: Lease) {
-        lock(&self.orphaned).insert(lease);
-    }
-
-    /// Hands back what was orphaned, as far as the database answers.
-    pub(super) async fn hand_back_orphans(&self) {
-        let orphans: Vec<Lease> = lock(&self.orphaned).iter().copied().collect();
-        for lease in orphans {
-            if let Err(error) = self.store.hand_back_lease(&lease).await {
-                debug!(%error, run_id = %lease.run_id, "the lease can't be handed back yet");
+            // Of those that were not renewed, only those that are still worked under.
+            leases.retain(|lease| self.held.lock().contains_key(lease));
+            if leases.is_empty() {
                 return;
             }
-            lock(&self.orphaned).remove(&lease);
+            tokio::time::sleep(pause).await;
+            pause *= 2;
         }
+    }
+
+    /// Tries once, and returns the leases that were not renewed: their row was locked, or they are lost. A lost one needs no
+    /// message to its worker: its writes are fenced off, and its local deadline passes before another replica gets it.
+    async fn renew(&self, leases: &[Lease]) -> Vec<Lease> {
+        if leases.is_empty() {
+            return Vec::new();
+        }
+        let requested = Instant::now();
+        let renewal = self.store.renew_leases(leases, &self.owner, self.lease_s);
+        // Bounded: a database that does not respond must not hold up the next try.
+        let renewed = match timeout(seconds(self.lease_s) / 6, renewal).await {
+            Ok(Ok(renewed)) => renewed,
+            Ok(Err(error)) => {
+                warn!(%error, leases = leases.len(), "leases could not be renewed");
+                return leases.to_vec();
+            }
+            Err(_) => {
+                warn!(leases = leases.len(), "leases could not be renewed: the database does not respond");
+                return leases.to_vec();
+            }
+        };
+        if renewed.least_left_s.is_finite() {
+            telemetry::lease_headroom(Duration::from_secs_f64(renewed.least_left_s.max(0.0)));
+        }
+        let until = Deadline::from_start(requested, self.trusted_for());
+        let held = self.held.lock();
+        for sender in renewed.leases.iter().filter_map(|lease| held.get(lease)) {
+            sender.send_replace(until);
+        }
+        leases.iter().filter(|lease| !renewed.leases.contains(lease)).copied().collect()
+    }
+
+    /// Marks a lease to be handed back as soon as the database responds: its run was interrupted by an outage, which must
+    /// neither delay the next attempt until the lease expires nor count as an attempt.
+    pub(super) fn orphan(&self, lease: Lease) {
+        self.orphaned.lock().insert(lease);
+    }
+
+    /// Hands back the orphaned leases, as far as the database responds.
+    pub(super) async fn hand_back_orphans(&self) {
+        let orphans: Vec<Lease> = self.orphaned.lock().iter().copied().collect();
+        for lease in orphans {
+            if !self.hand_back(&lease).await {
+                return;
+            }
+            self.orphaned.lock().remove(&lease);
+        }
+    }
+
+    /// Hands back one lease, in bounded time; returns whether the database responded.
+    pub(super) async fn hand_back(&self, lease: &Lease) -> bool {
+        match timeout(HAND_BACK_TIMEOUT, self.store.hand_back_lease(lease)).await {
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => {
+                debug!(%error, run_id = %lease.run_id, "the run could not be handed back; its lease expires")
+            }
+            Err(_) => debug!(run_id = %lease.run_id, "the run could not be handed back in time; its lease expires"),
+        }
+        false
     }
 }
 
@@ -141,10 +153,7 @@ impl HeldLease {
     pub(super) async fn lost(&self) {
         loop {
             let until = *self.until.borrow();
-            tokio::select! {
-                () = self.revoked.cancelled() => return,
-                () = tokio::time::sleep_until(until.instant().into()) => {}
-            }
+            tokio::time::sleep_until(until.instant().into()).await;
             if self.until.borrow().passed() {
                 return;
             }
@@ -154,10 +163,6 @@ impl HeldLease {
 
 impl Drop for HeldLease {
     fn drop(&mut self) {
-        lock(&self.keeper.held).remove(&self.lease);
+        self.keeper.held.lock().remove(&self.lease);
     }
-}
-
-fn lock<T>(leases: &Mutex<T>) -> MutexGuard<'_, T> {
-    leases.lock().unwrap_or_else(PoisonError::into_inner)
 }

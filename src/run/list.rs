@@ -1,7 +1,8 @@
-//! One list, read on a task of its own: while a page of it is written, the next one is fetched and taken apart.
+//! One list, read on a task of its own: while a page of it is written, the next one is fetched and decoded.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Instant;
 
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
@@ -12,59 +13,60 @@ use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::item::{InventoryItem, RawObject};
 use crate::domain::run::TypeCounters;
 use crate::graph::{GraphReader, PageObject, Pages};
+use crate::store::ObservedItem;
 
 /// Objects that go to the database together; pages may have ten thousand.
 const PART_OBJECTS: usize = 100;
-/// Parts that may wait between the wire and the database: with the one in hand the 500 rows of a usual batch, so that
-/// one batch is ready when another is written.
+/// Parts that may wait between the network and the database: with the current one the 500 rows of a usual batch, so that one
+/// batch is ready when another is written. A list whose writer waits for a connection reads no further page.
 const PARTS_AHEAD: usize = 4;
 
-/// A list while it is read; dropped, it is read no further.
+/// A list that is being read; dropped, it is read no further.
 pub(super) struct List {
     parts: mpsc::Receiver<Vec<Found>>,
     end: AbortOnDropHandle<ListEnd>,
 }
 
 /// An object of the selected type with this index in the listing.
-pub(super) type Found = (usize, InventoryItem);
+pub(super) type Found = (usize, ObservedItem);
 
-/// How far a list was read.
+/// Result of reading a list.
 pub(super) struct ListEnd {
-    /// For each selected type what was seen of it.
+    /// Objects seen, by selected type.
     pub(super) seen: Vec<Seen>,
-    /// Why it was not read to its end.
+    /// Failure that ended it early.
     pub(super) failure: Option<Failure>,
 }
 
-/// What was seen of a type.
+/// Objects of one type that were seen.
 #[derive(Default)]
 pub(super) struct Seen {
     pub(super) counters: TypeCounters,
-    /// The first bad object.
+    /// Failure of the first unreadable object.
     pub(super) failure: Option<Failure>,
 }
 
 impl List {
-    /// Begins to read, within `span`. Objects that no policy type claims are counted in `unclassified`.
+    /// Starts to read, within `span`. Objects that no policy type claims are counted in `unclassified`.
     pub(super) fn read(reader: &GraphReader, listing: Listing, unclassified: Arc<AtomicI64>, span: Span) -> Self {
         let (sender, parts) = mpsc::channel(PARTS_AHEAD);
         let seen = listing.selected.iter().map(|_| Seen::default()).collect();
         let reading = Reading { seen, unclassified, pages: reader.pages(&listing.collection), listing };
-        // Log lines pass over the list's span, and look for the run's among those that are entered, not among its parents.
+        // Log lines take the run's fields from the spans that are entered; the span of the list alone would not show them.
         let work = reading.work(sender).instrument(span).in_current_span();
         Self { parts, end: AbortOnDropHandle::new(tokio::spawn(work)) }
     }
 
-    /// The objects of the next page or of a part of it, or nothing after the last.
+    /// Objects of the next page or of a part of it; none after the last.
     pub(super) async fn next_part(&mut self) -> Option<Vec<Found>> {
         self.parts.recv().await
     }
 
-    /// How it has ended, once there are no more parts.
+    /// Result, once there are no more parts.
     pub(super) async fn end(self) -> ListEnd {
         match self.end.await {
             Ok(end) => end,
-            // Nobody else can abort it.
+            // Only dropping `self` aborts it, so this is a panic.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
     }
@@ -84,7 +86,7 @@ impl Reading {
                 Ok(Some(page)) => {
                     let mut objects = page.objects.into_iter();
                     while objects.len() > 0 {
-                        let found = self.take(objects.by_ref().take(PART_OBJECTS));
+                        let found = self.take(objects.by_ref().take(PART_OBJECTS), page.requested_at);
                         if sender.send(found).await.is_err() {
                             return ListEnd { seen: self.seen, failure: None };
                         }
@@ -96,12 +98,12 @@ impl Reading {
         }
     }
 
-    /// Sorts objects to the types that they belong to.
-    fn take(&mut self, objects: impl ExactSizeIterator<Item = PageObject>) -> Vec<Found> {
+    /// Assigns objects to the types that they belong to.
+    fn take(&mut self, objects: impl ExactSizeIterator<Item = PageObject>, requested_at: Instant) -> Vec<Found> {
         let mut found = Vec::with_capacity(objects.len());
         for object in objects {
             let Ok(raw) = RawObject::parse(object.text.as_str()) else {
-                // Whose it is can't be told: the type that takes the rest answers for it.
+                // Its type is unknown: the error counts for the fallback type.
                 self.bad_object(self.seen.len() - 1, None);
                 continue;
             };
@@ -110,7 +112,8 @@ impl Reading {
                 continue;
             };
             if let Some(index) = self.listing.selected.iter().position(|selected| selected.key == claimed.key) {
-                found.extend(self.observe(index, &raw, object.first_sight).map(|item| (index, item)));
+                let item = self.observe(index, &raw, object.first_sight);
+                found.extend(item.map(|item| (index, ObservedItem { item, requested_at })));
             }
         }
         found
@@ -129,10 +132,10 @@ impl Reading {
         }
     }
 
-    /// One bad object is one error of its type, not its end.
+    /// Counts an unreadable object as one error of its type; the type goes on.
     fn bad_object(&mut self, index: usize, external_id: Option<&str>) {
         let policy_type = &self.listing.selected[index].key;
-        warn!(policy_type, external_id, "an object without a usable id is left out");
+        warn!(policy_type, external_id, "an object without a usable id was skipped");
         self.seen[index].counters.errors_count += 1;
         self.seen[index].failure.get_or_insert_with(|| ErrorCode::GraphBadResponse.into());
     }

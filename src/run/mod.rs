@@ -1,4 +1,4 @@
-//! A run from request to terminal state: the only place that knows the order of things.
+//! A run from request to terminal state: the only module that knows the order of the steps.
 
 mod collect;
 mod lease;
@@ -7,6 +7,7 @@ mod list;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
 
@@ -17,18 +18,20 @@ use crate::domain::catalog::{Catalog, Scope};
 use crate::domain::clock::Deadline;
 use crate::domain::failure::{DeadReason, ErrorCode, Rejection};
 use crate::domain::request::SyncRequest;
-use crate::domain::run::{RunReport, RunStatus};
+use crate::domain::run::{RunKey, RunReport, RunStatus};
 use crate::graph::{GraphClient, RunBudget};
-use crate::store::{Admission, AdmissionRules, Admitted, Applicant, Store, StoreError, SuspiciousDrop};
+use crate::store::{
+    Admission, AdmissionRequest, AdmissionRules, Admitted, RunEnd, Store, StoreError, SuspiciousDropRule,
+};
 use crate::telemetry::{self, spans};
 use collect::Collector;
 
-/// A message as it came from the queue.
+/// A message from the queue.
 #[derive(Debug, Clone, Copy)]
 pub struct Incoming<'a> {
-    /// The body.
+    /// Body.
     pub body: &'a [u8],
-    /// The AMQP content type.
+    /// AMQP content type.
     pub content_type: Option<&'a str>,
     /// W3C trace context of the publisher.
     pub traceparent: Option<&'a str>,
@@ -36,75 +39,83 @@ pub struct Incoming<'a> {
     pub deferred_s: u64,
 }
 
-/// What is to become of a message. Whatever had to be durable is committed by then.
+/// Decision about a message. Whatever has to be durable is committed by then.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Disposition {
-    /// Its run is in a terminal state, with its event.
+    /// Its run reached a terminal state, and the event is due.
     Ended(RunStatus),
     /// Its run was in a terminal state before.
     Duplicate,
-    /// Another worker is on its run: ask again soon.
-    Busy,
-    /// A limit stands in the way: ask again later.
+    /// Another worker has its run: retry soon.
+    InProgressElsewhere,
+    /// A limit is reached: retry later.
     Deferred(ErrorCode),
     /// It can never be run.
     Rejected(Rejection),
-    /// Somebody else is to have it.
+    /// It goes back to the queue, for any replica.
     HandBack(HandBackReason),
-    /// The database is away, or takes no writes: nothing can be decided.
-    StoreAway,
-    /// The database refuses what this request comes to, and would again.
-    Defect,
+    /// The database is unavailable or read-only: nothing can be decided.
+    DatabaseUnavailable,
+    /// The database rejected the data of the run; retrying cannot succeed.
+    DataRejected,
 }
 
-/// Why a message goes back to the queue.
+/// Reason for which a message goes back to the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HandBackReason {
-    /// The lease was lost; the run is somebody else's.
+    /// The lease was lost: another replica has the run.
     LeaseLost,
     /// This process stops.
     Stopping,
 }
 
-/// The two ways in which a daemon is told to stop.
+/// Signals that stop or pause a daemon.
 #[derive(Debug, Clone, Default)]
 pub struct Stop {
-    /// Take nothing new, finish what is in hand.
+    /// Take no new requests, finish those in flight.
     pub drain: CancellationToken,
-    /// Hand everything back now.
+    /// Hand every run back now.
     pub abort: CancellationToken,
-    /// Take nothing new while this is `true`, but neither drain nor end.
+    /// While `true`: take no new requests, without draining.
     pub quiet: tokio::sync::watch::Sender<bool>,
 }
 
-/// Takes requests through the whole recipe.
+/// Handles requests; clones share everything.
 #[derive(Debug, Clone)]
-pub struct Runner(Arc<Recipe>);
+pub struct Runner(Arc<RunnerInner>);
 
 #[derive(Debug)]
-struct Recipe {
+struct RunnerInner {
     store: Store,
     graph: GraphClient,
     catalog: Catalog,
     leases: LeaseKeeper,
     rules: AdmissionRules,
     settings: RunSettings,
+    /// Runs that this process has ended, for the relay to publish their events.
+    ended: mpsc::Sender<RunKey>,
 }
 
-/// What every run of this process goes by.
+/// Settings of every run of this process.
 #[derive(Debug, Clone, Copy)]
 struct RunSettings {
     deadline: Duration,
     throttle_budget: Duration,
     concurrent_lists: usize,
     batch_rows: usize,
-    suspicious_drop: SuspiciousDrop,
+    end: RunEnd,
 }
 
 impl Runner {
-    /// A runner that signs its leases as `owner`.
+    /// A runner that signs its leases as `owner` and reports each run that it ended to `ended`.
     #[must_use]
-    pub fn new(config: &Config, owner: &str, store: Store, graph: GraphClient, catalog: Catalog) -> Self {
+    pub fn new(
+        config: &Config,
+        owner: &str,
+        (store, graph): (Store, GraphClient),
+        catalog: Catalog,
+        ended: mpsc::Sender<RunKey>,
+    ) -> Self {
         let leases = LeaseKeeper::new(store.clone(), owner, config.run.lease_s);
         let rules = AdmissionRules {
             owner: owner.to_owned(),
@@ -120,21 +131,24 @@ impl Runner {
             throttle_budget: seconds(config.graph.throttle_budget_s),
             concurrent_lists: config.run.concurrent_lists,
             batch_rows: config.run.batch_rows,
-            suspicious_drop: SuspiciousDrop {
-                share: config.run.suspicious_drop_share,
-                min_items: config.run.suspicious_drop_min_items,
+            end: RunEnd {
+                suspicious_drop: SuspiciousDropRule {
+                    share: config.run.suspicious_drop_share,
+                    min_items: config.run.suspicious_drop_min_items,
+                },
+                event_due_s: config.outbox.claim_s,
             },
         };
-        Self(Arc::new(Recipe { store, graph, catalog, leases, rules, settings }))
+        Self(Arc::new(RunnerInner { store, graph, catalog, leases, rules, settings, ended }))
     }
 
-    /// What keeps the leases of this process; it has to be run beside the runs.
+    /// Keeper of the leases of this process; it has to run beside the runs.
     #[must_use]
     pub fn leases(&self) -> LeaseKeeper {
         self.0.leases.clone()
     }
 
-    /// Takes one message through the recipe: parse, resolve, admit, collect, end. `abort` makes it hand its run back.
+    /// Handles one message: parse, resolve, admit, collect, end. `abort` makes it hand its run back.
     pub async fn handle(&self, incoming: Incoming<'_>, abort: &CancellationToken) -> Disposition {
         let request = match SyncRequest::parse(incoming.content_type, incoming.body) {
             Ok(request) => request,
@@ -146,115 +160,137 @@ impl Runner {
     }
 }
 
-impl Recipe {
+impl RunnerInner {
     async fn handle(&self, request: &SyncRequest, incoming: Incoming<'_>, abort: &CancellationToken) -> Disposition {
         let scope = self.catalog.resolve(&request.selection);
         if scope.is_empty() {
-            let detail = "`selection` selects nothing: it names foundations alone, and include_foundations is false";
+            let detail = "`selection` selects nothing: it names only foundations, and include_foundations is false";
             return Disposition::Rejected(Rejection::new(DeadReason::InvalidRequest, detail));
         }
-        let ours = spans::traceparent();
-        let applicant = Applicant {
+        let current_span = spans::traceparent();
+        let admission_request = AdmissionRequest {
             request,
             selection_hash: &request.selection.hash(),
-            traceparent: ours.as_deref().or(incoming.traceparent),
+            traceparent: current_span.as_deref().or(incoming.traceparent),
             deferred_s: incoming.deferred_s,
         };
+        // First, because the run of this very message may be one of them.
         self.leases.hand_back_orphans().await;
-        match self.store.admit(&self.rules, &applicant).await {
+        match self.admit(&admission_request, &scope).await {
             Ok(Admission::Admitted(admitted)) => self.run(admitted, &scope, abort).await,
-            Ok(admission) => turned_away(&admission),
-            Err(error) => undecided(&error),
+            Ok(declined) => self.declined(&declined),
+            // Another session holds the tenant's row: that concerns this tenant, not the database.
+            Err(error) if error.is_lock_timeout() => {
+                warn!(%error, "the tenant is locked by another session; retrying later");
+                Disposition::InProgressElsewhere
+            }
+            Err(error) => database_failure(&error),
         }
+    }
+
+    /// Admits a request. A run that has used up its attempts is failed on the way, and the request decided about again.
+    async fn admit(&self, request: &AdmissionRequest<'_>, scope: &Scope) -> Result<Admission, StoreError> {
+        let admission = self.store.admit(&self.rules, request).await?;
+        let Admission::Exhausted(run) = admission else { return Ok(admission) };
+        // The selection is the same, and so are its types.
+        if self.store.fail_lost_run(run, &scope.policy_types()).await? {
+            warn!(run_id = %run.run_id, "run failed: it lost its worker too often");
+            telemetry::run_ended(RunStatus::Failed);
+            telemetry::run_error(ErrorCode::WorkerLost);
+            self.report_end(run);
+        }
+        self.store.admit(&self.rules, request).await
     }
 
     /// Works under a lease until the run ends, the lease is lost or this process stops.
     async fn run(&self, admitted: Admitted, scope: &Scope, abort: &CancellationToken) -> Disposition {
         let lease = admitted.lease;
         tracing::Span::current().record("run_id", tracing::field::display(lease.run_id));
-        info!(attempt = lease.attempt, lists = scope.listings.len(), "run begins");
+        info!(attempt = lease.attempt, lists = scope.listings.len(), "run started");
         let held = self.leases.hold(lease, admitted.granted);
         let ended = tokio::select! {
-            ended = self.collect_and_finish(&admitted, scope) => ended,
+            // The end first: a run whose end is committed has ended, whatever happened to its lease meanwhile.
+            biased;
+            ended = self.collect_and_end(&admitted, scope) => ended,
             () = held.lost() => Err(StoreError::LeaseLost),
-            () = abort.cancelled() => return self.hand_back(&admitted).await,
+            () = abort.cancelled() => {
+                info!("stopping; handing the run back");
+                self.leases.hand_back(&lease).await;
+                return Disposition::HandBack(HandBackReason::Stopping);
+            }
         };
         match ended {
             Ok(report) => {
+                self.report_end(lease.run());
                 record_end(&report, admitted.granted);
                 Disposition::Ended(report.status())
             }
             Err(StoreError::LeaseLost) => {
-                warn!("lease lost: the run is left to whoever has it");
+                warn!("lease lost; leaving the run to the replica that takes it over");
                 telemetry::lease_lost();
                 Disposition::HandBack(HandBackReason::LeaseLost)
             }
             Err(error) => {
-                // A defect would come again at once: it waits for the end of its lease, and costs an attempt.
-                if !error.is_defect() {
+                // Rejected data would be rejected again at once: that run waits for the end of its lease, and costs an attempt.
+                if !error.is_data_rejected() {
                     self.leases.orphan(lease);
                 }
-                undecided(&error)
+                database_failure(&error)
             }
         }
     }
 
-    async fn collect_and_finish(&self, admitted: &Admitted, scope: &Scope) -> Result<RunReport, StoreError> {
+    /// Deadline and throttle budget count over all attempts of the run.
+    async fn collect_and_end(&self, admitted: &Admitted, scope: &Scope) -> Result<RunReport, StoreError> {
+        let waited = Duration::from_millis(admitted.throttle_wait_ms.unsigned_abs());
         let budget = RunBudget {
-            deadline: Deadline::from_start(admitted.granted, self.settings.deadline),
-            throttle_budget: self.settings.throttle_budget,
+            deadline: Deadline::from_start(admitted.granted, self.settings.deadline.saturating_sub(admitted.age)),
+            throttle_budget: self.settings.throttle_budget.saturating_sub(waited),
         };
         let reader = self.graph.reader(admitted.lease.tenant_id, &admitted.credential, budget);
-        let collector = Collector::new(&self.store, admitted.lease, reader, self.settings);
+        let collector = Collector::new(&self.store, admitted, reader, self.settings);
         collector.collect(scope, &admitted.finished).await
     }
 
-    async fn hand_back(&self, admitted: &Admitted) -> Disposition {
-        info!("stopping: the run is handed back");
-        if let Err(error) = self.store.hand_back_lease(&admitted.lease).await {
-            warn!(%error, "the lease could not be handed back; it runs out by itself");
+    /// Tells the relay. If it cannot keep up, the event is found in the outbox once it is due.
+    fn report_end(&self, run: RunKey) {
+        let _ = self.ended.try_send(run);
+    }
+
+    /// Maps an admission without a lease to what happens to the message.
+    fn declined(&self, admission: &Admission) -> Disposition {
+        match admission {
+            Admission::Admitted(_) => unreachable!("the caller has taken the lease"),
+            Admission::Skipped(code, run) => {
+                info!(%code, "run skipped");
+                self.report_end(*run);
+                telemetry::run_ended(RunStatus::Skipped);
+                telemetry::run_error(*code);
+                Disposition::Ended(RunStatus::Skipped)
+            }
+            Admission::Duplicate => Disposition::Duplicate,
+            // An exhausted run that could not be failed is being taken over or ended at this moment.
+            Admission::InProgress | Admission::Exhausted(_) => Disposition::InProgressElsewhere,
+            Admission::Deferred(code) => Disposition::Deferred(*code),
+            Admission::UnknownTenant => Disposition::Rejected(Rejection::new(
+                DeadReason::UnknownTenant,
+                "`tenant_id` is not registered: register it with `inventoryd tenant add`",
+            )),
+            Admission::IdempotencyConflict => Disposition::Rejected(Rejection::new(
+                DeadReason::IdempotencyConflict,
+                "`idempotency_key` was used before by this tenant for another selection: use a new key for new work",
+            )),
         }
-        Disposition::HandBack(HandBackReason::Stopping)
     }
 }
 
-/// What an admission that gives no lease comes to.
-fn turned_away(admission: &Admission) -> Disposition {
-    match admission {
-        Admission::Admitted(_) => unreachable!("the caller has taken the lease"),
-        Admission::Skipped(code) => {
-            info!(%code, "run skipped");
-            telemetry::run_ended(RunStatus::Skipped);
-            telemetry::run_error(*code);
-            Disposition::Ended(RunStatus::Skipped)
-        }
-        Admission::GivenUp => {
-            warn!("run ended: it has lost too many workers");
-            telemetry::run_ended(RunStatus::Failed);
-            telemetry::run_error(ErrorCode::WorkerLost);
-            Disposition::Ended(RunStatus::Failed)
-        }
-        Admission::Duplicate => Disposition::Duplicate,
-        Admission::Busy => Disposition::Busy,
-        Admission::Deferred(code) => Disposition::Deferred(*code),
-        Admission::UnknownTenant => Disposition::Rejected(Rejection::new(
-            DeadReason::UnknownTenant,
-            "`tenant_id` is not registered: `inventoryd tenant add` registers it",
-        )),
-        Admission::Conflict => Disposition::Rejected(Rejection::new(
-            DeadReason::IdempotencyConflict,
-            "`idempotency_key` was used before by this tenant for another selection: give new work a new key",
-        )),
-    }
-}
-
-fn undecided(error: &StoreError) -> Disposition {
-    if error.is_defect() {
-        error!(%error, "the database refuses what this request comes to");
-        Disposition::Defect
+fn database_failure(error: &StoreError) -> Disposition {
+    if error.is_data_rejected() {
+        error!(%error, "the database rejected the run's data");
+        Disposition::DataRejected
     } else {
-        warn!(%error, "the database is away");
-        Disposition::StoreAway
+        warn!(%error, "the database is unavailable");
+        Disposition::DatabaseUnavailable
     }
 }
 

@@ -1,4 +1,4 @@
-//! What replicas know of each other: how many they are, and where Graph asked to be left alone.
+//! State that replicas share: who is running, and the pauses that Graph asked for.
 
 use std::time::Duration;
 
@@ -6,22 +6,22 @@ use uuid::Uuid;
 
 use super::{Store, StoreError};
 
-/// A gate that some replica has closed.
+/// Longest pause that is believed; a row can hold anything, `infinity` included.
+const MAX_PAUSE_S: f64 = 86_400.0;
+
+/// A pause that some replica announced.
 #[derive(Debug, Clone, PartialEq)]
-pub struct ClosedGate {
+pub struct TenantPause {
     /// The tenant.
     pub tenant_id: Uuid,
-    /// Which limits of Graph.
+    /// Throttling family of Graph.
     pub family: String,
-    /// Seconds that it stays closed, by the database's clock.
+    /// Remaining seconds, by the database clock.
     pub left_s: f64,
 }
 
 impl Store {
-    /// Says that `replica` lives, and counts those that said so within `silent_after`, this one included.
-    ///
-    /// # Errors
-    /// If the database is away.
+    /// Records a heartbeat of `replica` and returns the number of replicas with one within `silent_after`, this one included.
     pub async fn count_replicas(&self, replica: &str, silent_after: Duration) -> Result<i64, StoreError> {
         let count = sqlx::query_scalar!(
             r#"with me as (
@@ -34,46 +34,40 @@ impl Store {
             replica,
             silent_after.as_secs_f64()
         );
-        self.in_time(async { Ok(count.fetch_one(&self.control).await?) }).await
+        self.with_timeout(async { Ok(count.fetch_one(&self.control).await?) }).await
     }
 
-    /// Says that `replica` lives no more.
-    ///
-    /// # Errors
-    /// If the database is away; then it is forgotten after its silence.
+    /// Removes `replica`. If this fails it stops counting once its heartbeat is old.
     pub async fn leave_fleet(&self, replica: &str) -> Result<(), StoreError> {
         sqlx::query!("delete from daemon_replicas where replica = $1", replica).execute(&self.control).await?;
         Ok(())
     }
 
-    /// Closes a gate for every replica; a longer closure stays.
-    ///
-    /// # Errors
-    /// If the database is away.
-    pub async fn close_gate(&self, tenant_id: Uuid, family: &str, closed_for: Duration) -> Result<(), StoreError> {
+    /// Announces a pause to every replica; a longer one stays.
+    pub async fn announce_pause(&self, tenant_id: Uuid, family: &str, pause: Duration) -> Result<(), StoreError> {
         sqlx::query!(
-            "insert into tenant_gates as g values ($1, $2, clock_timestamp() + make_interval(secs => $3))
-             on conflict (tenant_id, family) do update set closed_until = excluded.closed_until
-              where g.closed_until < excluded.closed_until",
+            "insert into tenant_pauses as p values ($1, $2, clock_timestamp() + make_interval(secs => $3))
+             on conflict (tenant_id, family) do update set paused_until = excluded.paused_until
+              where p.paused_until < excluded.paused_until",
             tenant_id,
             family,
-            closed_for.as_secs_f64()
+            pause.as_secs_f64().min(MAX_PAUSE_S)
         )
         .execute(&self.control)
         .await?;
         Ok(())
     }
 
-    /// Every gate that is closed.
-    ///
-    /// # Errors
-    /// If the database is away.
-    pub async fn closed_gates(&self) -> Result<Vec<ClosedGate>, StoreError> {
-        let gates = sqlx::query_as!(
-            ClosedGate,
-            r#"select tenant_id, family, extract(epoch from closed_until - clock_timestamp())::float8 as "left_s!"
-                 from tenant_gates where closed_until > clock_timestamp()"#
+    /// Pauses that have not ended.
+    pub async fn pauses(&self) -> Result<Vec<TenantPause>, StoreError> {
+        let pauses = sqlx::query_as!(
+            TenantPause,
+            r#"select tenant_id, family,
+                      extract(epoch from least(paused_until, clock_timestamp() + make_interval(secs => $1)) - clock_timestamp())::float8
+                        as "left_s!"
+                 from tenant_pauses where paused_until > clock_timestamp()"#,
+            MAX_PAUSE_S
         );
-        self.in_time(async { Ok(gates.fetch_all(&self.control).await?) }).await
+        self.with_timeout(async { Ok(pauses.fetch_all(&self.control).await?) }).await
     }
 }

@@ -1,49 +1,48 @@
-//! Leases: renewed together, handed back in order.
+//! Leases: renewed together, handed back in order, and the runs whose lease expired.
 
+use tracing::warn;
 use uuid::Uuid;
 
 use super::{Store, StoreError};
-use crate::domain::run::Lease;
+use crate::domain::request::{SCHEMA_VERSION, SyncRequest};
+use crate::domain::run::{Lease, RunKey};
 
-/// What a renewal has found; a lease in neither list is lost.
+/// Leases that one statement renewed. The others are lost, or their row was locked at that moment.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Renewal {
-    /// The leases that go on.
-    pub kept: Vec<Lease>,
-    /// Those whose row is being written just now: still held, but not renewed this time.
-    pub busy: Vec<Lease>,
-    /// Least time that was left on any of them, in seconds of the database's clock.
+pub struct Renewed {
+    /// Renewed leases.
+    pub leases: Vec<Lease>,
+    /// Least time that was left on any of them, in seconds by the database clock; infinite if there is none.
     pub least_left_s: f64,
 }
 
+/// A run whose lease expired a while ago.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum InterruptedRun {
+    /// Its request is to be published again, with the trace context.
+    Restart(SyncRequest, Option<String>),
+    /// Its attempts are used up, or nobody restarted it for a day.
+    GiveUp(RunKey, SyncRequest),
+}
+
 impl Store {
-    /// Renews all leases of a process in one statement on a connection of their own. A lease that has expired is not taken
-    /// back, even if nobody else has it yet. A row that a writing statement has locked is passed over, so that one
-    /// slow batch does not keep the others from being renewed.
-    ///
-    /// # Errors
-    /// If the database is away; then nothing is known of any of them.
-    pub async fn renew_leases(&self, leases: &[Lease], owner: &str, lease_s: u64) -> Result<Renewal, StoreError> {
+    /// Renews leases in one statement. A lease that has expired is not renewed, even if nobody else has it yet.
+    pub async fn renew_leases(&self, leases: &[Lease], owner: &str, lease_s: u64) -> Result<Renewed, StoreError> {
         let tenants: Vec<Uuid> = leases.iter().map(|lease| lease.tenant_id).collect();
         let runs: Vec<Uuid> = leases.iter().map(|lease| lease.run_id).collect();
         let attempts: Vec<i32> = leases.iter().map(|lease| lease.attempt).collect();
+        // SKIP LOCKED: a row is locked for a moment when types are recorded, and for longer if its session lingers in a dead
+        // transaction; the other leases must not wait for it. The batches of a run lock its row FOR KEY SHARE, which does not conflict.
         let rows = sqlx::query!(
-            r#"with held as (
-                 select r.tenant_id, r.id, r.attempt, r.lease_expires_at - clock_timestamp() as left_over
+            r#"with free as (
+                 select r.tenant_id, r.id, r.lease_expires_at - clock_timestamp() as left_over
                    from unnest($1::uuid[], $2::uuid[], $3::int[]) as l(tenant_id, id, attempt)
                    join inventory_sync_runs r on r.tenant_id = l.tenant_id and r.id = l.id and r.attempt = l.attempt
-                  where r.status = 'running' and r.lease_owner = $4 and r.lease_expires_at > clock_timestamp()),
-               free as (
-                 select r.tenant_id, r.id from held h join inventory_sync_runs r using (tenant_id, id)
-                  where r.attempt = h.attempt and r.status = 'running' and r.lease_owner = $4
-                    and r.lease_expires_at > clock_timestamp()
-                  for no key update of r skip locked),
-               renewed as (
-                 update inventory_sync_runs r set lease_expires_at = clock_timestamp() + make_interval(secs => $5)
-                   from free f where r.tenant_id = f.tenant_id and r.id = f.id returning r.tenant_id, r.id)
-               select h.tenant_id, h.id, h.attempt, extract(epoch from h.left_over)::float8 as "left_s!",
-                      exists (select from renewed n where n.tenant_id = h.tenant_id and n.id = h.id) as "renewed!"
-                 from held h"#,
+                  where r.status = 'running' and r.lease_owner = $4 and r.lease_expires_at > clock_timestamp()
+                    for no key update of r skip locked)
+               update inventory_sync_runs r set lease_expires_at = clock_timestamp() + make_interval(secs => $5)
+                 from free f where r.tenant_id = f.tenant_id and r.id = f.id
+               returning r.tenant_id, r.id, r.attempt, extract(epoch from f.left_over)::float8 as "left_s!""#,
             &tenants,
             &runs,
             &attempts,
@@ -53,28 +52,93 @@ impl Store {
         .fetch_all(&self.leases)
         .await?;
         let least_left_s = rows.iter().map(|row| row.left_s).fold(f64::INFINITY, f64::min);
-        let (kept, busy): (Vec<_>, Vec<_>) = rows
-            .into_iter()
-            .map(|row| (row.renewed, Lease { tenant_id: row.tenant_id, run_id: row.id, attempt: row.attempt }))
-            .partition(|(renewed, _)| *renewed);
-        let leases = |rows: Vec<(bool, Lease)>| rows.into_iter().map(|(_, lease)| lease).collect();
-        Ok(Renewal { kept: leases(kept), busy: leases(busy), least_left_s })
+        let leases =
+            rows.iter().map(|row| Lease { tenant_id: row.tenant_id, run_id: row.id, attempt: row.attempt }).collect();
+        Ok(Renewed { leases, least_left_s })
     }
 
-    /// Hands a run back in order: whoever takes it over may do so at once, and it does not count as a lost worker.
+    /// Hands a run back in order: another replica may take it over at once, and no attempt is counted.
     ///
-    /// # Errors
-    /// If the database is away; then the lease runs out by itself.
+    /// If its row is locked nothing happens, and the lease expires by itself: neither a stop nor another run waits for a session
+    /// that lingers in a dead transaction.
     pub async fn hand_back_lease(&self, lease: &Lease) -> Result<(), StoreError> {
         let handed_back = sqlx::query!(
-            "update inventory_sync_runs set lease_owner = null, lease_expires_at = clock_timestamp()
-              where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running'",
+            "with free as (
+               select tenant_id, id from inventory_sync_runs
+                where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running' for no key update skip locked)
+             update inventory_sync_runs r set lease_owner = null, lease_expires_at = clock_timestamp()
+               from free f where r.tenant_id = f.tenant_id and r.id = f.id",
             lease.tenant_id,
             lease.run_id,
             lease.attempt
         )
-        .execute(&self.leases);
-        self.in_time(async { Ok(handed_back.await?) }).await?;
+        .execute(&self.control);
+        self.with_timeout(async { Ok(handed_back.await?) }).await?;
         Ok(())
+    }
+
+    /// Runs that need the janitor, at most `limit`: those whose lease expired `restart_after_s` ago and whose request is due to be
+    /// published again, and those to be given up.
+    ///
+    /// The first restart is due `restart_after_s` after the end of the lease, each further one after twice the time, so that a
+    /// backlog of hours does not fill with copies. A run is given up when its attempts are used up, or when nobody took
+    /// it over for `give_up_after_s` after its request was published again.
+    pub async fn claim_interrupted_runs(
+        &self,
+        restart_after_s: u64,
+        give_up_after_s: u64,
+        max_attempts: i32,
+        limit: u32,
+    ) -> Result<Vec<InterruptedRun>, StoreError> {
+        // The claim is the new republished_at: of replicas that look at the same time one publishes. SKIP LOCKED: a row that is locked is
+        // being taken over or ended.
+        let claimed = sqlx::query!(
+            r#"with due as (
+                 select r.tenant_id, r.id,
+                        (r.lease_owner is not null and r.attempt - r.interruptions >= $3)
+                          or coalesce(clock_timestamp() - r.republished_at >= make_interval(secs => $2), false) as give_up
+                   from inventory_sync_runs r
+                  where r.status = 'running' and clock_timestamp() - r.lease_expires_at >= make_interval(secs => $1)
+                    and ((r.lease_owner is not null and r.attempt - r.interruptions >= $3)
+                         or r.republished_at is null
+                         or clock_timestamp() - r.republished_at >= make_interval(secs => $2)
+                         or clock_timestamp() - r.lease_expires_at >= 2 * (r.republished_at - r.lease_expires_at))
+                  order by r.id limit $4
+                    for no key update skip locked)
+               update inventory_sync_runs r
+                  set republished_at = case when d.give_up then r.republished_at else clock_timestamp() end
+                 from due d where r.tenant_id = d.tenant_id and r.id = d.id
+               returning r.tenant_id, r.id, r.idempotency_key, r.selection_payload, r.correlation_id, r.requested_by, r.traceparent,
+                         d.give_up as "give_up!""#,
+            restart_after_s as f64,
+            give_up_after_s as f64,
+            max_attempts,
+            i64::from(limit)
+        )
+        .fetch_all(&self.control);
+        let claimed = self.with_timeout(async { Ok(claimed.await?) }).await?;
+        let runs = claimed.into_iter().filter_map(|row| {
+            let run = RunKey { tenant_id: row.tenant_id, run_id: row.id };
+            let selection = serde_json::from_value(row.selection_payload)
+                // The others must not wait for it.
+                .inspect_err(
+                    |error| warn!(%error, run_id = %run.run_id, "the selection of an interrupted run cannot be read"),
+                )
+                .ok()?;
+            let request = SyncRequest {
+                schema_version: SCHEMA_VERSION,
+                tenant_id: row.tenant_id,
+                idempotency_key: row.idempotency_key,
+                selection,
+                correlation_id: row.correlation_id,
+                requested_by: row.requested_by,
+            };
+            Some(if row.give_up {
+                InterruptedRun::GiveUp(run, request)
+            } else {
+                InterruptedRun::Restart(request, row.traceparent)
+            })
+        });
+        Ok(runs.collect())
     }
 }

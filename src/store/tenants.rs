@@ -1,4 +1,4 @@
-//! The tenants that may be asked for.
+//! Registered tenants.
 
 use serde::Serialize;
 use uuid::Uuid;
@@ -13,9 +13,9 @@ pub struct NewTenant {
     pub tenant_id: Uuid,
     /// Name for people.
     pub display_name: String,
-    /// Name of the credential that reads it.
+    /// Name of the credential used to read it.
     pub credential: String,
-    /// Running runs that it may have; none means `limits.tenant_max_runs`.
+    /// Limit of concurrent runs; none means `limits.tenant_max_runs`.
     pub max_concurrent_runs: Option<i32>,
 }
 
@@ -26,23 +26,20 @@ pub struct Tenant {
     pub tenant_id: Uuid,
     /// Name for people.
     pub display_name: String,
-    /// Whether its requests are run.
+    /// False if its requests are skipped.
     pub enabled: bool,
-    /// Running runs that it may have; none means `limits.tenant_max_runs`.
+    /// Limit of concurrent runs; none means `limits.tenant_max_runs`.
     pub max_concurrent_runs: Option<i32>,
-    /// Name of the credential that reads it.
+    /// Name of the credential used to read it.
     pub credential: String,
-    /// When it was registered, RFC 3339.
+    /// Time of registration, RFC 3339.
     pub created_at: String,
-    /// Items observed in it so far.
+    /// Number of items ever observed.
     pub items_count: i64,
 }
 
 impl Store {
     /// Registers a tenant, or gives a registered one a new name, credential and limit.
-    ///
-    /// # Errors
-    /// If the database is away or refuses a value.
     pub async fn add_tenant(&self, tenant: &NewTenant) -> Result<(), StoreError> {
         sqlx::query!(
             "insert into tenants (tenant_id, display_name, credential, max_concurrent_runs) values ($1, $2, $3, $4)
@@ -58,10 +55,7 @@ impl Store {
         Ok(())
     }
 
-    /// All tenants, by name.
-    ///
-    /// # Errors
-    /// If the database is away.
+    /// Tenants, sorted by name.
     pub async fn list_tenants(&self) -> Result<Vec<Tenant>, StoreError> {
         let rows = sqlx::query!(
             r#"select t.tenant_id, t.display_name, t.enabled, t.max_concurrent_runs, t.credential, t.created_at,
@@ -82,19 +76,13 @@ impl Store {
         Ok(tenants.collect())
     }
 
-    /// Enables or disables a tenant; says whether it is registered.
-    ///
-    /// # Errors
-    /// If the database is away.
+    /// Enables or disables a tenant; returns whether it is registered.
     pub async fn set_tenant_enabled(&self, tenant_id: Uuid, enabled: bool) -> Result<bool, StoreError> {
         let changed = sqlx::query!("update tenants set enabled = $2 where tenant_id = $1", tenant_id, enabled);
         Ok(changed.execute(&self.control).await?.rows_affected() == 1)
     }
 
-    /// The name of the credential that reads a tenant, if it is registered.
-    ///
-    /// # Errors
-    /// If the database is away.
+    /// Name of the credential of a tenant, if it is registered.
     pub async fn tenant_credential(&self, tenant_id: Uuid) -> Result<Option<String>, StoreError> {
         let credential = sqlx::query_scalar!("select credential from tenants where tenant_id = $1", tenant_id);
         Ok(credential.fetch_optional(&self.control).await?)

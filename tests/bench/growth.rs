@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use inventoryd::config::WhenFull;
 use inventoryd::domain::request::SyncRequest;
-use inventoryd::store::{Admission, AdmissionRules, Applicant, Store};
+use inventoryd::store::{Admission, AdmissionRequest, AdmissionRules, Store};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -128,7 +128,7 @@ struct Admitted {
 
 /// Admits `count` requests sequentially; ends each run before the next, outside the measured time.
 async fn admit(world: &World, count: usize) -> Result<Admitted> {
-    let store = Store::connect(&world.config()?.database, "bench")?;
+    let store = Store::connect(&world.config()?.database)?;
     let rules = AdmissionRules {
         owner: "bench".to_owned(),
         lease_s: 60,
@@ -144,7 +144,7 @@ async fn admit(world: &World, count: usize) -> Result<Admitted> {
         let request = SyncRequest::parse(None, body(tenant, &Uuid::new_v4().to_string()).as_bytes());
         let request = request.map_err(|rejection| rejection.detail)?;
         let hash = request.selection.hash();
-        let applicant = Applicant { request: &request, selection_hash: &hash, traceparent: None, deferred_s: 0 };
+        let applicant = AdmissionRequest { request: &request, selection_hash: &hash, traceparent: None, deferred_s: 0 };
         let begun = Instant::now();
         let admission = store.admit(&rules, &applicant).await?;
         times.push(begun.elapsed().as_secs_f64() * 1_000.0);

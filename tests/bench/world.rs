@@ -76,7 +76,7 @@ impl World {
             log: rig.log(&format!("{name}-inventoryd")),
         };
         let config = world.config()?;
-        Store::connect(&config.database, "bench")?.migrate().await?;
+        Store::connect(&config.database)?.migrate().await?;
         Broker::new(&config.broker, &config.topology, "bench")?.ensure_topology().await?;
         sqlx::query("insert into tenants (tenant_id, display_name) select id, 'Contoso' from unnest($1::uuid[]) t(id)")
             .bind(&world.tenants)

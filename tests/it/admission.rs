@@ -1,7 +1,5 @@
 //! Admission: every decision of the table in the contract, through the real queue.
 
-use std::time::Duration;
-
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -39,7 +37,7 @@ async fn a_duplicate_of_a_finished_request_creates_no_run_and_no_event() {
         .await;
     replica.stop().await;
     assert_eq!(world.runs("once").await, [run]);
-    assert_eq!(world.count("select count(*) from outbox_events").await, 2);
+    assert_eq!(world.count("select count(*) from inventory_sync_runs").await, 2);
     assert_eq!(events.received().len(), 2);
     assert!(world.sim.state().requests <= requests + 2, "a duplicate sends no request to Graph");
 }
@@ -187,16 +185,16 @@ async fn a_run_out_of_attempts_fails_as_worker_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_expired_run_of_the_same_selection_fails_and_frees_it() {
+async fn an_exhausted_run_of_the_same_selection_fails_and_frees_it() {
     let world = World::new().await;
     let request = world.request("mine", &["mobileApp"]);
     let selection =
         inventoryd::domain::request::SyncRequest::parse(None, request.to_string().as_bytes()).unwrap().selection;
     world
         .execute(&format!(
-        "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
+        "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status, attempt,
                 lease_owner, lease_expires_at, daemon_version)
-         values ('{}', '{}', 'theirs', '{}', '{}', 'running', 'gone', clock_timestamp() - interval '1 s', 'x')",
+         values ('{}', '{}', 'theirs', '{}', '{}', 'running', 5, 'gone', clock_timestamp() - interval '1 s', 'x')",
         world.tenant, Uuid::now_v7(), selection.hash(), selection.canonical_json(),
     ))
         .await;
@@ -209,47 +207,98 @@ async fn an_expired_run_of_the_same_selection_fails_and_frees_it() {
     events.event_of(&theirs).await;
 }
 
-/// Inserts a running run of `mobileApp` whose lease expired an hour ago.
-async fn orphan(world: &World, selection_hash: &str) {
-    let (tenant, run) = (world.tenant, Uuid::now_v7());
+/// Inserts a running run of the request whose lease expired an hour ago.
+async fn interrupted(world: &World, request: &Value) {
+    let body = request.to_string();
+    let selection = SyncRequest::parse(None, body.as_bytes()).unwrap().selection;
+    let (tenant, run, key) = (world.tenant, Uuid::now_v7(), request["idempotency_key"].as_str().unwrap());
+    let (hash, payload) = (selection.hash(), selection.canonical_json());
     world
         .execute(&format!(
             "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
                     lease_owner, lease_expires_at, daemon_version)
-             values ('{tenant}', '{run}', 'orphan', '{selection_hash}', '{{\"policy_types\": [\"mobileApp\"]}}', 'running',
+             values ('{tenant}', '{run}', '{key}', '{hash}', '{payload}', 'running',
                      'gone', clock_timestamp() - interval '1 hour', 'x')"
         ))
         .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_abandoned_run_is_failed_by_the_janitor() {
+async fn an_interrupted_run_whose_message_is_lost_is_restarted() {
     let world = World::new().await;
-    orphan(&world, "h").await;
+    interrupted(&world, &world.request("interrupted", &["mobileApp"])).await;
     let mut config = world.config();
-    config.run.abandoned_after_s = 1;
+    config.run.restart_after_s = 1;
     let _replica = Replica::with(config).await;
     let events = world.subscribe().await;
-    let run = world.ended("orphan").await;
+    let run = world.ended("interrupted").await;
+    assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(2)));
+    events.event_of(&run).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_request_does_not_end_an_interrupted_run_of_its_selection() {
+    let world = World::new().await;
+    interrupted(&world, &world.request("interrupted", &["mobileApp"])).await;
+    let _replica = Replica::start(&world).await;
+    let skipped = world.sync("new", &["mobileApp"]).await;
+    assert_eq!((&skipped["status"], &skipped["error_codes"]), (&json!("skipped"), &json!(["lock_contended"])));
+    assert_eq!(world.runs("interrupted").await[0]["status"], "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_nothing_restarts_fails_and_casts_doubt_on_missing_items() {
+    let world = World::new().await;
+    {
+        let replica = Replica::start(&world).await;
+        assert_eq!(world.sync("before", &["mobileApp", "deviceShellScript"]).await["status"], "success");
+        replica.stop().await;
+    }
+    let request = world.request("interrupted", &["mobileApp", "deviceShellScript"]);
+    interrupted(&world, &request).await;
+    // The items were seen before the run that is lost.
+    world.execute("update inventory_items set last_seen_at = last_seen_at - interval '1 hour'").await;
+    let mut config = world.config();
+    config.run.restart_after_s = 1;
+    config.run.give_up_after_s = 3;
+    let replica = Replica::with(config).await;
+    let events = world.subscribe().await;
+    // Nobody consumes: the copies of the request wait in the queue.
+    replica.daemon().stop().quiet.send_replace(true);
+    let run = world.ended("interrupted").await;
     assert_eq!((&run["status"], &run["error_codes"]), (&json!("failed"), &json!(["worker_lost"])));
+    assert!(world.depth("inventory.sync.requests").await >= 1, "the request was published again first");
+    let types = world
+        .rows(
+            "select policy_type, t.status, error_code from inventory_sync_run_types t join inventory_sync_runs r
+                            on r.id = t.run_id where idempotency_key = 'interrupted' order by 1",
+        )
+        .await;
+    let lost = |name: &str| json!({ "policy_type": name, "status": "failed", "error_code": "worker_lost" });
+    assert_eq!(types, [lost("deviceShellScript"), lost("mobileApp")], "every type of the scope");
+    let missing = world.missing(&run).await;
+    assert_eq!(missing.len() as i64, run["missing_low_count"].as_i64().unwrap());
+    assert!(!missing.is_empty() && missing.iter().all(|item| item["confidence"] == "low"), "{missing:?}");
     events.event_of(&run).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_whose_message_waits_in_the_queue_is_taken_over() {
     let world = World::new().await;
-    let body = world.request("orphan", &["mobileApp"]).to_string();
-    let request = SyncRequest::parse(None, body.as_bytes()).unwrap();
-    orphan(&world, &request.selection.hash()).await;
+    let request = world.request("interrupted", &["mobileApp"]);
+    interrupted(&world, &request).await;
     let mut config = world.config();
-    config.run.abandoned_after_s = 1;
+    config.run.restart_after_s = 1;
     let replica = Replica::with(config).await;
     replica.daemon().stop().quiet.send_replace(true);
     eventually("consumption is paused", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
-    world.publish(&world.request("orphan", &["mobileApp"])).await;
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    assert_eq!(world.runs("orphan").await[0]["status"], "running", "the janitor waits for the message to be read");
+    world.publish(&request).await;
+    eventually("the request is published again", || async {
+        (world.depth("inventory.sync.requests").await >= 2).then_some(())
+    })
+    .await;
+    assert_eq!(world.runs("interrupted").await[0]["status"], "running", "the run is not ended");
     replica.daemon().stop().quiet.send_replace(false);
-    let run = world.ended("orphan").await;
+    let run = world.ended("interrupted").await;
     assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(2)));
 }

@@ -58,8 +58,8 @@ async fn a_tenant_is_registered_asked_for_and_followed_to_its_end() {
     assert_eq!(call(&world, &["tenant", "add", &tenant, "--name", "Contoso"]).await.code, 0);
     let run = call(&world, &ask).await;
     assert_eq!(
-        (run.code, &run.json()["status"], &run.json()["types"][0]["complete"]),
-        (0, &json!("success"), &json!(true))
+        (run.code, &run.json()["status"], &run.json()["types"][0]["status"]),
+        (0, &json!("success"), &json!("complete"))
     );
     assert!(run.err.contains("✓ mobileApp"), "progress for people: {}", run.err);
     let listed = call(&world, &["runs", "list", "--tenant", &tenant]).await.out;

@@ -101,8 +101,7 @@ every_step! {
     killed_while_finishing_a_type type_finished_twice = 2;
     killed_while_ending_the_run run_ended_twice = 3;
     killed_while_writing_the_event event_written_twice = 4;
-    killed_while_claiming_the_event event_claimed_twice = 5;
-    killed_while_marking_the_event event_marked_twice = 6;
+    killed_while_removing_the_event event_removed_twice = 5;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use inventoryd::config::WhenFull;
 use inventoryd::domain::request::SyncRequest;
-use inventoryd::store::{Admission, AdmissionRules, Applicant, Store};
+use inventoryd::store::{Admission, AdmissionRequest, AdmissionRules, Store};
 
 use crate::sim::{Rule, SimConfig};
 use crate::support::daemon::Replica;
@@ -221,7 +221,6 @@ fn rules() -> AdmissionRules {
         lease_s: 600,
         max_attempts: 5,
         tenant_max_runs: 1_000_000,
-        // A limit above zero makes admission take its transactional path.
         fleet_max_runs: 1_000_000,
         when_full: WhenFull::Skip,
         defer_max_s: 0,
@@ -232,7 +231,7 @@ async fn admit(store: &Store, tenant: Uuid, key: &str) -> Admission {
     let request = World::request_of(tenant, key, &["mobileApp"]);
     let request = SyncRequest::parse(None, request.to_string().as_bytes()).unwrap();
     // A hash per key, so that no run blocks another.
-    let applicant = Applicant { request: &request, selection_hash: key, traceparent: None, deferred_s: 0 };
+    let applicant = AdmissionRequest { request: &request, selection_hash: key, traceparent: None, deferred_s: 0 };
     store.admit(&rules(), &applicant).await.expect("the database responds")
 }
 
@@ -243,7 +242,7 @@ async fn a_cancelled_transaction_leaves_no_connection_in_a_transaction() {
     let world = World::new().await;
     let mut config = world.config();
     config.database.max_connections = 4;
-    let store = Store::connect(&config.database, "test").unwrap();
+    let store = Store::connect(&config.database).unwrap();
     for number in 0..20 {
         admit(&store, world.tenant, &format!("warm-{number}")).await;
     }

@@ -24,7 +24,7 @@ async fn a_throttled_tenant_is_paused_on_every_replica() {
     })
     .await;
     eventually("the pause is published to the database", || async {
-        (world.count("select count(*) from tenant_gates where closed_until > now()").await == 1).then_some(())
+        (world.count("select count(*) from tenant_pauses where paused_until > now()").await == 1).then_some(())
     })
     .await;
     // Each replica polls the pauses every three seconds.

@@ -126,7 +126,7 @@ async fn nothing_of_graphs_messages_is_kept() {
         "{} {:?} {:?}",
         run,
         world.rows("select * from inventory_sync_run_types").await,
-        world.rows("select * from outbox_events").await
+        world.rows("select * from inventory_sync_runs").await
     );
     for secret in ["Bearer", "eyJ", "https://", "http://", "token="] {
         assert!(!everything.contains(secret), "{secret}: {everything}");

@@ -13,7 +13,7 @@ use crate::support::servers;
 use crate::support::world::World;
 
 /// Tables without a tenant; on Citus they are reference tables.
-const WITHOUT_TENANT: [&str; 3] = ["inventory_fleet", "daemon_replicas", "_sqlx_migrations"];
+const WITHOUT_TENANT: [&str; 4] = ["inventory_fleet", "daemon_replicas", "policy_types", "_sqlx_migrations"];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_key_begins_with_the_tenant() {

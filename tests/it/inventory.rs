@@ -134,7 +134,8 @@ async fn foreign_tables_are_never_touched() {
     world.execute(&format!(
         "create role {role} login;
          grant select, insert, update, delete on tenants, inventory_fleet, inventory_sync_runs, inventory_sync_run_types,
-               inventory_items, outbox_events, inventory_latest_runs, daemon_replicas, tenant_gates to {role};
+               inventory_items, outbox, inventory_latest_runs, daemon_replicas, tenant_pauses, policy_types,
+               inventory_complete_listings, inventory_selections to {role};
          grant select on _sqlx_migrations to {role}",
     )).await;
     let fingerprint = "select md5(string_agg(t::text || xmin::text, ',' order by id)) from";

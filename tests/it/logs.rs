@@ -22,10 +22,10 @@ async fn every_line_of_a_run_names_the_run_its_tenant_and_its_correlation_id() {
     let log = process.log();
     let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
     let at = |text: &str| lines.iter().position(|line| line["message"] == text).expect(text);
-    let of_the_run = &lines[at("run begins")..=at("run ended")];
+    let of_the_run = &lines[at("run started")..=at("run ended")];
     let said = |text: &str| of_the_run.iter().any(|line| line["message"] == text);
     for text in
-        ["Graph answered", "Graph refused", "Graph asks to be left alone", "list not read to its end", "type ended"]
+        ["Graph answered", "Graph refused", "Graph asks to be left alone", "list not read to the end", "type ended"]
     {
         assert!(said(text), "{text}: {log}");
     }

@@ -8,7 +8,7 @@ use crate::support::daemon::Replica;
 use crate::support::eventually;
 use crate::support::world::World;
 
-/// Inserts finished runs, `days` old, with one type and a published event each, under the keys `{key}-1` to
+/// Inserts finished runs, `days` old, with one type each, under the keys `{key}-1` to
 /// `{key}-{count}`.
 async fn old_runs(world: &World, key: &str, count: u32, days: u32) {
     let tenant = world.tenant;
@@ -17,16 +17,16 @@ async fn old_runs(world: &World, key: &str, count: u32, days: u32) {
             "with ended as (
                insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
                       daemon_version, started_at, finished_at)
-               select '{tenant}', gen_random_uuid(), '{key}-' || n, '{key}', '{{}}', 'success', 'x', at, at
+               select '{tenant}', inventory_new_run_id(at), '{key}-' || n, '{key}', '{{}}', 'success', 'x', at, at
                  from generate_series(1, {count}) n,
                       lateral (select clock_timestamp() - interval '{days} days' + n * interval '1 s' as at) at
-               returning tenant_id, id, finished_at),
+               returning tenant_id, id, selection_hash, finished_at),
              typed as (
                insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
                       items_upserted_count, items_created_count, items_changed_count, errors_count)
                select tenant_id, id, 'mobileApp', 'complete', 0, 0, 0, 0, 0 from ended)
-             insert into outbox_events (tenant_id, id, routing_key, payload, sent_at)
-             select tenant_id, id, 'x', '{{}}', finished_at from ended"
+             insert into inventory_selections (tenant_id, selection_hash, latest_run_id, latest_success_at)
+             select tenant_id, selection_hash, id, finished_at from ended order by finished_at desc limit 1"
         ))
         .await;
 }
@@ -39,8 +39,6 @@ async fn count_deletions(world: &World) {
              create function note_deletions() returns trigger language plpgsql as $$ begin
                insert into deletions select count(*) from deleted; return null; end $$;
              create trigger note after delete on inventory_sync_runs referencing old table as deleted
-               for each statement execute function note_deletions();
-             create trigger note after delete on outbox_events referencing old table as deleted
                for each statement execute function note_deletions();",
         )
         .await;
@@ -52,8 +50,9 @@ async fn retention_deletes_in_batches_and_spares_what_is_needed() {
     old_runs(&world, "busy", 2_500, 100).await;
     old_runs(&world, "quiet", 3, 400).await;
     old_runs(&world, "young", 1, 89).await;
-    let unsent = "update outbox_events set sent_at = null, claimed_until = clock_timestamp() + interval '1 hour'
-                   where id = (select id from inventory_sync_runs where idempotency_key = 'busy-7')";
+    let unsent =
+        "insert into outbox (tenant_id, run_id, due_at) select tenant_id, id, clock_timestamp() + interval '1 hour'
+                    from inventory_sync_runs where idempotency_key = 'busy-7'";
     world.execute(unsent).await;
     world
         .execute(&format!(
@@ -65,7 +64,7 @@ async fn retention_deletes_in_batches_and_spares_what_is_needed() {
         .await;
     count_deletions(&world).await;
     let mut config = world.config();
-    config.run.abandoned_after_s = 1;
+    config.retention.interval_s = 1;
     let _replica = Replica::with(config).await;
 
     let kept = eventually("the expired runs are deleted", || async {
@@ -83,10 +82,6 @@ async fn retention_deletes_in_batches_and_spares_what_is_needed() {
         4,
         "type rows are deleted with their run"
     );
-    eventually("published events older than a week are deleted", || async {
-        (world.count("select count(*) from outbox_events").await == 1).then_some(())
-    })
-    .await;
     assert_eq!(world.count("select count(*) from inventory_items where external_id = 'old'").await, 1);
     let most = world.count("select max(rows) from deletions").await;
     assert_eq!(most, 1_000, "every statement is bounded, so that none holds locks for long");
@@ -98,7 +93,7 @@ async fn an_idempotency_key_is_forgotten_with_its_run() {
     old_runs(&world, "key", 2, 100).await;
     old_runs(&world, "fresh", 1, 1).await;
     let mut config = world.config();
-    config.run.abandoned_after_s = 1;
+    config.retention.interval_s = 1;
     let _replica = Replica::with(config).await;
     eventually("the first key's run is deleted", || async { world.runs("key-1").await.is_empty().then_some(()) }).await;
     world.publish(&world.request("key-1", &["mobileApp"])).await;

@@ -22,9 +22,14 @@ async fn a_full_outbox_pauses_consumption_until_half_of_it_is_sent() {
     let world = World::new().await;
     world
         .execute(&format!(
-            "insert into outbox_events (tenant_id, id, routing_key, payload, claimed_until)
-             select '{}', gen_random_uuid(), 'run.completed.x.' || n, '{{}}', clock_timestamp() + interval '1 hour'
-               from generate_series(1, 10) n",
+            "with skipped as (
+               insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
+                      daemon_version, finished_at)
+               select '{}', gen_random_uuid(), 'waiting-' || n, 'x', '{{}}', 'skipped', 'x', clock_timestamp()
+                 from generate_series(1, 10) n
+               returning tenant_id, id)
+             insert into outbox (tenant_id, run_id, due_at)
+             select tenant_id, id, clock_timestamp() + interval '1 hour' from skipped",
             world.tenant
         ))
         .await;
@@ -35,10 +40,12 @@ async fn a_full_outbox_pauses_consumption_until_half_of_it_is_sent() {
     eventually("consumption pauses", || async { (paused() == Some("backlog")).then_some(()) }).await;
     world.publish(&world.request("waits", &["mobileApp"])).await;
     // Six are left: below the mark, but not yet half of it.
-    world.execute("update outbox_events set sent_at = clock_timestamp() where routing_key ~ '[1-4]$'").await;
+    world
+        .execute("delete from outbox using inventory_sync_runs r where r.id = run_id and r.idempotency_key ~ '-[1-4]$'")
+        .await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!((paused(), world.runs("waits").await.len()), (Some("backlog"), 0));
-    world.execute("update outbox_events set claimed_until = null").await;
+    world.execute("update outbox set due_at = clock_timestamp()").await;
     assert_eq!(world.ended("waits").await["status"], "success");
 }
 
@@ -149,18 +156,19 @@ async fn an_outbox_larger_than_a_batch_is_sent_batch_by_batch() {
     config.outbox.batch = 2;
     world
         .execute(&format!(
-            "insert into outbox_events (tenant_id, id, routing_key, payload)
-             select '{}', id, 'run.completed.success.x', json_build_object('id', id) from
-                    (select gen_random_uuid() as id from generate_series(1, 25)) ids",
+            "with skipped as (
+               insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
+                      daemon_version, finished_at)
+               select '{}', gen_random_uuid(), 'waiting-' || n, 'x', '{{}}', 'skipped', 'x', clock_timestamp()
+                 from generate_series(1, 25) n
+               returning tenant_id, id)
+             insert into outbox (tenant_id, run_id, due_at) select tenant_id, id, clock_timestamp() from skipped",
             world.tenant
         ))
         .await;
     let _replica = Replica::with(config).await;
     eventually("all are published", || async { (events.distinct().len() == 25).then_some(()) }).await;
-    eventually("and marked", || async {
-        (world.count("select count(*) from outbox_events where sent_at is null").await == 0).then_some(())
-    })
-    .await;
+    eventually("and removed", || async { (world.count("select count(*) from outbox").await == 0).then_some(()) }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

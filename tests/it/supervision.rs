@@ -36,7 +36,7 @@ async fn systemd_hears_when_requests_are_taken_and_that_the_replica_lives_and_st
     assert!(systemd.heard().iter().any(|line| line.starts_with("STATUS=no subscription: ")), "{:?}", systemd.heard());
 
     proxy.refuse(false);
-    let taken = "STATUS=requests are taken; 0 in hand";
+    let taken = "STATUS=requests are taken; 0 in flight";
     let begun = Instant::now();
     while systemd.count("READY=1") == 0 || systemd.count(taken) == 0 {
         assert!(begun.elapsed() < DEADLINE, "{:?}\n{}", systemd.heard(), process.log());
@@ -58,10 +58,16 @@ struct Turned {
 impl Turned {
     async fn new(world: &World) -> Self {
         let config = world.config();
-        let store = Store::connect(&config.database, "test").unwrap();
+        let store = Store::connect(&config.database).unwrap();
         let broker = Broker::new(&config.broker, &config.topology, "test").unwrap();
         let graph = GraphClient::new(&config.graph).unwrap();
-        let runner = Runner::new(&config, "test", store.clone(), graph, config.graph.catalog().unwrap());
+        let runner = Runner::new(
+            &config,
+            "test",
+            (store.clone(), graph),
+            config.graph.catalog().unwrap(),
+            tokio::sync::mpsc::channel(1).0,
+        );
         let consumer = Consumer::new(broker.clone(), broker.publisher(), runner, store, &config);
         let listener = http::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let livez = format!("http://{}/livez", listener.local_addr().unwrap());

@@ -104,7 +104,7 @@ async fn postgresql_is_verified_to_its_name() {
         (verified("127.0.0.1", &ours), "not valid for name \"127.0.0.1\""),
     ] {
         let config = configured(&world, &[("DATABASE__URL", &url)]);
-        let store = Store::connect(&config.database, "test").unwrap();
+        let store = Store::connect(&config.database).unwrap();
         let refused = store.ping().await.unwrap_err().to_string();
         assert!(refused.contains(expected), "{expected} is not in {refused}");
     }

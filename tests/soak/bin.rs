@@ -88,7 +88,7 @@ async fn main() -> ExitCode {
 /// Tells whether no work is left.
 async fn settled(world: &World, published: &Published, events: &Subscriber) -> bool {
     let open = "select count(*) from inventory_sync_runs where status = 'running'";
-    let unsent = "select count(*) from outbox_events where sent_at is null";
+    let unsent = "select count(*) from outbox";
     let runs = number(world, "select count(*) from inventory_sync_runs").await;
     let waiting = async {
         let mut sum = 0;
@@ -107,7 +107,7 @@ async fn settled(world: &World, published: &Published, events: &Subscriber) -> b
 async fn report(world: &World, events: &Subscriber, begun: Instant, published: usize) {
     let ended = number(world, "select count(*) from inventory_sync_runs where finished_at is not null").await;
     let running = number(world, "select count(*) from inventory_sync_runs where status = 'running'").await;
-    let unsent = number(world, "select count(*) from outbox_events where sent_at is null").await;
+    let unsent = number(world, "select count(*) from outbox").await;
     let show = |value: Option<i64>| value.map_or_else(|| "-".to_owned(), |value| value.to_string());
     println!(
         "{:>5} s  published {published:>6}  ended {:>6}  running {:>3}  events {:>6}  unsent {:>4}",

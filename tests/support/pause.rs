@@ -15,19 +15,8 @@ pub const STEPS: &[Step] = &[
         when: "update",
         condition: "when (new.finished_at is not null)",
     },
-    Step { name: "writing the event", table: "outbox_events", when: "insert", condition: "" },
-    Step {
-        name: "claiming the event",
-        table: "outbox_events",
-        when: "update",
-        condition: "when (new.sent_at is null)",
-    },
-    Step {
-        name: "marking the event",
-        table: "outbox_events",
-        when: "update",
-        condition: "when (new.sent_at is not null)",
-    },
+    Step { name: "enqueuing the event", table: "outbox", when: "insert", condition: "" },
+    Step { name: "removing the event", table: "outbox", when: "delete", condition: "" },
 ];
 
 /// Step whose transaction ends the run.
@@ -65,7 +54,7 @@ async fn create(world: &World, trigger: &str, seconds: f64) {
         .execute(&format!(
             "create sequence pause_once;
              create function pause() returns trigger language plpgsql as $$ begin
-               if nextval('pause_once') = 1 then perform pg_sleep({seconds}); end if; return new; end $$;
+               if nextval('pause_once') = 1 then perform pg_sleep({seconds}); end if; return coalesce(new, old); end $$;
              {trigger} execute function pause();",
         ))
         .await;

@@ -92,11 +92,7 @@ impl World {
             connection,
         };
         let config = world.config();
-        Store::connect(&config.database, "test")
-            .expect("the URL is valid")
-            .migrate()
-            .await
-            .expect("the schema is migrated");
+        Store::connect(&config.database).expect("the URL is valid").migrate().await.expect("the schema is migrated");
         let broker = Broker::new(&config.broker, &config.topology, "test").expect("the URL is valid");
         broker.ensure_topology().await.expect("the queues are declared");
         world.register(world.tenant, None).await;

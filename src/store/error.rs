@@ -1,0 +1,72 @@
+//! Errors of the store, classified by what the caller can do about them.
+
+/// A failed database operation.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The run ended or was taken over; this worker may not write any more.
+    #[error("the lease on the run is lost")]
+    LeaseLost,
+    /// The schema is not the one that this version needs.
+    #[error("{0}")]
+    Schema(String),
+    /// A setting of the server, database or role on which correctness or durability depends.
+    #[error("database: {0}")]
+    Setting(String),
+    /// An error of PostgreSQL or of the connection to it.
+    #[error("database: {0}")]
+    Database(#[from] sqlx::Error),
+    /// No response within the statement timeout.
+    #[error("database: no response within the statement timeout")]
+    Timeout,
+    /// The database accepts connections but no writes.
+    #[error("database: it is read-only")]
+    ReadOnly,
+    /// A row that no version of this daemon writes.
+    #[error("database: a row cannot be read: {0}")]
+    CorruptRow(String),
+}
+
+impl StoreError {
+    /// True if the write was rejected because the run no longer belongs to this worker.
+    #[must_use]
+    pub fn is_lease_lost(&self) -> bool {
+        matches!(self, Self::LeaseLost)
+    }
+
+    /// True if waiting cannot help: a wrong password, database, privilege, schema or setting.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Schema(_) | Self::Setting(_) => true,
+            // SQLSTATE classes: 28 authorisation, 3D no such database, 42 privileges and unknown names.
+            Self::Database(sqlx::Error::Database(error)) => has_class(error.as_ref(), &["28", "3D", "42"]),
+            _ => false,
+        }
+    }
+
+    /// True if a healthy database would reject the same data again.
+    #[must_use]
+    pub fn is_data_rejected(&self) -> bool {
+        match self {
+            Self::CorruptRow(_) => true,
+            // SQLSTATE classes: 21 cardinality, 22 data, 23 constraint. Privileges and the schema (42) can be repaired.
+            Self::Database(sqlx::Error::Database(error)) => has_class(error.as_ref(), &["21", "22", "23"]),
+            _ => false,
+        }
+    }
+
+    /// True if another session held a lock for longer than the statement may wait for it.
+    #[must_use]
+    pub fn is_lock_timeout(&self) -> bool {
+        matches!(self, Self::Database(sqlx::Error::Database(error)) if error.code().as_deref() == Some("55P03"))
+    }
+}
+
+fn has_class(error: &dyn sqlx::error::DatabaseError, classes: &[&str]) -> bool {
+    error.code().is_some_and(|code| classes.iter().any(|class| code.starts_with(class)))
+}
+
+/// Wraps an error of decoding a row.
+pub(super) fn corrupt_row(error: impl std::fmt::Display) -> StoreError {
+    StoreError::CorruptRow(error.to_string())
+}
