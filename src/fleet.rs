@@ -6,7 +6,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::graph::{GateChange, GraphClient};
+use crate::graph::{GraphClient, PauseNotice};
 use crate::store::{Store, StoreError};
 
 /// How often a replica says that it lives.
@@ -33,7 +33,7 @@ impl Fleet {
 
     /// Works until `stop`. A database that is away costs nothing but the sharing: each replica goes on by itself.
     pub async fn run(self, stop: &CancellationToken) {
-        let mut changes = self.graph.gate_changes();
+        let mut changes = self.graph.pause_notices();
         let mut sign_of_life = tokio::time::interval(SIGN_OF_LIFE);
         let mut look_at_gates = tokio::time::interval(LOOK_AT_GATES);
         loop {
@@ -52,9 +52,9 @@ impl Fleet {
         }
     }
 
-    async fn announce(&self, change: Result<GateChange, RecvError>) -> Result<(), StoreError> {
+    async fn announce(&self, change: Result<PauseNotice, RecvError>) -> Result<(), StoreError> {
         match change {
-            Ok(change) => self.store.announce_pause(change.tenant_id, change.family, change.closed_for).await,
+            Ok(change) => self.store.announce_pause(change.tenant_id, change.family, change.duration).await,
             // The newest matter, and they are still there.
             Err(_) => Ok(()),
         }
@@ -68,7 +68,7 @@ impl Fleet {
 
     async fn heed(&self) -> Result<(), StoreError> {
         for gate in self.store.pauses().await? {
-            self.graph.close_gate(gate.tenant_id, &gate.family, Duration::from_secs_f64(gate.left_s.max(0.0)));
+            self.graph.pause(gate.tenant_id, &gate.family, Duration::from_secs_f64(gate.left_s.max(0.0)));
         }
         Ok(())
     }

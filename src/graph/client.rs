@@ -1,93 +1,115 @@
-//! The handle on Graph, and the reader that one run has of it.
+//! Graph client of the process, and the reader of one run.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use reqwest::Url;
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
-use super::spending::{RunBudget, Spending};
-use super::throttle::{GateChange, Throttle};
-use super::token::{TokenSource, Tokens};
-use super::transport::{Connections, GraphError};
+use super::auth::token::{TokenCache, TokenSource};
+use super::limits::budget::{BudgetTracker, RunBudget};
+use super::limits::pause::{LimitRegistry, PauseNotice};
+use super::transport::{GraphError, HttpTransport};
 use crate::config::GraphConfig;
 use crate::domain::clock::Deadline;
 use crate::domain::run::GraphUsage;
 use crate::telemetry;
 
-/// Rings and clouds differ in what they know: what one tenant's Graph refuses another's may take, and this one's may
-/// tomorrow.
-const REFUSED_FOR: Duration = Duration::from_secs(24 * 3_600);
+/// Time for which a refused query option is remembered. Graph's rings and clouds differ: a list that refuses `$select`
+/// in one tenant may accept it in another, or tomorrow.
+const REFUSAL_REMEMBERED_FOR: Duration = Duration::from_secs(24 * 3_600);
 
-/// A tenant, and version and path of one of its lists.
-type Unselectable = (Uuid, String, String);
+/// Tenant, API version and path of a list.
+type ListKey = (Uuid, String, String);
 
-/// Microsoft Graph as this process sees it: its connections, tokens and what it has learned. Cheap to clone.
+/// Query options that a list is requested with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct QueryOptions {
+    pub(super) select: bool,
+    pub(super) top: bool,
+}
+
+impl QueryOptions {
+    const ALL: Self = Self { select: true, top: true };
+
+    /// Options in both.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self { select: self.select && other.select, top: self.top && other.top }
+    }
+
+    /// Options to try after a refusal: `$select` is dropped first, then `$top`. `None` if there are none left.
+    pub(super) fn reduced(self) -> Option<Self> {
+        match self {
+            Self { select: true, top } => Some(Self { select: false, top }),
+            Self { top: true, .. } => Some(Self { select: false, top: false }),
+            _ => None,
+        }
+    }
+}
+
+/// Microsoft Graph as this process sees it: connections, tokens, limits. Cheap to clone.
 #[derive(Clone)]
 pub struct GraphClient(pub(super) Arc<Shared>);
 
-/// What all readers have in common.
+/// State shared by all readers.
 pub(super) struct Shared {
     pub(super) base: Url,
-    pub(super) connections: Connections,
-    pub(super) tokens: Tokens,
-    pub(super) throttle: Throttle,
-    pub(super) max_tries: u32,
+    pub(super) transport: HttpTransport,
+    pub(super) tokens: TokenCache,
+    pub(super) limits: LimitRegistry,
+    pub(super) max_attempts: u32,
     pub(super) first_wait: Duration,
-    pub(super) most_wait: Duration,
+    pub(super) max_wait: Duration,
     pub(super) max_pages: u32,
-    /// Lists whose `$select` was refused, and until when that is believed.
-    unselectable: Mutex<HashMap<Unselectable, Deadline>>,
+    /// Query options of lists that refused some, with the time until which that is remembered.
+    accepted_options: Mutex<HashMap<ListKey, (QueryOptions, Deadline)>>,
 }
 
 impl GraphClient {
-    /// Makes a client; nothing is sent yet.
-    ///
-    /// # Errors
-    /// If the extra certificate authority can't be read, or TLS can't be set up.
+    /// Creates a client; nothing is sent yet.
     pub fn new(config: &GraphConfig) -> Result<Self, GraphError> {
         let base = Url::parse(config.base_url()).map_err(|_| GraphError::BaseUrl(config.base_url().to_owned()))?;
         Ok(Self(Arc::new(Shared {
             base,
-            connections: Connections::new(config)?,
-            tokens: Tokens::new(config),
-            throttle: Throttle::new(config),
-            max_tries: config.max_tries,
+            transport: HttpTransport::new(config)?,
+            tokens: TokenCache::new(config),
+            limits: LimitRegistry::new(config),
+            max_attempts: config.max_tries,
             first_wait: Duration::from_secs_f64(config.backoff_first_s),
-            most_wait: Duration::from_secs_f64(config.backoff_max_s),
+            max_wait: Duration::from_secs_f64(config.backoff_max_s),
             max_pages: config.max_pages,
-            unselectable: Mutex::default(),
+            accepted_options: Mutex::default(),
         })))
     }
 
-    /// The reader of one run.
+    /// Reader of one run.
     #[must_use]
     pub fn reader(&self, tenant_id: Uuid, credential: &str, budget: RunBudget) -> GraphReader {
         GraphReader {
             shared: Arc::clone(&self.0),
             token_source: self.0.tokens.source(tenant_id, credential),
-            spending: Arc::new(Spending::new(budget)),
+            budget: Arc::new(BudgetTracker::new(budget)),
             tenant_id,
         }
     }
 
     /// Divides Graph's limits by the number of replicas that read the same tenants, this one included.
     pub fn set_replicas(&self, replicas: u32) {
-        self.0.throttle.set_replicas(replicas);
+        self.0.limits.set_replicas(replicas);
     }
 
-    /// Every gate that Graph closes from now on, for the other replicas to know.
+    /// Receiver of every pause that Graph asks this replica for, to be told to the other replicas.
     #[must_use]
-    pub fn gate_changes(&self) -> broadcast::Receiver<GateChange> {
-        self.0.throttle.changes()
+    pub fn pause_notices(&self) -> broadcast::Receiver<PauseNotice> {
+        self.0.limits.notices()
     }
 
-    /// Closes a gate that Graph closed for another replica, for so long from now. Unknown families are ignored: they
-    /// are of another version.
-    pub fn close_gate(&self, tenant_id: Uuid, family: &str, closed_for: Duration) {
-        self.0.throttle.close(tenant_id, family, closed_for);
+    /// Applies a pause that another replica announced. Unknown families belong to another version and are ignored.
+    pub fn pause(&self, tenant_id: Uuid, family: &str, duration: Duration) {
+        self.0.limits.pause(tenant_id, family, duration);
     }
 }
 
@@ -97,45 +119,52 @@ impl std::fmt::Debug for GraphClient {
     }
 }
 
-/// One run's view of Graph: its tenant, its credential and what it may spend. Clones share the account.
+/// Access of one run to Graph: tenant, credential and budget. Clones share the budget.
 #[derive(Clone)]
 pub struct GraphReader {
     pub(super) shared: Arc<Shared>,
     pub(super) token_source: Arc<TokenSource>,
-    pub(super) spending: Arc<Spending>,
+    pub(super) budget: Arc<BudgetTracker>,
     pub(super) tenant_id: Uuid,
 }
 
 impl GraphReader {
-    /// What the run has cost Graph so far.
+    /// Requests and waits of the run so far.
     #[must_use]
     pub fn usage(&self) -> GraphUsage {
-        self.spending.usage()
+        self.budget.usage()
     }
 
-    /// After how many seconds it is worth asking again, once a list was given up because Graph throttles.
+    /// Seconds until a new run is worthwhile, once a list was given up because of throttling.
     #[must_use]
     pub fn retry_after_s(&self) -> Option<i32> {
-        self.spending.retry_after_s()
+        self.budget.retry_after_s()
     }
 
-    /// Whether a list may be asked with `$select`, as far as this process knows.
-    pub(super) fn is_selectable(&self, version: &str, path: &str) -> bool {
+    /// Query options that a list accepts, as far as this process knows.
+    pub(super) fn accepted_options(&self, version: &str, path: &str) -> QueryOptions {
         let key = (self.tenant_id, version.to_owned(), path.to_owned());
-        let refused = self.shared.unselectable.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.get(&key).is_none_or(|until| until.passed())
+        let known = self.shared.accepted_options.lock().get(&key).copied();
+        known.filter(|(_, until)| !until.passed()).map_or(QueryOptions::ALL, |(accepted, _)| accepted)
     }
 
-    /// Remembers that this tenant's Graph refuses the `$select` of a list.
-    pub(super) fn select_refused(&self, version: &str, path: &str) {
+    /// Remembers that a list of this tenant succeeds only with these query options.
+    pub(super) fn options_refused(&self, version: &str, path: &str, accepted: QueryOptions) {
         let key = (self.tenant_id, version.to_owned(), path.to_owned());
-        let mut refused = self.shared.unselectable.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.retain(|_, until| !until.passed());
-        refused.insert(key, Deadline::after(REFUSED_FOR));
-        drop(refused);
-        self.spending.select_refused();
+        let mut known = self.shared.accepted_options.lock();
+        known.retain(|_, (_, until)| !until.passed());
+        known.insert(key, (accepted, Deadline::after(REFUSAL_REMEMBERED_FOR)));
+        drop(known);
+        self.budget.count_options_refused();
         telemetry::graph_select_refused();
-        tracing::warn!(version, path, "$select was refused; asking without it for a day");
+        let QueryOptions { select, top } = accepted;
+        tracing::warn!(
+            version,
+            path,
+            select,
+            top,
+            "query options were refused; requesting the list without them for a day"
+        );
     }
 }
 

@@ -1,30 +1,20 @@
-//! Microsoft Graph, read only: tokens, authorised GETs with their retries, and lists page by page.
+//! Read-only Microsoft Graph client: access tokens, authorised GETs with retries, and lists page by page.
 //!
-//! `Pages` (pages.rs) follows one list -> `GraphReader::get` (request.rs) tries one link until it is answered or given
-//! up -> `Connections` (transport.rs) sends one request. What Graph says in an error is read in `answer.rs` and goes
-//! no further than this room: outwards there is only a [`Failure`](crate::domain::failure::Failure).
+//! `listing/pages.rs` reads one list, `listing/pager.rs` follows its next links, `listing/retry.rs` repeats a request
+//! until it succeeds or fails for good, `limits/` keeps it below Graph's quotas, `auth/` adds the token and
+//! `transport.rs` sends it. Error texts of Graph are judged in `listing/error_body.rs` and never leave this module:
+//! callers see only a [`Failure`](crate::domain::failure::Failure).
 
-mod answer;
-mod assertion;
+mod auth;
 mod client;
-mod credential;
-mod crowd;
-mod pace;
-mod page;
-mod pages;
-mod probe;
-mod request;
-mod retry_after;
-mod spending;
-mod throttle;
-mod token;
+mod limits;
+mod listing;
 mod transport;
-mod walk;
 
 pub use client::{GraphClient, GraphReader};
-pub use page::ObjectText;
-pub use pages::{Page, PageObject, Pages};
-pub use probe::ProbeFailure;
-pub use spending::RunBudget;
-pub use throttle::GateChange;
+pub use limits::budget::RunBudget;
+pub use limits::pause::PauseNotice;
+pub use listing::decode::ObjectText;
+pub use listing::pages::{Page, PageObject, Pages};
+pub use listing::probe::ProbeFailure;
 pub use transport::GraphError;

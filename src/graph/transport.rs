@@ -1,154 +1,153 @@
-//! One HTTP client for Graph and the token service: its TLS, its connections, and a single request with its bounds.
+//! HTTP transport for Graph and the token service: TLS, connections, and one request with its bounds.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use reqwest::header::{ACCEPT, AUTHORIZATION, DATE, HeaderMap, HeaderValue, RETRY_AFTER};
 use reqwest::{Certificate, Client, ClientBuilder, Response, Url, redirect};
 use uuid::Uuid;
 
-use super::retry_after;
 use crate::config::{GraphConfig, seconds};
 use crate::domain::clock::Deadline;
+use crate::graph::limits::retry_after;
 
-/// How this daemon introduces itself.
 const USER_AGENT: &str = concat!("inventoryd/", env!("CARGO_PKG_VERSION"));
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection whose far end is gone must not swallow a request until its timeout.
-const PING_EVERY: Duration = Duration::from_secs(20);
+/// HTTP/2 pings detect a dead peer long before a request would time out.
+const PING_INTERVAL: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
-/// Large enough that a page of some megabytes does not wait for window updates.
+/// Flow control windows, large enough for a page of several megabytes without window updates.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-/// Error bodies are small; what is longer says nothing that is needed.
-const MOST_ERROR_BYTES: usize = 256 << 10;
-/// New connections are made at most this often, however many requests ask for it at once.
-const RENEW_AT_MOST_EVERY: Duration = Duration::from_secs(1);
+/// Upper bound of an error body; a longer one is read as empty.
+const MAX_ERROR_BYTES: usize = 256 << 10;
+/// Shortest time between two replacements of the connections, however many requests ask for one.
+const MIN_RENEWAL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Why there is no Graph client; each names the key to mend.
+/// Error in the configuration of the Graph client; names the key to correct.
 #[derive(Debug, thiserror::Error)]
 pub enum GraphError {
-    /// The extra certificate authority can't be used.
-    #[error("graph.ca_file: can't use {0}: {1}")]
+    /// The additional certificate authority cannot be used.
+    #[error("graph.ca_file: cannot use {0}: {1}")]
     CaFile(String, String),
-    /// The root of Graph is no address.
-    #[error("graph.base_url: {0} is no address")]
+    /// The root of Graph is not a URL.
+    #[error("graph.base_url: {0} is not a valid URL")]
     BaseUrl(String),
-    /// TLS could not be set up.
-    #[error("graph: no HTTPS client could be made: {0}")]
+    /// TLS setup failed.
+    #[error("graph: cannot create the HTTPS client: {0}")]
     Client(#[source] reqwest::Error),
 }
 
-/// The HTTP client in use, which can be exchanged for one with fresh connections.
+/// HTTP client that can be replaced by one with new connections.
 #[derive(Debug)]
-pub(super) struct Connections {
+pub(super) struct HttpTransport {
     ca: Vec<Certificate>,
     timeout: Duration,
     max_body_bytes: usize,
-    live: Mutex<Live>,
+    current: Mutex<Current>,
 }
 
 #[derive(Debug)]
-struct Live {
+struct Current {
     client: Client,
     generation: u64,
     renewable_from: Deadline,
 }
 
-/// An answer with its whole body.
-pub(super) struct Answer {
+/// Response with its whole body.
+pub(super) struct HttpResponse {
     pub(super) status: u16,
-    /// Graph's id of the request.
+    /// Graph's `request-id`.
     pub(super) request_id: Option<String>,
-    /// How long Graph asks to be left alone.
+    /// Parsed `Retry-After`.
     pub(super) retry_after: Option<Duration>,
     pub(super) body: Vec<u8>,
 }
 
-/// Why there is no answer.
+/// Reason for a request without a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum NoAnswer {
-    /// It could not be reached, or broke off on the way.
+pub(super) enum TransportError {
+    /// Connecting failed, or the connection broke.
     Broken,
-    /// It took too long.
+    /// No response within the time limit.
     TimedOut,
-    /// It is larger than the largest page.
+    /// The body exceeds `graph.max_page_bytes`.
     TooLarge,
 }
 
-/// One authorised GET.
+/// Authorised GET request.
 pub(super) struct Get<'a> {
     pub(super) url: &'a Url,
     pub(super) authorization: &'a HeaderValue,
-    /// Ours, new with every try.
+    /// Our `client-request-id`, new for every attempt.
     pub(super) client_request_id: Uuid,
-    pub(super) at_most: Duration,
+    pub(super) timeout: Duration,
 }
 
-impl Connections {
+impl HttpTransport {
     pub(super) fn new(config: &GraphConfig) -> Result<Self, GraphError> {
-        // The process may have chosen its provider already; then that one is used.
+        // An error means that the process has installed a provider already, which is then used.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let ca = match &config.ca_file {
             Some(path) => certificates(path)?,
             None => Vec::new(),
         };
         let timeout = seconds(config.request_timeout_s);
-        let client = client(&ca, timeout).map_err(GraphError::Client)?;
-        let live = Live { client, generation: 0, renewable_from: Deadline::after(Duration::ZERO) };
-        Ok(Self { ca, timeout, max_body_bytes: config.max_page_bytes, live: Mutex::new(live) })
+        let client = build_client(&ca, timeout).map_err(GraphError::Client)?;
+        let current = Current { client, generation: 0, renewable_from: Deadline::after(Duration::ZERO) };
+        Ok(Self { ca, timeout, max_body_bytes: config.max_page_bytes, current: Mutex::new(current) })
     }
 
-    /// The client in use, with the number of its generation.
+    /// Client in use, with its generation.
     pub(super) fn client(&self) -> (Client, u64) {
-        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        (live.client.clone(), live.generation)
+        let current = self.current.lock();
+        (current.client.clone(), current.generation)
     }
 
-    /// Leaves the connections of a generation to the requests that still use them; new requests get fresh ones.
+    /// Replaces the client of a generation: new requests use new connections, requests in flight keep theirs.
     pub(super) fn renew(&self, generation: u64) {
-        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        if live.generation != generation || !live.renewable_from.passed() {
+        let mut current = self.current.lock();
+        if current.generation != generation || !current.renewable_from.passed() {
             return;
         }
-        match client(&self.ca, self.timeout) {
+        match build_client(&self.ca, self.timeout) {
             Ok(client) => {
-                let renewable_from = Deadline::after(RENEW_AT_MOST_EVERY);
-                *live = Live { client, generation: generation + 1, renewable_from };
+                let renewable_from = Deadline::after(MIN_RENEWAL_INTERVAL);
+                *current = Current { client, generation: generation + 1, renewable_from };
             }
-            Err(_) => tracing::warn!("no new HTTP client could be made; the connections in use are kept"),
+            Err(_) => tracing::warn!("cannot create a new HTTP client; keeping the current connections"),
         }
     }
 
-    /// Sends one GET and reads its answer to the end.
-    pub(super) async fn get(&self, client: &Client, get: Get<'_>) -> Result<Answer, NoAnswer> {
+    /// Sends one GET and reads the whole response.
+    pub(super) async fn get(&self, client: &Client, get: Get<'_>) -> Result<HttpResponse, TransportError> {
         let response = client
             .get(get.url.clone())
             .header(AUTHORIZATION, get.authorization)
             .header(ACCEPT, "application/json")
             .header("prefer", "include-unknown-enum-members")
             .header("client-request-id", get.client_request_id.to_string())
-            .timeout(get.at_most.min(self.timeout))
+            .timeout(get.timeout.min(self.timeout))
             .send()
             .await
-            .map_err(no_answer)?;
+            .map_err(transport_error)?;
         let status = response.status().as_u16();
-        let (request_id, retry_after) = (text(response.headers(), "request-id"), wait(response.headers()));
+        let (request_id, retry_after) = (text(response.headers(), "request-id"), retry_after_of(response.headers()));
         let body = match status {
             200 => read(response, self.max_body_bytes).await?,
-            _ => read(response, MOST_ERROR_BYTES).await.unwrap_or_default(),
+            _ => read(response, MAX_ERROR_BYTES).await.unwrap_or_default(),
         };
-        Ok(Answer { status, request_id, retry_after, body })
+        Ok(HttpResponse { status, request_id, retry_after, body })
     }
 }
 
-fn client(ca: &[Certificate], timeout: Duration) -> reqwest::Result<Client> {
+fn build_client(ca: &[Certificate], timeout: Duration) -> reqwest::Result<Client> {
     let builder: ClientBuilder = Client::builder()
         .user_agent(USER_AGENT)
-        // A redirect would carry the token to wherever it leads; Graph has no use for them here.
+        // A redirect would carry the token to another host; Graph's lists never redirect.
         .redirect(redirect::Policy::none())
         .referer(false)
-        // The environment must not be able to put somebody between us and Graph.
+        // Environment variables must not put a proxy between the daemon and Graph.
         .no_proxy()
         .https_only(true)
         .gzip(true)
@@ -156,15 +155,15 @@ fn client(ca: &[Certificate], timeout: Duration) -> reqwest::Result<Client> {
         .timeout(timeout)
         .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
         .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .http2_keep_alive_interval(PING_EVERY)
+        .http2_keep_alive_interval(PING_INTERVAL)
         .http2_keep_alive_timeout(PING_TIMEOUT)
-        // Retries are ours alone, with their budget and their counters.
+        // Retries are made in listing/retry.rs, within the run's budget.
         .retry(reqwest::retry::never());
     builder.tls_certs_merge(ca.iter().cloned()).build()
 }
 
-/// A client for the metadata service of this very machine, which speaks plain HTTP and must never be sent on.
-pub(super) fn machine_client() -> reqwest::Result<Client> {
+/// Client for the metadata service of this machine: plain HTTP, no redirects, no proxy.
+pub(super) fn metadata_client() -> reqwest::Result<Client> {
     Client::builder().redirect(redirect::Policy::none()).no_proxy().timeout(CONNECT_TIMEOUT).build()
 }
 
@@ -173,30 +172,30 @@ fn certificates(path: &std::path::Path) -> Result<Vec<Certificate>, GraphError> 
     let pem = std::fs::read(path).map_err(|error| unreadable(error.to_string()))?;
     let certificates = Certificate::from_pem_bundle(&pem).map_err(|error| unreadable(error.to_string()))?;
     if certificates.is_empty() {
-        return Err(unreadable("there is no certificate in it".to_owned()));
+        return Err(unreadable("the file contains no certificate".to_owned()));
     }
     Ok(certificates)
 }
 
-async fn read(mut response: Response, at_most_bytes: usize) -> Result<Vec<u8>, NoAnswer> {
+async fn read(mut response: Response, max_bytes: usize) -> Result<Vec<u8>, TransportError> {
     let (mut chunks, mut bytes) = (Vec::new(), 0);
-    while let Some(chunk) = response.chunk().await.map_err(no_answer)? {
+    while let Some(chunk) = response.chunk().await.map_err(transport_error)? {
         bytes += chunk.len();
-        if bytes > at_most_bytes {
-            return Err(NoAnswer::TooLarge);
+        if bytes > max_bytes {
+            return Err(TransportError::TooLarge);
         }
         chunks.push(chunk);
     }
-    // A buffer that grows as it is read would take up to three times the page.
+    // A growing buffer would take up to three times the size of the page.
     Ok(chunks.concat())
 }
 
-/// What is left of an error: its text may hold the link that was asked for, and with it names of the tenant.
-fn no_answer(error: reqwest::Error) -> NoAnswer {
-    if error.is_timeout() { NoAnswer::TimedOut } else { NoAnswer::Broken }
+/// Class of an error. Its text is dropped: it may contain the requested link, and with it names of the tenant.
+fn transport_error(error: reqwest::Error) -> TransportError {
+    if error.is_timeout() { TransportError::TimedOut } else { TransportError::Broken }
 }
 
-fn wait(headers: &HeaderMap) -> Option<Duration> {
+fn retry_after_of(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?;
     let date = headers.get(DATE).and_then(|date| date.to_str().ok());
     retry_after::parse(value, date)

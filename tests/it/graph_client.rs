@@ -1,4 +1,4 @@
-//! The Graph client against the simulator, over real HTTPS.
+//! Graph client against the simulator, over HTTPS.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -17,11 +17,11 @@ use uuid::Uuid;
 use crate::sim::{Action, ErrorBody, Rule, Sim, SimConfig};
 
 pub const TENANT: Uuid = Uuid::from_u128(0x6a5b_1a3e_3e24_4d1c_9d7b_0c3f_1a2b_3c4d);
-/// Shared by several types, with more than one page of 25 below.
+/// List shared by several types.
 const SHARED: &str = "deviceManagement/configurationPolicies";
 pub const PLAIN: &str = "deviceManagement/roleScopeTags";
 
-/// A simulator and a client that trusts it.
+/// Simulator with a client that trusts it.
 pub struct World {
     pub sim: Sim,
     pub config: GraphConfig,
@@ -119,7 +119,7 @@ pub fn ids_of(sim: &Sim, path: &str) -> BTreeSet<String> {
 }
 
 #[tokio::test]
-async fn every_list_of_the_contracts_is_read_to_its_end() {
+async fn every_contract_list_is_read_to_its_end() {
     let world = World::start().await;
     let (client, mut seen) = (world.client(), BTreeSet::new());
     for policy_type in world.catalog.types() {
@@ -142,7 +142,7 @@ async fn every_list_of_the_contracts_is_read_to_its_end() {
 }
 
 #[tokio::test]
-async fn opaque_links_are_followed_untouched_over_http2_and_each_try_has_an_id_of_its_own() {
+async fn next_links_are_followed_verbatim_over_http2_and_each_attempt_has_its_own_id() {
     let world = World::start().await;
     world.sim.set_size(Some(TENANT), Some(PLAIN), 130).unwrap();
     let objects = world.read(PLAIN).await.unwrap();
@@ -156,7 +156,7 @@ async fn opaque_links_are_followed_untouched_over_http2_and_each_try_has_an_id_o
 }
 
 #[tokio::test]
-async fn ids_repeated_across_pages_are_seen_once_and_empty_pages_lose_nothing() {
+async fn repeated_ids_count_once_and_empty_pages_lose_nothing() {
     let world = World::start().await;
     world.sim.set_size(Some(TENANT), Some(PLAIN), 130).unwrap();
     world.rule(Rule::new(Action::DuplicateIds { count: 3 }).path(PLAIN).page(3));
@@ -167,7 +167,7 @@ async fn ids_repeated_across_pages_are_seen_once_and_empty_pages_lose_nothing() 
 }
 
 #[tokio::test]
-async fn children_are_read_below_each_parent() {
+async fn children_are_read_for_each_parent() {
     let world = World::start().await;
     let collection = world.collection("deviceManagement/depOnboardingSettings/{parent_id}/enrollmentProfiles");
     world.sim.set_size(Some(TENANT), collection.parent.as_deref(), 30).unwrap();
@@ -183,7 +183,7 @@ async fn children_are_read_below_each_parent() {
 }
 
 #[tokio::test]
-async fn throttling_is_waited_out_and_never_too_early() {
+async fn a_pause_is_waited_out_and_never_shortened() {
     for (form, at_least_ms) in [("1", 1_000), ("0.3", 1_000), ("1 seconds", 1_000), ("date:1", 1_000), ("none", 10)] {
         let world = World::start().await;
         world.rule(Rule::status(429, Some(form)).path(PLAIN).times(1));
@@ -199,7 +199,7 @@ async fn throttling_is_waited_out_and_never_too_early() {
 }
 
 #[tokio::test]
-async fn throttling_without_end_ends_within_the_budget() {
+async fn throttle_waits_end_within_the_budget() {
     let world = World::start().await;
     world.rule(Rule::status(429, Some("7")).path(PLAIN));
     let reader = world.client().reader(TENANT, "default", budget(600, 5));
@@ -208,14 +208,14 @@ async fn throttling_without_end_ends_within_the_budget() {
     assert_eq!((reader.retry_after_s(), reader.usage().graph_throttle_wait_ms), (Some(7), 0));
 
     world.sim.remove_rules(None);
-    world.rule(Rule::status(503, None).path(PLAIN));
+    world.rule(Rule::status(503, Some("7")).path(PLAIN));
     let reader = world.client().reader(TENANT, "default", budget(600, 1));
     let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
     assert_eq!((failure.code, failure.http_status), (ErrorCode::GraphThrottled, Some(503)));
 }
 
 #[tokio::test]
-async fn what_breaks_on_its_way_is_asked_for_again_by_the_same_link() {
+async fn broken_responses_are_requested_again_by_the_same_link() {
     let breaks = [
         Action::Truncate { clean: false },
         Action::Truncate { clean: true },
@@ -238,20 +238,20 @@ async fn what_breaks_on_its_way_is_asked_for_again_by_the_same_link() {
 }
 
 #[tokio::test]
-async fn tries_end() {
-    for (status, tries) in [(504, 6), (500, 3), (408, 3), (400, 1), (409, 1)] {
+async fn attempts_are_bounded() {
+    for (status, attempts) in [(504, 6), (503, 6), (500, 4), (408, 3), (400, 2), (409, 2), (501, 2), (405, 2)] {
         let world = World::start().await;
         world.rule(Rule::status(status, None).path(PLAIN));
         let failure = world.refused(PLAIN).await;
         assert_eq!(failure.http_status, Some(status));
         assert!(failure.request_id.is_some());
         let requests = world.sim.requests().iter().filter(|request| request.status == status).count();
-        assert_eq!(requests, tries, "{status}");
+        assert_eq!(requests, attempts, "{status}");
     }
 }
 
 #[tokio::test]
-async fn lists_that_lead_astray_are_given_up() {
+async fn loops_and_foreign_links_end_a_list() {
     for (action, code) in [
         (Action::ForeignLink { host: "evil.example.invalid".to_owned() }, ErrorCode::GraphForeignLink),
         (Action::RepeatLink, ErrorCode::GraphPagingLoop),
@@ -270,7 +270,7 @@ async fn lists_that_lead_astray_are_given_up() {
 }
 
 #[tokio::test]
-async fn refusals_are_told_apart() {
+async fn each_refusal_has_its_own_code() {
     for (action, code, tokens) in [
         (Action::Forbidden { permission: None }, ErrorCode::GraphForbidden, 1),
         (Action::NotLicensed, ErrorCode::GraphNotApplicable, 1),
@@ -289,7 +289,7 @@ async fn refusals_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_singleton_that_does_not_exist_is_an_empty_page_and_a_list_is_not() {
+async fn a_404_of_graph_is_an_empty_singleton_and_an_unsupported_list() {
     let world = World::start().await;
     let singleton = "deviceManagement/remoteAssistanceSettings";
     world.rule(Rule::status(404, None));
@@ -298,7 +298,7 @@ async fn a_singleton_that_does_not_exist_is_an_empty_page_and_a_list_is_not() {
 }
 
 #[tokio::test]
-async fn a_path_that_this_graph_does_not_know_is_unsupported() {
+async fn an_unknown_path_is_unsupported() {
     let world = World::start().await;
     let contracts = DEFAULT_CONTRACTS.replace(&format!("\"{PLAIN}\""), "\"deviceManagement/thingsFromTheFuture\"");
     let catalog = Catalog::parse(&contracts).unwrap();
@@ -308,7 +308,7 @@ async fn a_path_that_this_graph_does_not_know_is_unsupported() {
 }
 
 #[tokio::test]
-async fn a_refused_select_is_left_out_once_and_remembered() {
+async fn a_refused_select_is_dropped_and_remembered() {
     let world = World::start().await;
     world.rule(Rule::new(Action::RefuseSelect { property: None }).path(SHARED));
     let client = world.client();
@@ -323,7 +323,7 @@ async fn a_refused_select_is_left_out_once_and_remembered() {
 }
 
 #[tokio::test]
-async fn a_token_that_ends_in_the_middle_is_renewed_once() {
+async fn a_token_that_expires_within_a_list_is_renewed_once() {
     let world = World::start().await;
     world.sim.set_size(Some(TENANT), Some(PLAIN), 60).unwrap();
     let mut pages = world.reader().pages(&world.collection(PLAIN));
@@ -334,7 +334,7 @@ async fn a_token_that_ends_in_the_middle_is_renewed_once() {
 }
 
 #[tokio::test]
-async fn a_token_is_asked_for_once_however_many_want_it() {
+async fn concurrent_readers_share_one_token_request() {
     let world = World::start().await;
     world.rule(Rule::new(Action::Slow { delay_ms: 100 }).on_token());
     let client = world.client();
@@ -348,7 +348,7 @@ async fn a_token_is_asked_for_once_however_many_want_it() {
 }
 
 #[tokio::test]
-async fn no_token_says_so_with_the_number_of_the_token_service_and_is_not_asked_for_by_everyone() {
+async fn a_failed_token_request_is_shared_and_keeps_its_aadsts_number() {
     let world = World::with(SimConfig::default(), &[("credentials__default__client_secret", "wrong")]).await;
     let reader = world.reader();
     for _ in 0..5 {
@@ -363,7 +363,7 @@ async fn no_token_says_so_with_the_number_of_the_token_service_and_is_not_asked_
 }
 
 #[tokio::test]
-async fn the_token_service_gets_its_retries_too() {
+async fn token_requests_are_retried() {
     let world = World::start().await;
     world.rule(Rule::status(503, None).on_token().times(2));
     world.read(PLAIN).await.unwrap();
@@ -371,7 +371,7 @@ async fn the_token_service_gets_its_retries_too() {
 }
 
 #[tokio::test]
-async fn nothing_goes_on_after_the_deadline() {
+async fn the_deadline_ends_a_request() {
     let world = World::start().await;
     world.rule(Rule::new(Action::Slow { delay_ms: 3_000 }).path(PLAIN));
     let reader = world.client().reader(TENANT, "default", budget(1, 1));
@@ -382,7 +382,7 @@ async fn nothing_goes_on_after_the_deadline() {
 }
 
 #[tokio::test]
-async fn a_turn_that_comes_after_the_deadline_is_not_waited_for() {
+async fn the_rate_limiter_does_not_wait_past_the_deadline() {
     let world = World::with(SimConfig::default(), &[("intune_per_20s", "20")]).await;
     world.sim.set_size(Some(TENANT), Some(PLAIN), 25 * 30).unwrap();
     let reader = world.client().reader(TENANT, "default", budget(2, 2));
@@ -391,11 +391,11 @@ async fn a_turn_that_comes_after_the_deadline_is_not_waited_for() {
     assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
     assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
     let asked = world.sim.requests().len();
-    assert!((1..8).contains(&asked), "it was asked at its pace until then: {asked}");
+    assert!((1..8).contains(&asked), "requests leave at the rate until then: {asked}");
 }
 
 #[tokio::test]
-async fn after_a_503_graph_is_asked_over_another_connection() {
+async fn a_503_is_retried_over_another_connection() {
     for (status, other) in [(503, true), (429, false)] {
         let world = World::start().await;
         world.sim.set_size(Some(TENANT), Some(PLAIN), 60).unwrap();
@@ -408,13 +408,13 @@ async fn after_a_503_graph_is_asked_over_another_connection() {
 }
 
 #[tokio::test]
-async fn a_page_over_the_limit_is_refused() {
+async fn a_page_over_the_size_limit_is_rejected() {
     let world = World::with(SimConfig::default(), &[("max_page_bytes", "65536")]).await;
     world.sim.set_size(Some(TENANT), Some(SHARED), 1_000).unwrap();
     assert_eq!(world.refused(SHARED).await.code, ErrorCode::GraphBadResponse);
 }
 
-/// Collects everything that is logged while it lives, by this thread and so by everything in a test on one thread.
+/// Writer that keeps every log line of this thread, and so of a test on one thread.
 #[derive(Clone, Default)]
 struct Logs(Arc<Mutex<Vec<u8>>>);
 
@@ -430,8 +430,8 @@ impl std::io::Write for Logs {
 }
 
 #[tokio::test]
-async fn logs_hold_ids_but_no_secret_no_link_and_no_word_of_graph() {
-    // Without a listener of the whole process other tests could switch the log's call sites off for all.
+async fn logs_contain_ids_but_no_secrets_links_or_texts_of_graph() {
+    // Without a global subscriber, other tests could disable the log's call sites for the whole process.
     let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry());
     let logs = Logs::default();
     let writer = logs.clone();

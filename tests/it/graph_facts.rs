@@ -9,9 +9,9 @@ const FACTS: &[Fact] = &[
     (
         "A list goes on until there is no next link; a link is opaque, some are percent-encoded twice",
         &[
-            "tests/it/graph_client.rs::every_list_of_the_contracts_is_read_to_its_end",
-            "tests/it/graph_client.rs::opaque_links_are_followed_untouched_over_http2_and_each_try_has_an_id_of_its_own",
-            "src/graph/walk.rs::a_double_encoded_link_survives_byte_for_byte",
+            "tests/it/graph_client.rs::every_contract_list_is_read_to_its_end",
+            "tests/it/graph_client.rs::next_links_are_followed_verbatim_over_http2_and_each_attempt_has_its_own_id",
+            "src/graph/listing/pager.rs::a_double_encoded_link_survives_byte_for_byte",
         ],
     ),
     (
@@ -22,35 +22,35 @@ const FACTS: &[Fact] = &[
     (
         "`@odata.count` is no total",
         &[
-            "src/graph/page.rs::objects_keep_their_bytes_and_ids_are_found_wherever_they_stand",
-            "tests/it/graph_client.rs::every_list_of_the_contracts_is_read_to_its_end",
+            "src/graph/listing/decode.rs::objects_keep_their_bytes_and_ids_are_found_at_any_position",
+            "tests/it/graph_client.rs::every_contract_list_is_read_to_its_end",
         ],
     ),
     (
         "A list can lead in a circle or bring the same objects for ever",
         &[
-            "tests/it/graph_client.rs::lists_that_lead_astray_are_given_up",
-            "src/graph/walk.rs::a_link_is_followed_once",
-            "src/graph/walk.rs::a_list_must_get_on_but_may_end_as_it_likes",
+            "tests/it/graph_client.rs::loops_and_foreign_links_end_a_list",
+            "src/graph/listing/pager.rs::a_link_is_followed_once",
+            "src/graph/listing/pager.rs::a_list_must_progress_until_its_last_page",
         ],
     ),
     (
         "The same object can stand on two pages",
         &[
-            "tests/it/graph_client.rs::ids_repeated_across_pages_are_seen_once_and_empty_pages_lose_nothing",
+            "tests/it/graph_client.rs::repeated_ids_count_once_and_empty_pages_lose_nothing",
             "tests/it/inventory.rs::ids_repeated_across_pages_are_one_item",
         ],
     ),
     (
         "A link to another host would be sent the token",
         &[
-            "src/graph/walk.rs::links_to_other_places_are_refused",
-            "src/graph/walk.rs::whatever_a_link_looks_like_the_token_goes_to_graph_alone",
+            "src/graph/listing/pager.rs::next_links_to_other_hosts_are_rejected",
+            "src/graph/listing/pager.rs::no_next_link_sends_the_token_to_another_host",
         ],
     ),
     (
         "Single pages fail with 504 or break off, and the same link works the next time",
-        &["tests/it/graph_client.rs::what_breaks_on_its_way_is_asked_for_again_by_the_same_link"],
+        &["tests/it/graph_client.rs::broken_responses_are_requested_again_by_the_same_link"],
     ),
     (
         "Several kinds of object share a list, and one of a kind that is not known yet is still an object",
@@ -72,75 +72,75 @@ const FACTS: &[Fact] = &[
         "One unknown property in `$select` fails the whole request; without `$select` secrets may come",
         &[
             "tests/it/graph.rs::a_refused_select_is_left_out_once_and_remembered",
-            "tests/it/graph_client.rs::a_refused_select_is_left_out_once_and_remembered",
+            "tests/it/graph_client.rs::a_refused_select_is_dropped_and_remembered",
             "src/domain/item.rs::unknown_and_secret_properties_are_dropped",
         ],
     ),
     (
         "Errors stand in JSON inside `message`, up to three times over, and name tenants and servers",
         &[
-            "src/graph/answer.rs::a_forbidden_inside_a_401_is_found_at_any_depth",
-            "src/graph/answer.rs::whatever_an_error_body_says_only_plain_words_of_it_are_recorded",
+            "src/graph/listing/error_body.rs::a_forbidden_inside_a_401_is_found_at_any_depth",
+            "src/graph/listing/error_body.rs::only_plain_words_of_an_error_body_are_recorded",
             "tests/it/graph.rs::nothing_of_graphs_messages_is_kept",
         ],
     ),
     (
         "A 401 can mean forbidden; an unknown path and a missing licence are a 400",
         &[
-            "src/graph/answer.rs::each_kind_of_refusal_has_its_code",
+            "src/graph/listing/error_body.rs::each_kind_of_error_has_its_code",
             "tests/it/graph.rs::every_refusal_has_its_own_code",
-            "tests/it/graph_client.rs::a_path_that_this_graph_does_not_know_is_unsupported",
+            "tests/it/graph_client.rs::an_unknown_path_is_unsupported",
         ],
     ),
     (
         "A missing permission is named in the message",
         &[
-            "src/graph/answer.rs::the_permissions_that_graph_names_are_kept_and_nothing_else",
+            "src/graph/listing/error_body.rs::named_permissions_are_kept_and_nothing_else",
             "tests/it/graph_credentials.rs::a_probe_says_what_a_run_would_meet_and_which_permission_is_missing",
         ],
     ),
     (
         "Intune takes 1,000 requests of an application in 20 seconds, its devices family 2,000",
         &[
-            "src/graph/throttle.rs::every_family_of_the_contracts_has_its_limits",
-            "src/graph/pace.rs::no_window_holds_more_than_the_limit",
+            "src/graph/limits/pause.rs::every_family_of_the_contracts_has_its_limits",
+            "src/graph/limits/rate_limit.rs::no_window_exceeds_the_limit",
             "tests/it/graph_limits.rs::under_its_own_pace_it_is_never_throttled_and_hardly_slower_than_allowed",
         ],
     ),
     (
         "Conditional Access takes one request a second, and says nothing of when to come back",
         &[
-            "src/graph/pace.rs::conditional_access_is_asked_one_by_one_and_no_limit_is_no_pace",
+            "src/graph/limits/rate_limit.rs::conditional_access_has_no_burst_and_zero_is_no_limit",
             "tests/it/graph_limits.rs::conditional_access_is_asked_once_a_second_at_most",
         ],
     ),
     (
         "`Retry-After` is a number, a fraction, a date or absent; who comes back too early is counted again",
         &[
-            "src/graph/retry_after.rs::every_form_is_read_and_rounded_up",
-            "tests/it/graph_client.rs::throttling_is_waited_out_and_never_too_early",
+            "src/graph/limits/retry_after.rs::every_form_is_parsed_and_rounded_up",
+            "tests/it/graph_client.rs::a_pause_is_waited_out_and_never_shortened",
             "tests/it/graph_limits.rs::without_a_pace_it_is_throttled_but_never_comes_back_too_early",
             "tests/it/fleet.rs::a_throttled_tenant_is_paused_on_every_replica",
         ],
     ),
     (
         "After a 503 another connection may lead to a server that answers",
-        &["tests/it/graph_client.rs::after_a_503_graph_is_asked_over_another_connection"],
+        &["tests/it/graph_client.rs::a_503_is_retried_over_another_connection"],
     ),
-    ("Most codes are final: only some are worth another try", &["tests/it/graph_client.rs::tries_end"]),
+    ("Most codes are final: only some are worth another try", &["tests/it/graph_client.rs::attempts_are_bounded"]),
     (
         "A token is good for about an hour and can end in the middle of a list; one without roles is given all the same",
         &[
             "tests/it/graph.rs::a_token_that_ends_early_is_replaced",
-            "tests/it/graph_client.rs::a_token_that_ends_in_the_middle_is_renewed_once",
-            "tests/it/graph_client.rs::a_token_is_asked_for_once_however_many_want_it",
-            "src/graph/token.rs::roles_are_read_where_a_token_can_be_read",
+            "tests/it/graph_client.rs::a_token_that_expires_within_a_list_is_renewed_once",
+            "tests/it/graph_client.rs::concurrent_readers_share_one_token_request",
+            "src/graph/auth/token.rs::roles_are_parsed_unless_the_token_is_opaque",
         ],
     ),
     (
         "A certificate signs an assertion with PS256, under `x5t#S256`",
         &[
-            "src/graph/assertion.rs::the_assertion_has_its_claims_and_a_signature_that_holds",
+            "src/graph/auth/client_assertion.rs::an_assertion_has_its_claims_and_a_valid_signature",
             "tests/it/graph_credentials.rs::a_certificate_gets_a_token",
         ],
     ),

@@ -76,20 +76,20 @@ async fn a_gate_closed_by_one_run_holds_the_others_and_can_be_told_to_other_repl
     let world = World::start().await;
     let (client, other_replica) = (world.client(), world.client());
     let collection = world.collection(PLAIN);
-    let mut changes = client.gate_changes();
+    let mut changes = client.pause_notices();
     world.sim.add_rule(Rule::status(429, Some("2")).path(PLAIN).times(1));
     let readers: Vec<_> = (0..3).map(|_| client.reader(TENANT, "default", budget(30, 20))).collect();
     read(&readers[0], &collection).await.unwrap();
     let change = changes.try_recv().unwrap();
-    assert_eq!((change.tenant_id, change.family, change.closed_for), (TENANT, "intune", Duration::from_secs(2)));
+    assert_eq!((change.tenant_id, change.family, change.duration), (TENANT, "intune", Duration::from_secs(2)));
 
-    other_replica.close_gate(change.tenant_id, change.family, Duration::from_millis(1_500));
+    other_replica.pause(change.tenant_id, change.family, Duration::from_millis(1_500));
     let begun = Instant::now();
     let reader = other_replica.reader(TENANT, "default", budget(30, 20));
     read(&reader, &collection).await.unwrap();
     assert!(begun.elapsed() >= Duration::from_millis(1_400), "{:?}", begun.elapsed());
     assert_eq!(reader.usage().graph_throttled_count, 0);
     let other_family = other_replica.reader(TENANT, "default", budget(30, 20));
-    other_replica.close_gate(TENANT, "devices", Duration::from_secs(60));
+    other_replica.pause(TENANT, "devices", Duration::from_secs(60));
     assert!(read(&other_family, &collection).await.is_ok());
 }

@@ -1,4 +1,4 @@
-//! What proves to the token service who asks: one credential of `azure_identity` for each kind of the configuration.
+//! Credentials of the configuration, each as a credential of `azure_identity`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,11 +15,11 @@ use reqwest::Client;
 use secrecy::ExposeSecret;
 use uuid::Uuid;
 
-use super::assertion::{Assertion, Certificate};
-use super::transport::machine_client;
+use super::client_assertion::{Assertion, Certificate};
 use crate::config::{CredentialConfig, CredentialKind, GraphConfig};
+use crate::graph::transport::metadata_client;
 
-/// The credentials of the configuration, by name.
+/// Credentials of the configuration, by name.
 pub(super) struct Credentials {
     configs: BTreeMap<String, CredentialConfig>,
     authority: String,
@@ -34,10 +34,15 @@ impl Credentials {
         Self { configs: config.credentials.clone(), authority, cloud: Arc::new(cloud.into()) }
     }
 
-    /// Makes the credential of that name for a tenant, from its files as they are now. A problem is told in words of
-    /// our own: the vendor's may hold what the files hold.
-    pub(super) fn make(&self, tenant_id: Uuid, name: &str, http: &Client) -> Result<Arc<dyn TokenCredential>, String> {
-        let config = self.configs.get(name).ok_or("there is no credential of that name")?;
+    /// Creates the named credential for a tenant from the current content of its files. Errors are in our own words:
+    /// the vendor's may quote the files.
+    pub(super) fn create(
+        &self,
+        tenant_id: Uuid,
+        name: &str,
+        http: &Client,
+    ) -> Result<Arc<dyn TokenCredential>, String> {
+        let config = self.configs.get(name).ok_or("the configuration has no credential of that name")?;
         let tenant_id = tenant_id.to_string();
         match config.kind {
             CredentialKind::ClientSecret => self.client_secret(config, &tenant_id, http),
@@ -51,7 +56,7 @@ impl Credentials {
         ClientOptions {
             cloud: Some(Arc::clone(&self.cloud)),
             transport: Some(Transport::new(Arc::new(http))),
-            // Tries and waits are ours: bounded by the run, and told.
+            // Retries are made in token.rs, within the run's deadline.
             retry: RetryOptions::none(),
             ..ClientOptions::default()
         }
@@ -68,7 +73,7 @@ impl Credentials {
         let options = ClientSecretCredentialOptions { client_options: self.options(http.clone()) };
         match ClientSecretCredential::new(tenant_id, config.client_id.clone(), secret, Some(options)) {
             Ok(credential) => Ok(credential),
-            Err(_) => Err("its client_id or client_secret is empty".to_owned()),
+            Err(_) => Err("client_id or client_secret is empty".to_owned()),
         }
     }
 
@@ -78,14 +83,14 @@ impl Credentials {
         tenant_id: String,
         http: &Client,
     ) -> Result<Arc<dyn TokenCredential>, String> {
-        let file = config.client_certificate_file.as_deref().ok_or("it has no client_certificate_file")?;
+        let file = config.client_certificate_file.as_deref().ok_or("client_certificate_file is not set")?;
         let certificate = Certificate::read(file, config.client_key_file.as_deref())?;
         let audience = format!("{}/{tenant_id}/oauth2/v2.0/token", self.authority);
         let assertion = Assertion::sign(&certificate, &config.client_id, &audience)?;
         let options = ClientAssertionCredentialOptions { client_options: self.options(http.clone()) };
         match ClientAssertionCredential::new(tenant_id, config.client_id.clone(), assertion, Some(options)) {
             Ok(credential) => Ok(credential),
-            Err(_) => Err("its client_id is empty".to_owned()),
+            Err(_) => Err("client_id is empty".to_owned()),
         }
     }
 
@@ -97,7 +102,7 @@ impl Credentials {
     ) -> Result<Arc<dyn TokenCredential>, String> {
         let credential_options = ClientAssertionCredentialOptions { client_options: self.options(http.clone()) };
         let client_id = (!config.client_id.is_empty()).then(|| config.client_id.clone());
-        // What is not configured, the vendor takes from the variables that Kubernetes sets.
+        // The vendor reads what is not configured from the variables that Kubernetes sets.
         let options = WorkloadIdentityCredentialOptions {
             credential_options,
             client_id,
@@ -106,12 +111,12 @@ impl Credentials {
         };
         match WorkloadIdentityCredential::new(Some(options)) {
             Ok(credential) => Ok(credential),
-            Err(_) => Err("its client_id or its federated token can't be read".to_owned()),
+            Err(_) => Err("client_id or the federated token cannot be read".to_owned()),
         }
     }
 
     fn managed_identity(&self, config: &CredentialConfig) -> Result<Arc<dyn TokenCredential>, String> {
-        let http = machine_client().map_err(|_| "no HTTP client could be made")?;
+        let http = metadata_client().map_err(|_| "cannot create an HTTP client")?;
         let client_id = (!config.client_id.is_empty()).then(|| config.client_id.clone());
         let options = ManagedIdentityCredentialOptions {
             user_assigned_id: client_id.map(UserAssignedId::ClientId),
@@ -119,7 +124,7 @@ impl Credentials {
         };
         match ManagedIdentityCredential::new(Some(options)) {
             Ok(credential) => Ok(credential),
-            Err(_) => Err("this machine has no managed identity of a kind that is supported".to_owned()),
+            Err(_) => Err("this machine has no managed identity of a supported kind".to_owned()),
         }
     }
 }

@@ -1,4 +1,6 @@
-//! A certificate's word in place of a secret: the assertion that Microsoft's token service takes, signed with PS256.
+//! Client assertion: a JWT signed with a certificate's key (PS256), in place of a client secret.
+//!
+//! `azure_identity` has a certificate credential, but only on top of OpenSSL; here `rustls` signs.
 
 use std::path::Path;
 use std::pin::Pin;
@@ -18,50 +20,52 @@ use uuid::Uuid;
 
 use crate::domain::clock::wall_clock_unix_s;
 
-/// How long an assertion is good; it is used at once.
-const GOOD_FOR_S: i64 = 600;
+/// Lifetime of an assertion; it is used at once.
+const LIFETIME_S: i64 = 600;
 
-/// A certificate with its private key.
+/// Certificate with its private key.
 pub(super) struct Certificate {
     thumbprint: String,
     key: Arc<dyn SigningKey>,
 }
 
-/// A signed assertion. Its `Debug` does not show it.
+/// Signed assertion. `Debug` does not show it.
 pub(super) struct Assertion(String);
 
 impl Certificate {
-    /// Reads a PEM file with a certificate, and its key from there or from a file of its own.
+    /// Reads a certificate from a PEM file, and its key from the same or another file.
     pub(super) fn read(certificate: &Path, key: Option<&Path>) -> Result<Self, String> {
-        let read = |path: &Path| std::fs::read(path).map_err(|error| format!("can't read {}: {error}", path.display()));
+        let read =
+            |path: &Path| std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()));
         let pem = read(certificate)?;
         let key_path = key.unwrap_or(certificate);
         let key_pem = read(key_path)?;
         let key = PrivateKeyDer::from_pem_slice(&key_pem)
-            .map_err(|_| format!("there is no unencrypted private key in {}", key_path.display()))?;
-        let key = any_supported_type(&key).map_err(|_| format!("the key in {} is no RSA key", key_path.display()))?;
-        // A file may hold a whole chain in any order: ours is the one that the key belongs to.
+            .map_err(|_| format!("no unencrypted private key in {}", key_path.display()))?;
+        let key =
+            any_supported_type(&key).map_err(|_| format!("the key in {} is not an RSA key", key_path.display()))?;
+        // A file may contain a chain in any order: the certificate that matches the key is the application's.
         let own = CertificateDer::pem_slice_iter(&pem)
             .filter_map(Result::ok)
             .find(|one| CertifiedKey::new(vec![one.clone()], Arc::clone(&key)).keys_match().is_ok())
-            .ok_or_else(|| format!("no certificate in {} belongs to the key", certificate.display()))?;
+            .ok_or_else(|| format!("no certificate in {} matches the key", certificate.display()))?;
         Ok(Self { thumbprint: encode_url_safe(Sha256::digest(own.as_ref())), key })
     }
 }
 
 impl Assertion {
-    /// Says, and signs, that the application `client_id` speaks to the token endpoint `audience`.
+    /// Signs an assertion of the application `client_id` for the token endpoint `audience`.
     pub(super) fn sign(certificate: &Certificate, client_id: &str, audience: &str) -> Result<Self, String> {
         let now = wall_clock_unix_s();
         let header = json!({ "alg": "PS256", "typ": "JWT", "x5t#S256": certificate.thumbprint });
         let claims = json!({
             "aud": audience, "iss": client_id, "sub": client_id, "jti": Uuid::new_v4(),
-            "nbf": now, "iat": now, "exp": now + GOOD_FOR_S,
+            "nbf": now, "iat": now, "exp": now + LIFETIME_S,
         });
         let signed = format!("{}.{}", encode_url_safe(header.to_string()), encode_url_safe(claims.to_string()));
         let signer =
-            certificate.key.choose_scheme(&[SignatureScheme::RSA_PSS_SHA256]).ok_or("its key is no RSA key")?;
-        let signature = signer.sign(signed.as_bytes()).map_err(|_| "its key does not sign")?;
+            certificate.key.choose_scheme(&[SignatureScheme::RSA_PSS_SHA256]).ok_or("the key is not an RSA key")?;
+        let signature = signer.sign(signed.as_bytes()).map_err(|_| "signing failed")?;
         Ok(Self(format!("{signed}.{}", encode_url_safe(signature))))
     }
 }
@@ -72,7 +76,7 @@ impl std::fmt::Debug for Assertion {
     }
 }
 
-/// Written out where the vendor's trait uses a macro of a crate that is needed for nothing else.
+/// Spelled out because the vendor's trait uses a macro of a crate that nothing else here needs.
 impl ClientAssertion for Assertion {
     fn secret<'this, 'options, 'answer>(
         &'this self,
@@ -99,7 +103,7 @@ mod tests {
     const AUDIENCE: &str = "https://login.example/6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d/oauth2/v2.0/token";
     /// From `openssl x509 -outform DER | openssl dgst -sha256 -binary | basenc --base64url`.
     const THUMBPRINT: &str = "ownxODo0RJH_m0kVceKa27125C7AnTUOURN2js9sbH0";
-    /// What stands before the key itself in the public key of any 2,048-bit RSA key.
+    /// Length of the header before the key itself in the public key of a 2,048-bit RSA key.
     const SPKI_PREFIX_BYTES: usize = 24;
 
     fn json(part: &str) -> Value {
@@ -107,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn the_assertion_has_its_claims_and_a_signature_that_holds() {
+    fn an_assertion_has_its_claims_and_a_valid_signature() {
         let certificate = Certificate::read(Path::new(FIXTURE), None).unwrap();
         let assertion = Assertion::sign(&certificate, "app-id", AUDIENCE).unwrap();
         let parts: Vec<&str> = assertion.0.split('.').collect();
@@ -117,7 +121,7 @@ mod tests {
             (&claims["aud"], &claims["iss"], &claims["sub"]),
             (&AUDIENCE.into(), &"app-id".into(), &"app-id".into())
         );
-        assert_eq!(claims["exp"].as_i64().unwrap() - claims["nbf"].as_i64().unwrap(), GOOD_FOR_S);
+        assert_eq!(claims["exp"].as_i64().unwrap() - claims["nbf"].as_i64().unwrap(), LIFETIME_S);
         assert!(Uuid::try_parse(claims["jti"].as_str().unwrap()).is_ok());
 
         let algorithms = default_provider().signature_verification_algorithms;
@@ -133,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_the_files_is_said_without_quoting_them() {
+    fn file_problems_are_reported_without_quoting_the_files() {
         let pem = std::fs::read_to_string(FIXTURE).unwrap();
         let key_begins = pem.find("-----BEGIN PRIVATE KEY-----").unwrap();
         let own_begins = pem.rfind("-----BEGIN CERTIFICATE-----").unwrap();
@@ -150,8 +154,8 @@ mod tests {
         assert_eq!(Certificate::read(&chain, Some(&key)).map(|read| read.thumbprint), Ok(THUMBPRINT.to_owned()));
         let problem = |certificate: &Path, key: Option<&Path>| Certificate::read(certificate, key).err().unwrap();
         assert!(problem(&chain, None).contains("no unencrypted private key in"));
-        assert!(problem(&stranger, Some(&key)).contains("belongs to the key"));
-        assert!(problem(&folder.join("none.pem"), None).contains("can't read"));
+        assert!(problem(&stranger, Some(&key)).contains("matches the key"));
+        assert!(problem(&folder.join("none.pem"), None).contains("cannot read"));
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }

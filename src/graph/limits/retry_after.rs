@@ -1,16 +1,24 @@
-//! `Retry-After` in every form that has been seen of Graph.
+//! Parser for `Retry-After` in every form that Graph has been seen to send.
 
 use std::time::Duration;
 
-/// The longest wait that is believed; nothing of ours runs longer.
-const MOST: Duration = Duration::from_secs(3_600);
+/// Upper bound of a wait; no run lasts longer.
+const MAX: Duration = Duration::from_secs(3_600);
 
-/// Reads `Retry-After`: seconds, a fraction of them, the same with the word "seconds", or an HTTP date. Rounded up to
-/// whole seconds, so that nobody comes back too early.
+/// Parses `Retry-After`: seconds, a fraction of them, the same with the word "seconds", an HTTP date, or one of these
+/// repeated (`2, 2`: a proxy has merged two headers), of which the longest wait counts. Rounds up to whole seconds.
 ///
-/// A date is measured against the `Date` of the same answer and never against a clock of ours, which may be wrong;
-/// without that header it counts as not given.
-pub(super) fn parse(value: &str, date_of_answer: Option<&str>) -> Option<Duration> {
+/// A date is compared with the `Date` of the same response and never with the local clock, which may be wrong; without
+/// that header it counts as absent.
+pub(in crate::graph) fn parse(value: &str, date_of_response: Option<&str>) -> Option<Duration> {
+    if let Some(wait) = parse_one(value, date_of_response) {
+        return Some(wait);
+    }
+    // A date has a comma of its own, hence one value is tried first.
+    value.split(',').map(|part| parse_one(part, date_of_response)).collect::<Option<Vec<_>>>()?.into_iter().max()
+}
+
+fn parse_one(value: &str, date_of_response: Option<&str>) -> Option<Duration> {
     let value = value.trim();
     let number = value.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim_end();
     let unit = value[number.len()..].trim_start().to_ascii_lowercase();
@@ -18,11 +26,11 @@ pub(super) fn parse(value: &str, date_of_answer: Option<&str>) -> Option<Duratio
         && let Ok(seconds) = number.parse::<f64>()
         && seconds.is_finite()
     {
-        return Some(Duration::from_secs_f64(seconds.clamp(0.0, MOST.as_secs_f64()).ceil()));
+        return Some(Duration::from_secs_f64(seconds.clamp(0.0, MAX.as_secs_f64()).ceil()));
     }
     let until = httpdate::parse_http_date(value).ok()?;
-    let now = httpdate::parse_http_date(date_of_answer?.trim()).ok()?;
-    Some(until.duration_since(now).unwrap_or_default().min(MOST))
+    let now = httpdate::parse_http_date(date_of_response?.trim()).ok()?;
+    Some(until.duration_since(now).unwrap_or_default().min(MAX))
 }
 
 #[cfg(test)]
@@ -38,7 +46,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_is_read_and_rounded_up() {
+    fn every_form_is_parsed_and_rounded_up() {
         assert_eq!(seconds("7"), Some(7));
         assert_eq!(seconds(" 7 "), Some(7));
         assert_eq!(seconds("0"), Some(0));
@@ -51,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_long_or_past_is_clamped() {
+    fn long_and_past_values_are_clamped() {
         assert_eq!(seconds("1e12"), Some(3_600));
         assert_eq!(seconds("-5"), Some(0));
         assert_eq!(seconds("Tue, 23 Nov 2027 10:00:00 GMT"), Some(3_600));
@@ -59,23 +67,32 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_read_counts_as_not_given() {
+    fn a_repeated_header_counts_once() {
+        assert_eq!(seconds("2, 2"), Some(2));
+        assert_eq!(seconds("2,5"), Some(5));
+        assert_eq!(seconds("2, soon"), None);
+        let date = "Mon, 23 Nov 2026 10:00:42 GMT";
+        assert_eq!(seconds(date), Some(42));
+    }
+
+    #[test]
+    fn unparsable_values_count_as_absent() {
         for value in ["", "soon", "5 minutes", "inf", "NaN", "seconds"] {
             assert_eq!(seconds(value), None, "{value:?}");
         }
-        assert_eq!(parse("Mon, 23 Nov 2026 10:00:42 GMT", None), None, "there is no clock to measure a date against");
+        assert_eq!(parse("Mon, 23 Nov 2026 10:00:42 GMT", None), None, "a date needs the Date header");
     }
 
     proptest! {
         #[test]
-        fn whatever_it_says_the_wait_is_in_whole_seconds_and_an_hour_at_most(
+        fn any_wait_is_whole_seconds_and_at_most_an_hour(
             value in prop_oneof![
                 any::<String>(), "-?[0-9.]{0,30}(e[0-9]{1,3})? ?(s|seconds?)?",
                 "(Mon|Tue), [0-3][0-9] (Nov|Feb) [0-9]{4} [0-2][0-9]:[0-6][0-9]:[0-6][0-9] GMT"],
             date in prop::option::of(Just(NOW)),
         ) {
             if let Some(wait) = parse(&value, date) {
-                prop_assert!(wait <= MOST && wait.subsec_nanos() == 0, "{wait:?}");
+                prop_assert!(wait <= MAX && wait.subsec_nanos() == 0, "{wait:?}");
             }
         }
     }

@@ -1,0 +1,10 @@
+//! Lists of Graph: pages, next links, decoding, error bodies, retries.
+
+mod body_text;
+pub(super) mod decode;
+mod error;
+mod error_body;
+mod pager;
+pub(super) mod pages;
+pub(super) mod probe;
+mod retry;
