@@ -84,6 +84,7 @@ impl Reading {
         loop {
             match self.pages.next().await {
                 Ok(Some(page)) => {
+                    self.bad_elements(page.bad_objects);
                     let mut objects = page.objects.into_iter();
                     while objects.len() > 0 {
                         let found = self.take(objects.by_ref().take(PART_OBJECTS), page.requested_at);
@@ -132,11 +133,23 @@ impl Reading {
         }
     }
 
-    /// Counts an unreadable object as one error of its type; the type goes on.
+    /// Counts one unreadable object as an error of its type; the list goes on. The first one is logged, further ones are
+    /// only counted: a page may hold a million of them.
     fn bad_object(&mut self, index: usize, external_id: Option<&str>) {
-        let policy_type = &self.listing.selected[index].key;
-        warn!(policy_type, external_id, "an object without a usable id was skipped");
-        self.seen[index].counters.errors_count += 1;
-        self.seen[index].failure.get_or_insert_with(|| ErrorCode::GraphBadResponse.into());
+        let (policy_type, seen) = (&self.listing.selected[index].key, &mut self.seen[index]);
+        if seen.failure.is_none() {
+            warn!(policy_type, external_id, "object without a usable id skipped; further ones are only counted");
+        }
+        seen.counters.errors_count += 1;
+        seen.failure.get_or_insert_with(|| ErrorCode::GraphBadResponse.into());
+    }
+
+    /// Counts elements of a page that are not objects at all.
+    fn bad_elements(&mut self, count: usize) {
+        if count > 0 {
+            let last = self.seen.len() - 1;
+            self.bad_object(last, None);
+            self.seen[last].counters.errors_count += i64::try_from(count - 1).unwrap_or(i64::MAX);
+        }
     }
 }

@@ -77,11 +77,20 @@ async fn files_that_can_not_be_read_are_a_credential_that_is_not_available() {
 }
 
 #[tokio::test]
+async fn a_token_of_another_tenant_is_rejected() {
+    let world = with(&[]).await;
+    world.sim.add_rule(Rule::new(Action::ForeignToken).on_token());
+    assert_eq!(world.refused(PLAIN).await.code, ErrorCode::CredentialUnavailable);
+    assert!(world.sim.requests().iter().all(|request| request.path.ends_with("/token")), "it is never sent");
+}
+
+#[tokio::test]
 async fn a_probe_says_what_a_run_would_meet_and_which_permission_is_missing() {
     let world = with(&[]).await;
     let (client, collection) = (world.client(), world.collection(PLAIN));
     assert_eq!(client.probe(TENANT, "default", &collection).await, Ok(12));
-    assert_eq!(client.token_roles(TENANT, "default").await, Ok(None), "the simulator's tokens are opaque");
+    let roles = client.token_roles(TENANT, "default").await.unwrap().unwrap();
+    assert!(roles.contains(&"DeviceManagementApps.Read.All".to_owned()), "{roles:?}");
     world.sim.add_rule(Rule::new(Action::Forbidden { permission: None }));
     let refused = client.probe(TENANT, "default", &collection).await.unwrap_err();
     assert_eq!(refused.failure.code, ErrorCode::GraphForbidden);

@@ -9,6 +9,7 @@ use super::errors::{self, CallIds};
 use super::limits::http_date_in;
 use super::reply::{Delivery, Reply};
 use super::rules::{Action, ErrorBody};
+use super::text::percent_decode;
 
 /// The answer that Graph gives instead of the right one, if the action is of that sort.
 pub fn instead_of_graph(action: &Action, path: &str, ids: &CallIds) -> Option<Reply> {
@@ -71,6 +72,30 @@ pub fn delivery(action: &Action) -> Option<Delivery> {
         Action::Drop => Some(Delivery::Never),
         _ => None,
     }
+}
+
+/// Changes the bytes of a body, if the action is about that.
+pub fn change_body(action: &Action, reply: &mut Reply) {
+    let body = &reply.body;
+    let changed = match action {
+        Action::Prefix { bytes } => [&bytes[..], body].concat(),
+        Action::BreakOff { text } => [&body[..body.len() / 2], text.as_bytes()].concat(),
+        Action::Insert { after, bytes } => {
+            let found = body.windows(after.len()).position(|part| part == after.as_bytes());
+            let at = found.map_or(body.len(), |at| at + after.len());
+            [&body[..at], bytes, &body[at..]].concat()
+        }
+        _ => return,
+    };
+    reply.body = Bytes::from(changed);
+    reply.gzip = None;
+}
+
+/// Refuses a request because of one of its query options, if the action is about that.
+pub fn refused_option(action: &Action, query: &str, ids: &CallIds) -> Option<Reply> {
+    let Action::RefuseOption { option, status, code } = action else { return None };
+    let is_sent = query.split('&').any(|pair| percent_decode(pair).starts_with(&format!("{option}=")));
+    is_sent.then(|| Reply::error(*status, code, "An error has occurred", ids))
 }
 
 /// Changes the objects of a page; says whether the action is of that sort.

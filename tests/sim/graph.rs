@@ -15,7 +15,7 @@ use super::faults;
 use super::page;
 use super::paging::Position;
 use super::reply::{Delivery, Reply};
-use super::rules::{Endpoint, Probe};
+use super::rules::{Action, Endpoint, Probe};
 use super::server::Connection;
 use super::stats::{RequestRecord, unix_ms};
 use super::token::Bearer;
@@ -99,8 +99,10 @@ pub async fn answer_token(State(shared): State<Arc<Shared>>, request: Request) -
     let (delay_ms, action) = shared.rules.strike(&probe);
     pause(shared.latency_ms.load(Ordering::Relaxed) + delay_ms).await;
     let replaced = action.as_ref().and_then(|action| faults::instead_of_token(action, &path, &ids));
-    let mut reply = replaced.unwrap_or_else(|| shared.tokens.answer(&name, &form, &ids));
+    let is_foreign = action == Some(Action::ForeignToken);
+    let mut reply = replaced.unwrap_or_else(|| shared.tokens.answer(&name, &form, &ids, is_foreign));
     if let Some(action) = &action {
+        faults::change_body(action, &mut reply);
         reply.delivery = faults::delivery(action).unwrap_or(reply.delivery);
     }
     record.status = if reply.delivery == Delivery::Never { 0 } else { reply.status };
@@ -137,8 +139,12 @@ async fn judge(shared: &Shared, call: &Call) -> (Reply, u64) {
     if let Some(reply) = action.as_ref().and_then(|action| faults::instead_of_graph(action, &call.path, &call.ids)) {
         return refused(reply);
     }
+    if let Some(reply) = action.as_ref().and_then(|action| faults::refused_option(action, &call.query, &call.ids)) {
+        return refused(reply);
+    }
     let (mut reply, objects) = page::build(shared, call, tenant, action.as_ref());
     if let Some(action) = &action {
+        faults::change_body(action, &mut reply);
         reply.delivery = faults::delivery(action).unwrap_or(reply.delivery);
     }
     (reply, objects)

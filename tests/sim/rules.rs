@@ -124,6 +124,34 @@ pub enum Action {
         #[serde(default)]
         property: Option<String>,
     },
+    /// A request with this query option is refused; without an option, no request is.
+    RefuseOption {
+        /// The option: `$select` or `$top`.
+        option: String,
+        /// The HTTP status.
+        status: u16,
+        /// The code in the body.
+        code: String,
+    },
+    /// The right body with these bytes before it: a byte order mark, for instance.
+    Prefix {
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// Bytes inserted after the first place of the body that holds `after`.
+    Insert {
+        /// The text.
+        after: String,
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// Half of the right body and then this text, in a response that is correct HTTP.
+    BreakOff {
+        /// The text.
+        text: String,
+    },
+    /// The token is of another tenant, and says so in its claims.
+    ForeignToken,
     /// 200 without objects but with a next link; nothing is lost by it.
     EmptyPage,
     /// The page begins with the last objects of the page before.

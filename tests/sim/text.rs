@@ -76,6 +76,18 @@ pub fn base64url_decode(text: &str) -> Option<Vec<u8>> {
     Some(out)
 }
 
+/// Encodes bytes as base64url without padding.
+pub fn base64url_encode(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let mut out = String::with_capacity(bytes.len() * 4 / 3 + 2);
+    for chunk in bytes.chunks(3) {
+        let bits = chunk.iter().fold(0_u32, |bits, byte| (bits << 8) | u32::from(*byte)) << (8 * (3 - chunk.len()));
+        let digits = (0..=chunk.len()).map(|place| DIGITS[(bits >> (18 - 6 * place) & 63) as usize]);
+        out.extend(digits.map(char::from));
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,5 +105,8 @@ mod tests {
     fn base64url_decodes_jwt_parts_and_refuses_other_text() {
         assert_eq!(base64url_decode("eyJhbGciOiJQUzI1NiJ9").as_deref(), Some(&br#"{"alg":"PS256"}"#[..]));
         assert_eq!(base64url_decode("a+b"), None);
+        for bytes in [&b""[..], b"a", b"ab", b"abc", &[0xff, 0xfe, 0xfd, 0xfc]] {
+            assert_eq!(base64url_decode(&base64url_encode(bytes)).as_deref(), Some(bytes));
+        }
     }
 }
