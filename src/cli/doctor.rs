@@ -131,9 +131,10 @@ fn missing(policy_type: &PolicyType, refused: &ProbeFailure, roles: Option<&[Str
     if !refused.missing_permissions.is_empty() {
         return refused.missing_permissions.clone();
     }
-    let is_granted = roles.is_some_and(|roles| roles.iter().any(|role| grants(role, &policy_type.permission)));
+    let is_granted = |wanted: &str| roles.is_some_and(|roles| roles.iter().any(|role| grants(role, wanted)));
     let is_refused = matches!(refused.failure.code, ErrorCode::GraphForbidden | ErrorCode::GraphUnauthorized);
-    if is_refused && !is_granted { vec![policy_type.permission.clone()] } else { Vec::new() }
+    let wanted = policy_type.permissions().filter(|permission| is_refused && !is_granted(permission));
+    wanted.map(str::to_owned).collect()
 }
 
 /// Whoever may write may read as well.

@@ -120,9 +120,9 @@ impl Catalog {
     pub fn resolve(&self, selection: &Selection) -> Scope {
         let every = selection.policy_types.contains(EVERY_TYPE);
         let wanted = |policy_type: &&Arc<PolicyType>| {
-            let named = selection.policy_types.contains(&policy_type.key)
-                || selection.categories.contains(&policy_type.category);
-            if policy_type.foundation { selection.include_foundations } else { named || every }
+            let named = selection.policy_types.contains(&policy_type.key);
+            let grouped = (every || selection.categories.contains(&policy_type.category)) && !policy_type.only_by_name;
+            if policy_type.foundation { selection.include_foundations } else { named || grouped }
         };
         let selected: BTreeSet<&str> = self.types().filter(wanted).map(|t| t.key.as_str()).collect();
         let listings = self
@@ -242,8 +242,26 @@ mod tests {
         let on = keys(&catalog.resolve(&selection(&["mobileApp"], &[], true)));
         assert!(on.contains("roleScopeTag") && on.contains("assignmentFilter") && on.contains("mobileApp"));
         let every = keys(&catalog.resolve(&selection(&["*"], &[], false)));
-        assert_eq!(every.len(), catalog.types().filter(|t| !t.foundation).count());
+        assert_eq!(every.len(), catalog.types().filter(|t| !t.foundation && !t.only_by_name).count());
         assert!(catalog.resolve(&selection(&["roleScopeTag"], &[], false)).is_empty());
+    }
+
+    #[test]
+    fn a_type_that_hardly_any_application_can_list_is_read_only_by_name() {
+        let catalog = Catalog::built_in();
+        let with = |types: &[&str], categories: &[&str]| keys(&catalog.resolve(&selection(types, categories, false)));
+        assert!(!with(&["*"], &["Configuration"]).contains("inventoryPolicy"));
+        assert!(with(&["inventoryPolicy"], &[]).contains("inventoryPolicy"));
+        assert!(catalog.get("alertRule").is_none(), "no application can list it");
+    }
+
+    #[test]
+    fn a_child_type_names_the_permission_for_its_parents() {
+        let catalog = Catalog::built_in();
+        let of = |key: &str| catalog.get(key).unwrap().permissions().map(str::to_owned).collect::<Vec<_>>();
+        let both = ["OrganizationalBranding.Read.All", "Organization.Read.All"];
+        assert_eq!(of("organizationalBrandingLocalization"), both);
+        assert_eq!(of("mobileApp").len(), 1);
     }
 
     #[test]

@@ -85,8 +85,8 @@ closed_list! {
             "The application lacks permission to list this type in this tenant.",
             "Grant the permission that `inventoryd doctor` names, with admin consent.";
         GraphNotApplicable = "graph_not_applicable",
-            "The tenant has no Intune licence for this type.",
-            "Remove the type from the tenant's selection, or license the tenant.";
+            "The tenant has no licence or subscription for this feature.",
+            "Remove the type from the tenant's selection, or license the feature for the tenant.";
         GraphUnsupported = "graph_unsupported",
             "This cloud or Graph ring does not provide the type's path.",
             "Remove the type from the tenant's selection.";

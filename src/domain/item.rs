@@ -1,13 +1,13 @@
 //! Conversion of a raw Graph object to an inventory item: classification, name, platform, sanitised properties.
 
 use std::borrow::Cow;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
-use memchr::memmem::Finder;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::catalog::Collection;
+use super::credential_scan::looks_like_credential;
 use super::platform;
 use super::policy_type::{Discriminator, PlatformRule, PolicyType};
 use super::raw_object::BorrowedText;
@@ -71,16 +71,24 @@ impl RawObject<'_> {
     fn external_id(&self, policy_type: &PolicyType) -> Result<String, BadObject> {
         use super::policy_type::Shape;
         match self.text(&policy_type.id) {
+            Some(id) if looks_like_credential(&id) => Err(BadObject { external_id: None }),
             Some(id) if !id.is_empty() && id.len() <= MAX_ID_BYTES && !id.contains('\0') => Ok(id.into_owned()),
-            None if policy_type.shape == Shape::Singleton => Ok(policy_type.key.clone()),
+            // Without any property of its contract the object is something else, as an envelope or an OData null.
+            None if policy_type.shape == Shape::Singleton && self.has_contract_property(policy_type) => {
+                Ok(policy_type.key.clone())
+            }
             id => {
                 Err(BadObject { external_id: id.map(|id| id.chars().filter(|c| !c.is_control()).take(64).collect()) })
             }
         }
     }
 
+    fn has_contract_property(&self, policy_type: &PolicyType) -> bool {
+        policy_type.meta.iter().chain(&policy_type.name).any(|name| self.get(name).is_some())
+    }
+
     fn display_name(&self, property: &str) -> Option<String> {
-        let name = self.text(property)?;
+        let name = self.text(property).filter(|name| !looks_like_credential(name))?;
         // PostgreSQL can't store NUL in text.
         if name.len() <= MAX_DISPLAY_NAME_CHARS && !name.contains('\0') {
             return (!name.is_empty()).then(|| name.into_owned());
@@ -98,6 +106,7 @@ impl RawObject<'_> {
         }
         let property = rule.property.as_deref().and_then(|property| self.text(property));
         let text = property.filter(|text| !text.is_empty() && !text.contains('\0') && text.len() <= MAX_TEXT_BYTES);
+        let text = text.filter(|text| !looks_like_credential(text));
         text.map(Cow::into_owned).or_else(|| rule.fallback.clone())
     }
 
@@ -145,13 +154,27 @@ fn keep(raw: &RawValue) -> Option<Cow<'_, str>> {
             storable.then_some(Cow::Borrowed(text))
         }
         b'{' | b'[' => {
-            let value: Value = serde_json::from_str(text).ok()?;
+            let mut value: Value = serde_json::from_str(text).ok()?;
+            sort_sets(&mut value);
             let compact = value.to_string();
             let storable = compact.len() <= MAX_NESTED_BYTES
                 && !any_text(&value, &|t| t.contains('\0') || looks_like_credential(t));
             storable.then_some(Cow::Owned(compact))
         }
         _ => serde_json::from_str::<serde_json::Number>(text).ok().map(|number| Cow::Owned(number.to_string())),
+    }
+}
+
+/// Sorts every list of strings. Graph's are sets (scope tags, members, languages) and come in any order; kept as they
+/// come, an object would seem to change from run to run.
+fn sort_sets(value: &mut Value) {
+    match value {
+        Value::Array(list) if list.iter().all(Value::is_string) => {
+            list.sort_unstable_by(|a, b| a.as_str().cmp(&b.as_str()));
+        }
+        Value::Array(list) => list.iter_mut().for_each(sort_sets),
+        Value::Object(map) => map.values_mut().for_each(sort_sets),
+        _ => {}
     }
 }
 
@@ -162,29 +185,6 @@ fn any_text(value: &Value, test: &dyn Fn(&str) -> bool) -> bool {
         Value::Object(map) => map.iter().any(|(key, value)| test(key) || any_text(value, test)),
         _ => false,
     }
-}
-
-/// Prepared searches for the marker of each kind of credential, because every stored text is searched for all three.
-static BEARER: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("Bearer "));
-static PEM: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("-----BEGIN"));
-static JWT: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("eyJ"));
-
-/// True if a text contains a bearer token, a JSON Web Token or a private key.
-#[must_use]
-pub fn looks_like_credential(text: &str) -> bool {
-    let holds = |mark: &Finder<'_>| mark.find(text.as_bytes()).is_some();
-    holds(&BEARER) || (holds(&PEM) && text.contains("PRIVATE KEY")) || holds_jwt(text)
-}
-
-/// Detects a JWT: three base64url segments joined by dots, the first of them a JSON object (`{"` encodes to `eyJ`).
-fn holds_jwt(text: &str) -> bool {
-    let segment = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
-    JWT.find_iter(text.as_bytes()).any(|start| {
-        let mut segments = text[start..].split('.');
-        let head = segments.next().is_some_and(|s| s.len() >= 8 && s.bytes().all(segment));
-        let body = segments.next().is_some_and(|s| s.len() >= 2 && s.bytes().all(segment));
-        head && body && segments.next().and_then(|s| s.bytes().next()).is_some_and(segment)
-    })
 }
 
 #[cfg(test)]
@@ -238,16 +238,27 @@ mod tests {
     }
 
     #[test]
-    fn credentials_are_recognised() {
-        for text in ["Bearer x", "a eyJhbGciOiJub25lIn0.eyJzdWIiOiJ4In0.c2ln z", "-----BEGIN RSA PRIVATE KEY-----\nMII"]
-        {
-            assert!(looks_like_credential(text), "{text}");
+    fn a_credential_is_kept_neither_as_name_nor_as_platform_nor_as_id() {
+        let secret = "bearer abc123";
+        let kept = item("settingsCatalogPolicy", &json!({ "id": "1", "name": secret, "platforms": secret })).unwrap();
+        assert_eq!((kept.display_name, kept.platform), (None, None));
+        assert_eq!(item("mobileApp", &json!({ "id": secret })), Err(BadObject { external_id: None }));
+    }
+
+    #[test]
+    fn lists_of_strings_are_sets_and_their_order_is_no_change() {
+        let with = |tags: Value| item("mobileApp", &json!({ "id": "1", "roleScopeTagIds": tags })).unwrap().meta;
+        assert_eq!(with(json!(["2", "10", "0"])), with(json!(["0", "2", "10"])));
+        assert_ne!(with(json!(["0"])), with(json!(["0", "1"])));
+    }
+
+    #[test]
+    fn a_singleton_without_any_property_of_its_contract_is_bad() {
+        for object in [json!({"@odata.null": true}), json!({"value": {"blockChat": true}}), json!({"error": {}})] {
+            assert!(item("remoteAssistanceSettings", &object).is_err(), "{object}");
         }
-        for text in
-            ["the bearer of this", "eyJ is how they begin", "-----BEGIN CERTIFICATE-----", "v1.2.3", "eyJa.bc.d"]
-        {
-            assert!(!looks_like_credential(text), "{text}");
-        }
+        let kept = item("remoteAssistanceSettings", &json!({"blockChat": true})).unwrap();
+        assert_eq!(kept.external_id, "remoteAssistanceSettings");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 pub mod catalog;
 pub mod clock;
+mod credential_scan;
 pub mod dead_letter;
 pub mod event;
 pub mod failure;

@@ -16,6 +16,9 @@ pub struct PolicyType {
     pub category: String,
     /// True for types that other types refer to (scope tags, filters, templates, roles).
     pub foundation: bool,
+    /// Excluded from `"*"` and from its category: read only when a request names it.
+    #[serde(default)]
+    pub only_by_name: bool,
     /// `v1.0` or `beta`.
     pub api_version: String,
     /// Path below the version; a child collection contains `{parent_id}`.
@@ -55,6 +58,9 @@ pub struct PolicyType {
     pub throttle: String,
     /// Application permission required to list the type.
     pub permission: String,
+    /// Application permission that lists the parents of a child collection, if it is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent_permission: Option<String>,
 }
 
 fn id_property() -> String {
@@ -141,7 +147,15 @@ impl PolicyType {
         if is_child != self.parent.is_some() || is_child != self.path.contains("{parent_id}") {
             return Err("`shape` child_collection goes with `parent` and a `path` with {parent_id}".to_owned());
         }
+        if self.parent_permission.is_some() && !is_child {
+            return Err("`parent_permission` is for child_collection only".to_owned());
+        }
         self.discriminator.as_ref().map_or(Ok(()), Discriminator::check)
+    }
+
+    /// Application permissions that a run needs for this type.
+    pub fn permissions(&self) -> impl Iterator<Item = &str> {
+        [Some(&self.permission), self.parent_permission.as_ref()].into_iter().flatten().map(String::as_str)
     }
 
     /// True for the type that takes the objects that no other type of the collection claims.

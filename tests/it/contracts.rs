@@ -70,6 +70,35 @@ fn every_permission_is_read_only() {
     }
 }
 
+#[test]
+fn no_property_that_moves_by_itself_is_kept() {
+    let moving = [
+        "heartbeat",
+        "lastsync",
+        "lastcontact",
+        "lastconnection",
+        "lastcheckin",
+        "lastsuccessfulsync",
+        "directorysync",
+        "appsync",
+        "syncstatus",
+        "synceddevicecount",
+        "enrolleddevicecount",
+        "usagecount",
+        "healthcheck",
+        "lastseen",
+        "lastreported",
+        "enrollmentstate",
+    ];
+    for policy_type in Catalog::built_in().types() {
+        for name in &policy_type.meta {
+            let lower = name.to_lowercase();
+            let found = moving.iter().find(|word| lower.contains(**word));
+            assert!(found.is_none(), "{} keeps {name}: it would seem to change on every run", policy_type.key);
+        }
+    }
+}
+
 /// Skipped unless `INVENTORYD_GRAPH_FACTS` names a metadata file.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "a developer names the metadata file")]
