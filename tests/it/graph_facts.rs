@@ -164,6 +164,75 @@ const FACTS: &[Fact] = &[
         ],
     ),
     (
+        "A gateway answers in Graph's place: its 404 or 403 says nothing about what exists or is allowed",
+        &[
+            "tests/it/graph_tolerance.rs::a_404_of_a_gateway_proves_no_absence",
+            "tests/it/graph_tolerance.rs::a_404_of_graph_proves_absence",
+            "src/graph/listing/error_body.rs::absence_and_refusal_need_an_error_of_graph_itself",
+        ],
+    ),
+    (
+        "A singleton that does not exist is a 404 of Graph or a 204; an envelope or an OData null is no object",
+        &[
+            "tests/it/graph_tolerance.rs::a_204_is_an_absent_singleton_and_a_bad_list",
+            "src/domain/item.rs::a_singleton_without_any_property_of_its_contract_is_bad",
+        ],
+    ),
+    (
+        "A response that has begun with 200 can break off in an error or in HTML",
+        &[
+            "tests/it/graph_tolerance.rs::an_error_in_a_200_keeps_its_code_and_is_never_data",
+            "tests/it/graph_tolerance.rs::a_200_that_breaks_off_in_its_middle_is_retried",
+            "src/graph/listing/decode.rs::an_error_inside_a_page_makes_it_incomplete_and_keeps_its_code",
+        ],
+    ),
+    (
+        "`$select` and `$top` are hints: services refuse them with 400, 500 or 501, in any words",
+        &["tests/it/graph_tolerance.rs::refused_query_options_are_dropped_one_after_the_other_and_remembered"],
+    ),
+    (
+        "A page token expires while a list is read",
+        &[
+            "tests/it/graph_tolerance.rs::an_expired_page_token_restarts_the_list",
+            "src/graph/listing/error_body.rs::an_expired_page_token_is_recognised",
+        ],
+    ),
+    (
+        "A 503 without `Retry-After` is the failure of one service, not throttling",
+        &["tests/it/graph_tolerance.rs::a_503_without_retry_after_does_not_pause_the_tenant"],
+    ),
+    (
+        "Bodies begin with a byte order mark, an empty next link is the end, a header is repeated in one line",
+        &[
+            "tests/it/graph_tolerance.rs::a_byte_order_mark_is_ignored_before_every_body",
+            "tests/it/graph_tolerance.rs::an_empty_next_link_is_the_end",
+            "tests/it/graph_tolerance.rs::a_repeated_retry_after_is_read_once",
+        ],
+    ),
+    (
+        "One object, or the children of one parent, can be unreadable without the others",
+        &[
+            "tests/it/graph_tolerance.rs::one_bad_byte_or_control_character_costs_one_object",
+            "tests/it/graph_tolerance.rs::a_parent_whose_children_are_refused_does_not_stop_its_siblings",
+            "tests/it/graph_tolerance.rs::parent_ids_that_would_change_the_path_are_not_requested",
+        ],
+    ),
+    (
+        "A missing licence is a 400, 401 or 403 with many codes and sentences",
+        &["src/graph/listing/error_body.rs::a_missing_licence_is_not_applicable_whatever_the_words"],
+    ),
+    (
+        "Heartbeats and sync times move by themselves, and lists of ids come in any order",
+        &[
+            "tests/it/contracts.rs::no_property_that_moves_by_itself_is_kept",
+            "src/domain/item.rs::lists_of_strings_are_sets_and_their_order_is_no_change",
+        ],
+    ),
+    (
+        "A managed identity gives the token of its own tenant, whichever is asked for",
+        &["tests/it/graph_credentials.rs::a_token_of_another_tenant_is_rejected"],
+    ),
+    (
         "An incomplete list says nothing of what is gone",
         &["tests/it/missing.rs::confidence_is_low_after_a_partial_run_and_names_complete_types"],
     ),

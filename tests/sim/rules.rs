@@ -75,7 +75,7 @@ pub enum Action {
         #[serde(default)]
         permission: Option<String>,
     },
-    /// 400, the tenant has no Intune licence.
+    /// 400: the tenant has no Intune licence.
     NotLicensed,
     /// 401 that is no token problem: `UnknownError` with a nested `Forbidden`.
     UnauthorizedNested,
