@@ -580,7 +580,9 @@ create view inventory_latest_runs with (security_invoker = true) as
            r.items_observed_count, r.items_upserted_count, r.items_created_count, r.items_changed_count, r.errors_count,
            r.started_at, r.finished_at, s.latest_success_at
       from inventory_selections s
-      join inventory_sync_runs r on r.tenant_id = s.tenant_id and r.id = s.latest_run_id;
+     -- One index lookup for each selection: LIMIT keeps the planner from a hash join, which would read the whole history.
+     cross join lateral (select * from inventory_sync_runs r
+                          where r.tenant_id = s.tenant_id and r.id = s.latest_run_id limit 1) r;
 comment on view inventory_latest_runs is 'Latest completed run of every tenant and selection, and the end of its latest success.';
 
 create view inventory_items_current with (security_invoker = true) as
