@@ -1,7 +1,7 @@
 //! Actions of the model, the source file that implements each, and the conditions that enable them.
 
 use crate::design::{Design, Fault, Guard};
-use crate::state::{Phase, Relay, Renewal, Settle, State, Worker};
+use crate::state::{Lease, Phase, Relay, Renewal, Settle, State, Worker};
 
 /// One step of the model. `usize` is the index of a worker or a relay, `u8` that of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,13 +12,15 @@ pub enum Action {
     Admit(usize),
     /// Starts the run and sets the worker's local deadline (`src/run/lease.rs`).
     StartRun(usize),
-    /// Upserts a batch of items (`src/store/items.rs`).
-    WriteItems(usize),
-    /// Commits the end of the run together with the last batch of items (`src/store/runs.rs`).
+    /// Starts to upsert a batch of items (`src/store/items.rs`).
+    StartBatch(usize),
+    /// Commits a batch.
+    CommitBatch(u8),
+    /// Commits the end of the run together with the last batch of items (`src/store/run_outcome.rs`).
     FinishRun(usize),
     /// Notes the time and sends a renewal (`src/run/lease.rs`).
     SendRenewal(usize),
-    /// Commits a renewal (`src/store/leases.rs`); a refused one stops the worker.
+    /// Commits a renewal (`src/store/leases.rs`); a refused one is tried again until the local deadline.
     CommitRenewal(usize),
     /// Extends the local deadline after a renewal (`src/run/lease.rs`).
     ReceiveRenewal(usize),
@@ -40,6 +42,10 @@ pub enum Action {
     AdmitResponseLost(usize),
     /// Finds the database unavailable: the lease is orphaned and the same delivery is admitted again.
     DatabaseUnavailable(usize),
+    /// Breaks the database connection of a run, whose session keeps the row locked.
+    LingeringLock(usize),
+    /// Ends a dead session, because the server has noticed.
+    EndLingeringLock(u8),
     /// Publishes a second retry copy because the first was stored but not confirmed.
     RetryCopyUnconfirmed(usize),
     /// Gives up on the confirm of a retry copy and requeues the delivery.
@@ -54,19 +60,23 @@ pub enum Action {
     Resume(usize),
     /// Loses a message copy in the broker: a purged queue, a lost disk.
     LoseMessage(u8),
-    /// Ends an abandoned run (`src/janitor.rs`).
+    /// Republishes the request of a lost run (`src/janitor.rs`).
+    Republish(u8),
+    /// Ends a lost run without a restart; only a mutant does this.
     EndAbandoned(u8),
-    /// Claims a due event (`src/relay.rs`).
+    /// Ends the process that was to publish an event from memory.
+    ForgetEvent(u8),
+    /// Takes an event in hand, from memory or because it is due (`src/relay.rs`).
     Claim(usize, u8),
     /// Publishes the event and receives the confirm.
     Publish(usize),
-    /// Publishes the event without a confirm, stored or not; the claim expires.
+    /// Publishes the event without a confirm, stored or not; it becomes due again.
     PublishUnconfirmed(usize, bool),
     /// Publishes an event that the broker refuses or can't route.
     PublishRefused(usize),
-    /// Marks the event as sent (`src/store/outbox.rs`).
-    MarkSent(usize),
-    /// Ends a relay between claim and mark: its process dies.
+    /// Deletes the outbox row of a confirmed event (`src/store/events.rs`).
+    DeleteEvent(usize),
+    /// Ends a relay between claim and deletion: its process dies.
     RelayCrash(usize),
     /// Advances the clocks of the database and of every host.
     Tick,
@@ -75,12 +85,13 @@ pub enum Action {
 impl Action {
     fn fault(self) -> Option<Fault> {
         Some(match self {
-            Self::Crash(_) | Self::RelayCrash(_) => Fault::Crash,
+            Self::Crash(_) | Self::RelayCrash(_) | Self::ForgetEvent(_) => Fault::Crash,
             Self::Pause(_) => Fault::Pause,
             Self::ReleaseLease(_) => Fault::Shutdown,
             Self::ConnectionLost(_) => Fault::ConnectionLost,
             Self::LoseMessage(_) => Fault::LostMessage,
             Self::FinishResponseLost(_) | Self::AdmitResponseLost(_) => Fault::LostResponse,
+            Self::LingeringLock(_) => Fault::LingeringLock,
             Self::DatabaseUnavailable(_) | Self::ReleaseFails(_) => Fault::DatabaseUnavailable,
             Self::RetryCopyUnconfirmed(_)
             | Self::RetryCopyGivenUp(_)
@@ -88,6 +99,21 @@ impl Action {
             | Self::PublishRefused(_) => Fault::LostConfirm,
             _ => return None,
         })
+    }
+}
+
+impl Action {
+    /// True for statements and messages that take no time worth modelling on a healthy host.
+    fn is_short(self) -> bool {
+        matches!(
+            self,
+            Self::Admit(_)
+                | Self::StartRun(_)
+                | Self::SendRenewal(_)
+                | Self::CommitRenewal(_)
+                | Self::ReceiveRenewal(_)
+                | Self::Settle(_)
+        )
     }
 }
 
@@ -118,12 +144,11 @@ impl Design {
             if waiting.ready > 0 || waiting.retrying.iter().any(|copies| *copies > 0) {
                 enabled.add(Action::LoseMessage(request));
             }
-            if self.is_abandoned(state, request) {
-                enabled.add(Action::EndAbandoned(request));
-            }
+            enabled.add_run_actions(request);
         }
-        if !state.workers.iter().any(|worker| self.must_stop_now(worker)) {
-            enabled.add(Action::Tick);
+        let urgent = self.prompt && actions.iter().any(|action| action.is_short());
+        if !urgent && !state.workers.iter().any(|worker| self.must_stop_now(worker)) {
+            actions.push(Action::Tick);
         }
     }
 
@@ -153,7 +178,8 @@ impl EnabledActions<'_> {
     }
 
     fn add_worker_actions(&mut self, number: usize, worker: &Worker) {
-        if worker.orphan.is_some() && !worker.paused {
+        let free = |lease: Lease| self.state.run(lease.request).is_some_and(|run| !run.locked);
+        if worker.orphan.is_some_and(free) && !worker.paused {
             self.add(Action::ReleaseOrphan(number));
         }
         if worker.is_idle() {
@@ -179,15 +205,46 @@ impl EnabledActions<'_> {
     fn add_actions_already_sent(&mut self, number: usize, worker: &Worker) {
         match worker.phase {
             Phase::AwaitingAdmission { .. } => self.add(Action::Admit(number)),
-            Phase::Running { .. } => {
-                self.add(Action::WriteItems(number));
-                self.add(Action::FinishRun(number));
-                self.add(Action::FinishResponseLost(number));
-                if matches!(worker.renewal, Renewal::Sent(_)) {
+            Phase::Running { lease, .. } => {
+                self.add_write_actions(number, lease);
+                if matches!(worker.renewal, Renewal::Sent(_)) && self.design.can_renew(self.state, worker, lease) {
                     self.add(Action::CommitRenewal(number));
                 }
             }
             Phase::Idle | Phase::Admitted { .. } | Phase::Settling { .. } => {}
+        }
+    }
+
+    fn add_write_actions(&mut self, number: usize, lease: Lease) {
+        let Some(run) = self.state.run(lease.request) else { return };
+        if self.design.can_start_batch(self.state, lease) {
+            self.add(Action::StartBatch(number));
+        }
+        // A worker ends the run once its own batches are committed.
+        let own_batches = run.batches > 0 && run.batches_of == lease.generation;
+        if !run.locked && !own_batches {
+            self.add(Action::FinishRun(number));
+            self.add(Action::FinishResponseLost(number));
+        }
+    }
+
+    fn add_run_actions(&mut self, request: u8) {
+        let row = self.state.requests[usize::from(request)];
+        if row.run.is_some_and(|run| run.batches > 0) {
+            self.add(Action::CommitBatch(request));
+        }
+        if row.run.is_some_and(|run| run.locked) {
+            self.add(Action::EndLingeringLock(request));
+        }
+        if self.design.is_lost(self.state, request) {
+            if !self.design.keeps(Guard::JanitorEndsNothing) && row.run.is_some_and(|run| !run.in_use()) {
+                self.add(Action::EndAbandoned(request));
+            } else if self.design.keeps(Guard::Republish) {
+                self.add(Action::Republish(request));
+            }
+        }
+        if row.outbox.in_memory {
+            self.add(Action::ForgetEvent(request));
         }
     }
 
@@ -199,7 +256,7 @@ impl EnabledActions<'_> {
                 self.add(Action::StartRun(number));
                 self.add(Action::AdmitResponseLost(number));
             }
-            Phase::Running { deadline, .. } => self.add_lease_holder_actions(number, worker, deadline),
+            Phase::Running { lease, deadline } => self.add_lease_holder_actions(number, lease, deadline),
             Phase::Settling { how, .. } => {
                 self.add(Action::Settle(number));
                 if how == Settle::ScheduleRetry {
@@ -210,7 +267,8 @@ impl EnabledActions<'_> {
         }
     }
 
-    fn add_lease_holder_actions(&mut self, number: usize, worker: &Worker, deadline: u8) {
+    fn add_lease_holder_actions(&mut self, number: usize, lease: Lease, deadline: u8) {
+        let worker = &self.state.workers[number];
         match worker.renewal {
             // A renewal within the tick of the previous one would change nothing.
             Renewal::None if deadline < self.design.clock.deadline => self.add(Action::SendRenewal(number)),
@@ -223,9 +281,12 @@ impl EnabledActions<'_> {
         if !self.design.keeps(Guard::CommitBeforeAck) && worker.in_flight {
             self.add(Action::AckEarly(number));
         }
-        self.add(Action::ReleaseLease(number));
+        if self.state.run(lease.request).is_some_and(|run| !run.locked) {
+            self.add(Action::ReleaseLease(number));
+        }
         self.add(Action::ReleaseFails(number));
         self.add(Action::DatabaseUnavailable(number));
+        self.add(Action::LingeringLock(number));
     }
 
     fn add_relay_actions(&mut self, number: usize) {
@@ -241,12 +302,12 @@ impl EnabledActions<'_> {
                 self.add(Action::PublishUnconfirmed(number, false));
                 self.add(Action::PublishRefused(number));
                 self.add(Action::RelayCrash(number));
-                if !self.design.keeps(Guard::ConfirmBeforeMark) {
-                    self.add(Action::MarkSent(number));
+                if !self.design.keeps(Guard::ConfirmBeforeDelete) {
+                    self.add(Action::DeleteEvent(number));
                 }
             }
             Relay::Confirmed(_) => {
-                self.add(Action::MarkSent(number));
+                self.add(Action::DeleteEvent(number));
                 self.add(Action::RelayCrash(number));
             }
         }

@@ -1,7 +1,7 @@
 //! Database transactions: each function models one transaction or statement of `src/store/` with its guards.
 
-use crate::design::{Design, ExtraProperty, Guard, MAX_ATTEMPTS};
-use crate::state::{Lease, Run, State, Status, Violation};
+use crate::design::{Design, Guard};
+use crate::state::{Lease, Run, State, Status, Violation, Worker};
 
 /// Result of an admission.
 #[derive(Clone, Copy, Debug)]
@@ -9,6 +9,7 @@ pub enum Admission {
     Granted(Lease),
     /// The request needs no work: skipped, failed or a duplicate.
     Over,
+    /// Another worker is on the run, or its row is in use.
     Busy,
 }
 
@@ -29,15 +30,21 @@ impl Design {
             }
             state.record_violation(Violation::TerminalChanged);
         }
-        if run.alive() {
+        // The lease is read without a lock; the row of an expired one is locked, or skipped if it is in use.
+        if run.alive() || self.is_in_use(&run) {
             return Admission::Busy;
         }
-        let attempts_left = run.attempt - run.interruptions < MAX_ATTEMPTS || !self.keeps(Guard::AttemptLimit);
+        let attempts_left = run.attempts_left() || !self.keeps(Guard::AttemptLimit);
         if !attempts_left && !run.released {
             self.fail_lost_run(state, request, Status::AttemptsExhausted);
             return Admission::Over;
         }
         Admission::Granted(self.take_over(state, request, run))
+    }
+
+    /// True if a take-over must wait for another session (`for update` conflicts with the fence's `for key share`).
+    fn is_in_use(&self, run: &Run) -> bool {
+        if self.keeps(Guard::TakeOverLock) { run.in_use() } else { run.locked }
     }
 
     /// Takes over a run whose lease has expired, under the next attempt.
@@ -52,6 +59,7 @@ impl Design {
             released: false,
             lease: self.clock.lease,
             generation,
+            ..run
         };
         state.requests[usize::from(request)].run = Some(taken);
         Lease { request, attempt, generation }
@@ -72,7 +80,8 @@ impl Design {
         let locks = self.same_selection && self.keeps(Guard::SelectionLock);
         for other in (0..self.requests as u8).filter(|other| locks && *other != request) {
             let Some(run) = state.run(other).copied().filter(Run::running) else { continue };
-            if run.alive() || run.released {
+            let restartable = run.attempts_left() && self.keeps(Guard::ContendedWhileRestartable);
+            if run.alive() || run.released || restartable || self.is_in_use(&run) {
                 return true;
             }
             self.fail_lost_run(state, other, Status::Superseded);
@@ -82,7 +91,17 @@ impl Design {
     }
 
     fn insert(&self, state: &mut State, request: u8, status: Status, lease: i8) {
-        let run = Run { status, attempt: 1, interruptions: 0, released: false, lease, generation: 1 };
+        let run = Run {
+            status,
+            attempt: 1,
+            interruptions: 0,
+            released: false,
+            lease,
+            batches: 0,
+            batches_of: 0,
+            locked: false,
+            generation: 1,
+        };
         state.requests[usize::from(request)].run = Some(run);
     }
 
@@ -104,17 +123,50 @@ impl Design {
         true
     }
 
-    /// Upserts items under the fence (`src/store/items.rs`); recording a finished type has the same fence.
-    pub fn write_items(&self, state: &mut State, lease: Lease) -> bool {
-        let Some(run) = state.run(lease.request).copied() else { return false };
+    /// True if the row is free for a renewal: the fence of a batch must not be in its way.
+    pub fn can_renew(&self, state: &State, worker: &Worker, lease: Lease) -> bool {
+        let locked = |request: u8| state.run(request).is_some_and(|run| run.locked);
+        let fenced = state.run(lease.request).is_some_and(|run| run.batches > 0) && !self.keeps(Guard::KeyShareFence);
+        // A release that waits for a lock keeps the connection.
+        let connection_in_use = worker.orphan.is_some_and(|orphan| locked(orphan.request));
+        !locked(lease.request) && !fenced && (!connection_in_use || self.keeps(Guard::SeparateReleaseConnection))
+    }
+
+    /// True if another batch may start: the model bounds their number, and mixes no generations.
+    pub fn can_start_batch(&self, state: &State, lease: Lease) -> bool {
+        // Two overlap, so that the row need never be free.
+        let most = if self.prompt { 2 } else { 1 };
+        state.run(lease.request).is_some_and(|run| {
+            !run.locked && run.batches < most && (run.batches == 0 || run.batches_of == lease.generation)
+        })
+    }
+
+    /// Starts the statement that upserts a batch of items under the fence (`src/store/items.rs`); recording a finished type
+    /// has the same fence.
+    pub fn start_batch(&self, state: &mut State, lease: Lease) -> bool {
+        let Some(run) = state.run_mut(lease.request) else { return false };
         let accepted = run.running() && run.attempt == lease.attempt || !self.keeps(Guard::ItemFence);
-        if accepted && !run.belongs_to(lease) {
-            state.record_violation(Violation::StaleItems);
+        if accepted {
+            run.batches += 1;
+            run.batches_of = lease.generation;
         }
         accepted
     }
 
-    /// Ends a run and enqueues its event in one transaction (`src/store/runs.rs`).
+    /// Commits a batch that was started before.
+    pub fn commit_batch(&self, state: &mut State, request: u8) {
+        let Some(run) = state.run_mut(request) else { return };
+        let stale = !run.running() || run.generation != run.batches_of;
+        run.batches -= 1;
+        if run.batches == 0 {
+            run.batches_of = 0;
+        }
+        if stale {
+            state.record_violation(Violation::StaleItems);
+        }
+    }
+
+    /// Ends a run and enqueues its event in one transaction (`src/store/run_outcome.rs`).
     pub fn finish_run(&self, state: &mut State, lease: Lease) -> bool {
         let Some(run) = state.run(lease.request).copied() else { return false };
         let status_fits = run.running() || !self.keeps(Guard::FinishStatusCheck);
@@ -134,17 +186,8 @@ impl Design {
 
     /// Ends a run as `worker_lost`.
     fn fail_lost_run(&self, state: &mut State, request: u8, status: Status) {
-        let released = state.run(request).is_some_and(|run| run.released);
-        match (status, self.extra) {
-            (Status::Superseded, Some(ExtraProperty::ReleasedRunContinues)) if released => {
-                state.record_violation(Violation::ReleasedRunSuperseded);
-            }
-            (Status::Abandoned, Some(ExtraProperty::QueuedRunContinues))
-                if state.requests[usize::from(request)].ready > 0 =>
-            {
-                state.record_violation(Violation::QueuedRunEnded);
-            }
-            _ => {}
+        if state.run(request).is_some_and(|run| run.released || run.attempts_left()) {
+            state.record_violation(Violation::RestartableRunEnded);
         }
         self.end(state, request, status);
         self.enqueue_event(state, request);
@@ -161,10 +204,12 @@ impl Design {
         }
     }
 
-    /// Enqueues the run-completed event.
+    /// Inserts the outbox row. The process that ends the run publishes the event at once; others find it only later.
     pub fn enqueue_event(&self, state: &mut State, request: u8) {
         let outbox = &mut state.requests[usize::from(request)].outbox;
         outbox.rows = (outbox.rows + 1).min(2);
+        outbox.due_in = self.clock.claim;
+        outbox.in_memory = self.relays > 0;
     }
 
     /// Releases a lease (`src/store/leases.rs`).
@@ -180,26 +225,49 @@ impl Design {
         state.requests[usize::from(lease.request)].run = Some(Run { released: true, lease: 0, ..run });
     }
 
-    /// True for a run that the janitor would end.
-    pub fn is_abandoned(&self, state: &State, request: u8) -> bool {
-        let patience = if self.keeps(Guard::JanitorGracePeriod) { -self.clock.abandoned } else { self.clock.lease };
-        self.keeps(Guard::Janitor) && state.run(request).is_some_and(|run| run.running() && run.lease <= patience)
+    /// True for a run whose request the janitor republishes. Copies beyond two behave alike and are left out, which keeps
+    /// the number of states finite.
+    pub fn is_lost(&self, state: &State, request: u8) -> bool {
+        let threshold = if self.keeps(Guard::RepublishDelay) { -self.clock.republish } else { self.clock.lease };
+        state.run(request).is_some_and(|run| run.running() && run.lease <= threshold)
+            && state.copies(usize::from(request)) < 2
     }
 
-    /// Ends an abandoned run (`src/store/runs.rs`).
+    /// Publishes the request of a lost run again, from its row (`src/janitor.rs`).
+    pub fn republish(&self, state: &mut State, request: u8) {
+        state.requests[usize::from(request)].ready += 1;
+        if let Some(run) = state.run_mut(request) {
+            // The next copy follows after the same time.
+            run.lease = if run.lease <= -self.clock.republish { 0 } else { run.lease };
+        }
+    }
+
+    /// Ends a run without a restart; only a mutant does this.
     pub fn end_abandoned(&self, state: &mut State, request: u8) {
         self.fail_lost_run(state, request, Status::Abandoned);
     }
 
-    /// True for an event that a relay may claim.
+    /// True for an event that a relay may publish: from memory, or because it is due.
     pub fn is_due(&self, state: &State, request: u8) -> bool {
         let outbox = &state.requests[usize::from(request)].outbox;
-        outbox.rows > 0 && !outbox.sent && outbox.claimed == 0
+        outbox.rows > 0 && !outbox.deleted && (outbox.due_in == 0 || outbox.in_memory)
     }
 
-    /// Claims an event (`src/store/outbox.rs`).
+    /// Builds the event from the run's row and stores it in the broker.
+    pub fn store_event(&self, state: &mut State, request: u8) {
+        let status = state.run(request).map(|run| run.status);
+        let outbox = &mut state.requests[usize::from(request)].outbox;
+        let before = std::mem::replace(&mut outbox.stored, status);
+        if before.is_some_and(|before| Some(before) != status) {
+            state.record_violation(Violation::EventChanged);
+        }
+    }
+
+    /// Takes an event in hand: nobody else publishes it until it is due again (`src/store/events.rs`).
     pub fn claim(&self, state: &mut State, request: u8) {
-        state.requests[usize::from(request)].outbox.claimed = self.clock.claim;
+        let outbox = &mut state.requests[usize::from(request)].outbox;
+        outbox.due_in = self.clock.claim;
+        outbox.in_memory = false;
     }
 
     /// Defers an event that could not be published.
@@ -207,10 +275,11 @@ impl Design {
         self.claim(state, request);
     }
 
-    /// Marks an event as sent.
-    pub fn mark_sent(&self, state: &mut State, request: u8) {
+    /// Deletes the outbox row of a confirmed event.
+    pub fn delete_event(&self, state: &mut State, request: u8) {
         let outbox = &mut state.requests[usize::from(request)].outbox;
-        outbox.sent = true;
-        outbox.claimed = 0;
+        outbox.deleted = true;
+        outbox.due_in = 0;
+        outbox.in_memory = false;
     }
 }

@@ -15,6 +15,9 @@ pub struct Design {
     pub same_selection: bool,
     /// `limits.tenant_max_runs`; all requests belong to one tenant.
     pub tenant_limit: u8,
+    /// True if renewals and other short statements complete before time passes, as on a healthy host. Batches may still
+    /// take any time.
+    pub prompt: bool,
     /// Guard that is removed.
     pub without: Option<Guard>,
     /// Property that is checked in addition.
@@ -30,15 +33,15 @@ pub struct Clock {
     pub deadline: u8,
     /// Delay of a retry tier: at most two.
     pub retry_delay: usize,
-    /// Time after lease expiry at which the janitor ends a run (`run.abandoned_after_s`), longer than the retry delay.
-    pub abandoned: i8,
-    /// Duration of a relay's claim on an event (`outbox.claim_s`).
+    /// Time after lease expiry, and between repeats, at which the janitor republishes a request.
+    pub republish: i8,
+    /// Time after which an event that nobody confirmed is due again (`outbox.claim_s`).
     pub claim: u8,
 }
 
 impl Clock {
-    pub const FINE: Self = Self { lease: 3, deadline: 2, retry_delay: 2, abandoned: 3, claim: 2 };
-    pub const COARSE: Self = Self { lease: 2, deadline: 1, retry_delay: 1, abandoned: 2, claim: 1 };
+    pub const FINE: Self = Self { lease: 3, deadline: 2, retry_delay: 2, republish: 3, claim: 2 };
+    pub const COARSE: Self = Self { lease: 2, deadline: 1, retry_delay: 1, republish: 2, claim: 1 };
 }
 
 /// Attempts of a run that may lose their worker (`run.max_attempts`).
@@ -49,10 +52,8 @@ pub const MAX_ATTEMPTS: u8 = 2;
 pub enum ExtraProperty {
     /// Live leases stay within the limit: every running run counts, live or expired.
     LimitHolds,
-    /// A released run blocks its selection until it is taken over or abandoned.
-    ReleasedRunContinues,
-    /// A run whose message is still queued is never ended as lost.
-    QueuedRunContinues,
+    /// No run loses a worker without a fault, and a fault costs at most one worker.
+    OnlyFaultsCostAttempts,
 }
 
 /// Kind of fault.
@@ -64,6 +65,8 @@ pub enum Fault {
     Pause,
     /// A process shuts down and releases its run.
     Shutdown,
+    /// A database connection breaks and its session keeps the run's row locked until the server notices.
+    LingeringLock,
     /// The broker connection is lost with an unacked delivery, which is redelivered.
     ConnectionLost,
     /// The broker loses a message.
@@ -85,6 +88,7 @@ impl Fault {
         Self::LostMessage,
         Self::LostResponse,
         Self::DatabaseUnavailable,
+        Self::LingeringLock,
         Self::LostConfirm,
     ];
 }
@@ -94,6 +98,12 @@ impl Fault {
 pub enum Guard {
     /// Item writes check status and attempt.
     ItemFence,
+    /// The fence of an item write does not block the renewal of the lease (`for key share`).
+    KeyShareFence,
+    /// A take-over waits for the batch in flight (`for update`).
+    TakeOverLock,
+    /// Orphaned leases are not released on the connection that renews.
+    SeparateReleaseConnection,
     /// Finishing a run checks the attempt.
     FinishFence,
     /// Finishing a run checks that it is running.
@@ -118,20 +128,24 @@ pub enum Guard {
     RetryCopyBeforeAck,
     /// The transaction that ends a run enqueues its event.
     EventInTransaction,
-    /// The janitor ignores runs whose lease is alive or just expired.
-    JanitorGracePeriod,
-    /// The janitor runs.
-    Janitor,
+    /// The janitor republishes the request of a run whose lease has expired.
+    Republish,
+    /// The janitor waits before it republishes a request.
+    RepublishDelay,
+    /// The janitor ends no run.
+    JanitorEndsNothing,
+    /// A request that finds a run of its selection with attempts left is contended, whatever the state of the lease.
+    ContendedWhileRestartable,
     /// A worker has a local deadline.
     LocalDeadline,
     /// The local deadline counts from before the request was sent.
     DeadlineFromSendTime,
     /// The local clock advances while the process is suspended.
     ClockCountsSuspend,
-    /// An event is marked as sent only after its confirm.
-    ConfirmBeforeMark,
-    /// A claim on an event expires.
-    ClaimExpiry,
+    /// The outbox row is deleted only after the confirm.
+    ConfirmBeforeDelete,
+    /// An event that was not confirmed becomes due again.
+    DueAgain,
 }
 
 impl Design {

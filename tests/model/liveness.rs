@@ -27,7 +27,10 @@ fn every_run_has_ended(design: &Design, state: &State) -> bool {
 }
 
 fn every_event_is_sent(design: &Design, state: &State) -> bool {
-    let sent = |request: usize| state.requests[request].outbox.sent && state.requests[request].outbox.stored;
+    let sent = |request: usize| {
+        let outbox = &state.requests[request].outbox;
+        outbox.deleted && outbox.stored.is_some()
+    };
     (0..design.requests).all(|request| sent(request) || never_accepted(state, request))
 }
 

@@ -3,16 +3,19 @@
 use std::collections::BTreeSet;
 
 use crate::design::{Design, Fault, Guard};
+use crate::extra_properties::{PROMPT, PROMPT_LINGERING};
 use crate::liveness::{EVERY_EVENT_IS_PUBLISHED, EVERY_RUN_ENDS};
 use crate::properties::{
-    ATTEMPTS_BOUNDED, DEADLINE_IS_SAFE, EXPIRED_STAYS_EXPIRED, NO_MESSAGE_LOST, ONE_EVENT, ONE_RUN, ONE_WRITER,
-    SENT_IS_STORED, STALE_ITEMS_REFUSED, TERMINAL_IS_FINAL,
+    ATTEMPTS_BOUNDED, DEADLINE_IS_SAFE, DELETED_IS_STORED, EXPIRED_STAYS_EXPIRED, LOST_RUN_HAD_NO_ATTEMPTS,
+    NO_MESSAGE_LOST, ONE_EVENT, ONE_RUN, ONE_WRITER, ONLY_FAULTS_COST_ATTEMPTS, STALE_ITEMS_REFUSED, TERMINAL_IS_FINAL,
 };
 use crate::state_graph::StateGraph;
 use crate::{ONE_REQUEST, TWO_REQUESTS};
 
 /// One fault is enough for most mutants.
 const RUNS: Design = Design { relays: 0, faults: 1, ..ONE_REQUEST };
+/// A slow worker loses its lease without any fault.
+const WITHOUT_FAULTS: Design = Design { faults: 0, kinds: &[], ..RUNS };
 const EVENTS: Design = Design { relays: 1, ..RUNS };
 
 /// Asserts that without `guard` exactly the `expected` properties fail.
@@ -34,7 +37,8 @@ fn item_writes_need_the_fence() {
 
 #[test]
 fn finishing_needs_the_fence() {
-    assert_breaks(RUNS, Guard::FinishFence, &[ONE_WRITER, DEADLINE_IS_SAFE]);
+    // A stale worker then ends the run under a batch in flight of its successor.
+    assert_breaks(RUNS, Guard::FinishFence, &[ONE_WRITER, STALE_ITEMS_REFUSED, DEADLINE_IS_SAFE]);
 }
 
 #[test]
@@ -60,12 +64,12 @@ fn lease_release_needs_the_fence() {
 
 #[test]
 fn take_over_needs_a_new_attempt() {
-    assert_breaks(RUNS, Guard::AttemptIncrement, &[ONE_WRITER, STALE_ITEMS_REFUSED, DEADLINE_IS_SAFE]);
+    assert_breaks(WITHOUT_FAULTS, Guard::AttemptIncrement, &[ONE_WRITER, STALE_ITEMS_REFUSED, DEADLINE_IS_SAFE]);
 }
 
 #[test]
 fn attempts_need_a_limit() {
-    assert_breaks(RUNS, Guard::AttemptLimit, &[ATTEMPTS_BOUNDED]);
+    assert_breaks(WITHOUT_FAULTS, Guard::AttemptLimit, &[ATTEMPTS_BOUNDED]);
 }
 
 #[test]
@@ -94,18 +98,13 @@ fn event_must_be_in_the_transaction() {
 }
 
 #[test]
-fn janitor_needs_a_grace_period() {
-    assert_breaks(RUNS, Guard::JanitorGracePeriod, &[DEADLINE_IS_SAFE]);
+fn lost_messages_need_the_republished_request() {
+    assert_breaks(EVENTS, Guard::Republish, &[EVERY_RUN_ENDS, EVERY_EVENT_IS_PUBLISHED]);
 }
 
 #[test]
-fn lost_messages_need_the_janitor() {
-    assert_breaks(EVENTS, Guard::Janitor, &[EVERY_RUN_ENDS, EVERY_EVENT_IS_PUBLISHED]);
-}
-
-#[test]
-fn other_faults_do_not_need_the_janitor() {
-    // The janitor is needed for lost messages only: after any other fault the redelivery ends the run.
+fn other_faults_do_not_need_the_republished_request() {
+    // After any fault but a lost message the redelivery restarts the run.
     let kinds: &[Fault] = &[
         Fault::Crash,
         Fault::Pause,
@@ -113,8 +112,40 @@ fn other_faults_do_not_need_the_janitor() {
         Fault::ConnectionLost,
         Fault::LostResponse,
         Fault::DatabaseUnavailable,
+        Fault::LingeringLock,
     ];
-    assert_breaks(Design { kinds, ..EVENTS }, Guard::Janitor, &[]);
+    assert_breaks(Design { kinds, ..EVENTS }, Guard::Republish, &[]);
+}
+
+#[test]
+fn request_republished_too_early_is_harmless() {
+    // A second copy finds the run in progress or ended; the delay only spares the queue.
+    assert_breaks(RUNS, Guard::RepublishDelay, &[]);
+}
+
+#[test]
+fn janitor_must_not_end_runs() {
+    assert_breaks(RUNS, Guard::JanitorEndsNothing, &[LOST_RUN_HAD_NO_ATTEMPTS]);
+}
+
+#[test]
+fn other_requests_must_not_end_a_restartable_run() {
+    assert_breaks(Design { workers: 1, ..TWO_REQUESTS }, Guard::ContendedWhileRestartable, &[LOST_RUN_HAD_NO_ATTEMPTS]);
+}
+
+#[test]
+fn take_over_must_wait_for_the_batch_in_flight() {
+    assert_breaks(RUNS, Guard::TakeOverLock, &[ONE_WRITER, STALE_ITEMS_REFUSED]);
+}
+
+#[test]
+fn fence_must_not_block_the_renewal() {
+    assert_breaks(PROMPT, Guard::KeyShareFence, &[ONLY_FAULTS_COST_ATTEMPTS]);
+}
+
+#[test]
+fn release_must_not_block_the_renewal_of_other_runs() {
+    assert_breaks(PROMPT_LINGERING, Guard::SeparateReleaseConnection, &[ONLY_FAULTS_COST_ATTEMPTS]);
 }
 
 #[test]
@@ -134,11 +165,11 @@ fn local_clock_must_count_suspended_time() {
 }
 
 #[test]
-fn mark_must_follow_the_confirm() {
-    assert_breaks(EVENTS, Guard::ConfirmBeforeMark, &[SENT_IS_STORED, EVERY_EVENT_IS_PUBLISHED]);
+fn deletion_must_follow_the_confirm() {
+    assert_breaks(EVENTS, Guard::ConfirmBeforeDelete, &[DELETED_IS_STORED, EVERY_EVENT_IS_PUBLISHED]);
 }
 
 #[test]
-fn claims_must_expire() {
-    assert_breaks(EVENTS, Guard::ClaimExpiry, &[EVERY_EVENT_IS_PUBLISHED]);
+fn unconfirmed_events_must_become_due_again() {
+    assert_breaks(EVENTS, Guard::DueAgain, &[EVERY_EVENT_IS_PUBLISHED]);
 }

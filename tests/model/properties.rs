@@ -14,10 +14,11 @@ pub const NO_MESSAGE_LOST: &str = "a message is settled only once its run is ter
 pub const ATTEMPTS_BOUNDED: &str = "attempts are bounded by the limit plus interruptions";
 pub const DEADLINE_IS_SAFE: &str = "a worker before its local deadline holds a live lease";
 pub const EXPIRED_STAYS_EXPIRED: &str = "an expired lease is not revived under the same attempt";
-pub const SENT_IS_STORED: &str = "an event marked as sent is stored by the broker";
+pub const DELETED_IS_STORED: &str = "an event deleted from the outbox is stored by the broker";
+pub const EVENT_IS_STABLE: &str = "every repeat of an event has the same content";
+pub const LOST_RUN_HAD_NO_ATTEMPTS: &str = "a run ends as lost only if it has no attempts left";
 pub const LIMIT_HOLDS: &str = "live leases of a tenant stay within its limit";
-pub const RELEASED_RUN_CONTINUES: &str = "a released run is not superseded";
-pub const QUEUED_RUN_CONTINUES: &str = "a run whose message is ready in the queue is not ended as lost";
+pub const ONLY_FAULTS_COST_ATTEMPTS: &str = "lost attempts are bounded by the number of faults";
 
 pub fn of(design: &Design) -> Vec<Property<Design>> {
     let mut all = vec![
@@ -30,19 +31,14 @@ pub fn of(design: &Design) -> Vec<Property<Design>> {
         Property::always(ATTEMPTS_BOUNDED, attempts_bounded),
         Property::always(DEADLINE_IS_SAFE, deadline_is_safe),
         Property::always(EXPIRED_STAYS_EXPIRED, |_, state: &State| !state.violated(Violation::Revived)),
-        Property::always(SENT_IS_STORED, sent_is_stored),
+        Property::always(DELETED_IS_STORED, deleted_is_stored),
+        Property::always(EVENT_IS_STABLE, |_, state: &State| !state.violated(Violation::EventChanged)),
+        Property::always(LOST_RUN_HAD_NO_ATTEMPTS, |_, state: &State| !state.violated(Violation::RestartableRunEnded)),
     ];
     match design.extra {
         Some(ExtraProperty::LimitHolds) => all.push(Property::always(LIMIT_HOLDS, limit_holds)),
-        Some(ExtraProperty::ReleasedRunContinues) => {
-            all.push(Property::always(RELEASED_RUN_CONTINUES, |_, state: &State| {
-                !state.violated(Violation::ReleasedRunSuperseded)
-            }));
-        }
-        Some(ExtraProperty::QueuedRunContinues) => {
-            all.push(Property::always(QUEUED_RUN_CONTINUES, |_, state: &State| {
-                !state.violated(Violation::QueuedRunEnded)
-            }));
+        Some(ExtraProperty::OnlyFaultsCostAttempts) => {
+            all.push(Property::always(ONLY_FAULTS_COST_ATTEMPTS, only_faults_cost_attempts));
         }
         None => {}
     }
@@ -90,8 +86,12 @@ fn deadline_is_safe(_: &Design, state: &State) -> bool {
     })
 }
 
-fn sent_is_stored(_: &Design, state: &State) -> bool {
-    state.requests.iter().all(|request| !request.outbox.sent || request.outbox.stored)
+fn deleted_is_stored(_: &Design, state: &State) -> bool {
+    state.requests.iter().all(|request| !request.outbox.deleted || request.outbox.stored.is_some())
+}
+
+fn only_faults_cost_attempts(design: &Design, state: &State) -> bool {
+    state.lost_attempts() <= design.faults - state.faults_left
 }
 
 fn limit_holds(design: &Design, state: &State) -> bool {
@@ -107,7 +107,8 @@ pub const WITNESSES: &[Witness] = &[
     ("a copy waits in a retry tier", |state| state.requests.iter().any(|request| request.retrying != [0, 0])),
     ("a run finishes", |state| ended(state, Status::Finished)),
     ("a run exhausts its attempts", |state| ended(state, Status::AttemptsExhausted)),
-    ("the janitor ends a run", |state| ended(state, Status::Abandoned)),
+    ("a request has two copies", |state| (0..2).any(|request| state.copies(request) == 2)),
+    ("a batch outlives its lease", |state| runs(state).any(|run| run.batches > 0 && !run.alive())),
 ];
 
 pub const WITNESSES_OF_TWO_REQUESTS: &[Witness] = &[

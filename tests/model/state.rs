@@ -1,6 +1,6 @@
 //! State of the model. Times are stored relative to now, which keeps the number of states finite.
 
-use crate::design::Design;
+use crate::design::{Design, MAX_ATTEMPTS};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct State {
@@ -12,7 +12,7 @@ pub struct State {
     /// Number of faults that may still occur.
     pub faults_left: u8,
     /// Bit set of recorded [`Violation`]s.
-    pub broken: u8,
+    pub broken: u16,
 }
 
 /// Violation that is visible only during a step, as a bit of [`State::broken`].
@@ -24,8 +24,8 @@ pub enum Violation {
     StaleRelease = 8,
     TerminalChanged = 16,
     Revived = 32,
-    ReleasedRunSuperseded = 64,
-    QueuedRunEnded = 128,
+    RestartableRunEnded = 64,
+    EventChanged = 128,
 }
 
 /// One request: its messages, its run and its event.
@@ -39,7 +39,7 @@ pub struct Request {
     pub lost: bool,
     /// Row in `inventory_sync_runs`.
     pub run: Option<Run>,
-    /// Rows in the outbox.
+    /// Event of the run in the outbox.
     pub outbox: Outbox,
 }
 
@@ -52,6 +52,12 @@ pub struct Run {
     pub released: bool,
     /// Ticks until `lease_expires_at`; zero or less means expired.
     pub lease: i8,
+    /// Batches in flight; each holds a lock on the row until it commits.
+    pub batches: u8,
+    /// Generation of the batches in flight; zero without any.
+    pub batches_of: u8,
+    /// True while a dead session holds the row.
+    pub locked: bool,
     /// Number of leases granted so far. Identifies the only legitimate writer, even in a mutant that grants one attempt
     /// twice.
     pub generation: u8,
@@ -66,21 +72,23 @@ pub enum Status {
     AttemptsExhausted,
     /// Ended by the admission of another request of the selection.
     Superseded,
-    /// Ended by the janitor.
+    /// Ended by the janitor; only a mutant does this.
     Abandoned,
     Skipped,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Outbox {
-    /// Number of rows; the design allows one.
+    /// Number of rows inserted; the design allows one.
     pub rows: u8,
-    /// Ticks until the claim expires.
-    pub claimed: u8,
-    /// True once the event is marked as sent.
-    pub sent: bool,
-    /// True once the broker has stored the event.
-    pub stored: bool,
+    /// Ticks until the event is due.
+    pub due_in: u8,
+    /// True while the process that ended the run has yet to publish the event from memory.
+    pub in_memory: bool,
+    /// True once the row is deleted because the event was confirmed.
+    pub deleted: bool,
+    /// Content of the event that the broker has stored.
+    pub stored: Option<Status>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -155,11 +163,11 @@ pub enum Relay {
 
 impl State {
     pub fn record_violation(&mut self, violation: Violation) {
-        self.broken |= violation as u8;
+        self.broken |= violation as u16;
     }
 
     pub fn violated(&self, violation: Violation) -> bool {
-        self.broken & violation as u8 != 0
+        self.broken & violation as u16 != 0
     }
 
     pub fn run(&self, request: u8) -> Option<&Run> {
@@ -200,6 +208,11 @@ impl State {
         }
     }
 
+    /// Number of attempts that lost their worker, over all runs.
+    pub fn lost_attempts(&self) -> u8 {
+        self.requests.iter().filter_map(|request| request.run).map(|run| run.attempt - run.interruptions - 1).sum()
+    }
+
     /// Number of copies of a request's message, in queues and unacked.
     pub fn copies(&self, request: usize) -> usize {
         let waiting = &self.requests[request];
@@ -217,6 +230,15 @@ impl Run {
 
     pub fn alive(&self) -> bool {
         self.running() && self.lease > 0
+    }
+
+    pub fn attempts_left(&self) -> bool {
+        self.attempt - self.interruptions < MAX_ATTEMPTS
+    }
+
+    /// True while another session holds the row in a mode that a take-over conflicts with.
+    pub fn in_use(&self) -> bool {
+        self.locked || self.batches > 0
     }
 
     /// True if `lease` is the only lease that may write to this run.

@@ -23,6 +23,8 @@ pub struct StateGraph {
     found_by: Vec<Option<(usize, Action)>>,
     /// Predecessors of each state by steps that are not faults.
     before: Vec<Vec<u32>>,
+    /// States with a step that the boundary cuts off; what they could reach is unknown.
+    cut_off: Vec<usize>,
 }
 
 /// Violated properties by name, each with its shortest counterexample.
@@ -33,12 +35,19 @@ impl StateGraph {
         let states = design.init_states();
         let mut numbers: HashMap<State, usize, BuildHasherDefault<FastHasher>> =
             states.iter().copied().zip(0..).collect();
-        let mut graph = Self { design, found_by: vec![None; states.len()], before: vec![vec![]; states.len()], states };
+        let mut graph = Self {
+            design,
+            found_by: vec![None; states.len()],
+            before: vec![vec![]; states.len()],
+            cut_off: vec![],
+            states,
+        };
         let mut number = 0;
         while number < graph.states.len() {
             let from = graph.states[number];
             for (action, next) in design.next_steps(&from) {
                 if !design.within_boundary(&next) {
+                    graph.cut_off.push(number);
                     continue;
                 }
                 let found = *numbers.entry(next).or_insert_with(|| graph.add(next, (number, action)));
@@ -83,6 +92,7 @@ impl StateGraph {
     /// First state, in breadth-first order, from which the goal is unreachable.
     fn first_state_that_cannot_reach(&self, end: &LivenessGoal) -> Option<usize> {
         let mut leads_there: Vec<bool> = self.states.iter().map(|state| end.1(&self.design, state)).collect();
+        self.cut_off.iter().for_each(|number| leads_there[*number] = true);
         let mut new: Vec<usize> = (0..self.size()).filter(|number| leads_there[*number]).collect();
         while let Some(number) = new.pop() {
             for before in self.before[number].iter().map(|before| *before as usize) {

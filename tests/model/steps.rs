@@ -49,11 +49,19 @@ impl Design {
         match action {
             Action::LoseMessage(request) => lose_message(&mut state.requests[usize::from(request)]),
             Action::EndAbandoned(request) => self.end_abandoned(state, request),
+            Action::Republish(request) => self.republish(state, request),
+            Action::CommitBatch(request) => self.commit_batch(state, request),
+            Action::ForgetEvent(request) => state.requests[usize::from(request)].outbox.in_memory = false,
+            Action::EndLingeringLock(request) => {
+                if let Some(run) = state.run_mut(request) {
+                    run.locked = false;
+                }
+            }
             Action::Claim(number, _)
             | Action::Publish(number)
             | Action::PublishUnconfirmed(number, _)
             | Action::PublishRefused(number)
-            | Action::MarkSent(number)
+            | Action::DeleteEvent(number)
             | Action::RelayCrash(number) => self.step_relay(state, action, number),
             Action::Tick => self.tick(state),
             Action::Deliver(number, request) => {
@@ -108,7 +116,8 @@ impl Design {
     }
 
     fn step_working(&self, state: &mut State, action: Action) {
-        let (Action::WriteItems(number)
+        let (Action::StartBatch(number)
+        | Action::LingeringLock(number)
         | Action::FinishRun(number)
         | Action::FinishResponseLost(number)
         | Action::SendRenewal(number)
@@ -122,8 +131,14 @@ impl Design {
         };
         let Phase::Running { lease, .. } = state.workers[number].phase else { return };
         match action {
-            Action::WriteItems(_) => {
-                if !self.write_items(state, lease) {
+            Action::LingeringLock(_) => {
+                if let Some(run) = state.run_mut(lease.request) {
+                    run.locked = run.running();
+                }
+                self.abandon_lease(state, number);
+            }
+            Action::StartBatch(_) => {
+                if !self.start_batch(state, lease) {
                     requeue_message(state, number);
                 }
             }
@@ -155,11 +170,9 @@ impl Design {
 
     fn commit_renewal(&self, state: &mut State, number: usize, lease: Lease) {
         let Renewal::Sent(deadline) = state.workers[number].renewal else { return };
-        if self.renew(state, lease) {
-            state.workers[number].renewal = Renewal::Granted(deadline);
-        } else {
-            requeue_message(state, number);
-        }
+        // A refused renewal is tried again until the local deadline: the row may have been locked for a moment.
+        let renewed = self.renew(state, lease);
+        state.workers[number].renewal = if renewed { Renewal::Granted(deadline) } else { Renewal::None };
     }
 
     fn receive_renewal(&self, worker: &mut Worker, lease: Lease) {
@@ -220,22 +233,23 @@ impl Design {
             return;
         }
         let (Relay::Claimed(request) | Relay::Confirmed(request)) = state.relays[number] else { return };
-        let outbox = &mut state.requests[usize::from(request)].outbox;
         match action {
             Action::Publish(_) => {
-                outbox.stored = true;
+                self.store_event(state, request);
                 state.relays[number] = Relay::Confirmed(request);
             }
             Action::PublishUnconfirmed(_, stored) => {
-                outbox.stored |= stored;
+                if stored {
+                    self.store_event(state, request);
+                }
                 state.relays[number] = Relay::Idle;
             }
             Action::PublishRefused(_) => {
                 self.release(state, request);
                 state.relays[number] = Relay::Idle;
             }
-            Action::MarkSent(_) => {
-                self.mark_sent(state, request);
+            Action::DeleteEvent(_) => {
+                self.delete_event(state, request);
                 state.relays[number] = Relay::Idle;
             }
             _ => state.relays[number] = Relay::Idle,
@@ -247,10 +261,10 @@ impl Design {
             request.ready += request.retrying[0];
             request.retrying = [request.retrying[1], 0];
             if let Some(run) = request.run.as_mut().filter(|run| run.running()) {
-                *run = Run { lease: (run.lease - 1).max(-self.clock.abandoned), ..*run };
+                *run = Run { lease: (run.lease - 1).max(-self.clock.republish), ..*run };
             }
-            if self.keeps(Guard::ClaimExpiry) {
-                request.outbox = Outbox { claimed: request.outbox.claimed.saturating_sub(1), ..request.outbox };
+            if self.keeps(Guard::DueAgain) {
+                request.outbox = Outbox { due_in: request.outbox.due_in.saturating_sub(1), ..request.outbox };
             }
         }
         let stands = |worker: &Worker| worker.paused && !self.keeps(Guard::ClockCountsSuspend);
