@@ -130,6 +130,34 @@ async fn subscription_that_flaps_does_not_keep_a_lost_run_from_going_on() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn run_that_nobody_restarts_is_given_up_and_its_late_copies_change_nothing() {
+    let world = World::new().await;
+    let mut worker = worker_at_work(&world, "lost").await;
+    worker.signal("KILL");
+    worker.ended(Duration::from_secs(10)).await;
+    eventually("its message is back, and lost", || world.take("inventory.sync.requests")).await;
+    world.sim.remove_rules(None);
+    let mut config = world.config();
+    config.run.restart_after_s = 2;
+    config.run.give_up_after_s = 5;
+    let replica = Replica::with(config).await;
+    let events = world.subscribe().await;
+    let quiet = replica.daemon().stop().quiet;
+    quiet.send_replace(true);
+    let run = world.ended("lost").await;
+    assert_eq!((&run["status"], &run["error_codes"]), (&json!("failed"), &json!(["worker_lost"])), "{run}");
+    let types = world.rows("select policy_type, status, error_code from inventory_sync_run_types").await;
+    assert_eq!(types, [json!({ "policy_type": "mobileApp", "status": "failed", "error_code": "worker_lost" })]);
+    assert_eq!(events.event_of(&run).await["data"]["status"], "failed");
+    assert!(world.depth("inventory.sync.requests").await > 0, "its request was published again");
+    quiet.send_replace(false);
+    eventually("the copies are taken", || async { (world.depth("inventory.sync.requests").await == 0).then_some(()) })
+        .await;
+    world.sync("next", &["mobileApp"]).await;
+    assert_eq!(world.runs("lost").await, [run], "a late copy is a duplicate");
+}
+
 fn slow(tenant: Uuid, delay_ms: u64) -> Rule {
     rule(json!({ "tenant": tenant, "action": { "kind": "slow", "delay_ms": delay_ms } }))
 }

@@ -24,12 +24,24 @@ struct LateRun {
 impl LateRun {
     /// Starts the run `early` with all twelve objects recorded before, and waits until its first batch is held.
     async fn start() -> Self {
+        Self::start_with(0).await
+    }
+
+    /// The same, with an object that is deleted before the run reads its list.
+    async fn start_after_deletion() -> Self {
+        Self::start_with(1).await
+    }
+
+    async fn start_with(deletions: u32) -> Self {
         let world = World::new().await;
         let mut config = world.config();
         config.run.batch_rows = 10;
         config.run.lease_s = 600;
         let replica = Replica::with(config).await;
         world.sync("before", &["mobileApp"]).await;
+        if deletions > 0 {
+            world.sim.delete_objects(world.tenant, APPS, Which::Count(deletions)).unwrap();
+        }
         let ids = world.sim.object_ids(world.tenant, APPS).unwrap();
         let mut lock = PgConnection::connect(&world.database_url).await.unwrap();
         sqlx::query("select pg_advisory_lock($1)").bind(LOCK).execute(&mut lock).await.unwrap();
@@ -112,6 +124,19 @@ async fn deleted_objects_stay_deleted_after_retention_removed_the_run_that_misse
     let _replica = Replica::with(config).await;
     eventually("retention deletes the run", || async { world.runs("complete").await.is_empty().then_some(()) }).await;
     assert_eq!(world.count(current).await, 9, "what the latest complete listing did not find stays out");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn complete_listing_that_ends_late_is_evidence_beside_a_newer_one_with_errors() {
+    let mut late = LateRun::start_after_deletion().await;
+    late.world.sim.add_rule(rule(json!({ "path": APPS, "action": { "kind": "missing_id" } })));
+    let newer = late.world.sync("newer", &["mobileApp", "deviceShellScript"]).await;
+    assert_eq!((&newer["status"], &newer["errors_count"]), (&json!("partial"), &json!(1)), "{newer}");
+    let current = "select count(*) from inventory_items_current where policy_type = 'mobileApp'";
+    assert_eq!(late.world.count(current).await, 12, "a listing with errors is no evidence");
+    let early = late.finish().await;
+    assert_eq!(early["status"], "success", "{early}");
+    assert_eq!(late.world.count(current).await, 11, "the earlier one is");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -69,6 +69,22 @@ async fn database_clock_that_steps_back_makes_nothing_missing_that_was_observed(
     assert_eq!(world.count(backwards).await, 0, "a run ends after it started");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn pause_without_an_end_is_obeyed() {
+    let world = World::new().await;
+    let families = ["intune", "devices", "conditional_access", "graph"];
+    for family in families {
+        world.execute(&format!("insert into tenant_pauses values ('{}', '{family}', 'infinity')", world.tenant)).await;
+    }
+    let mut config = world.config();
+    config.graph.throttle_budget_s = 3;
+    let _replica = Replica::with(config).await;
+    let run = world.sync("paused", &["mobileApp"]).await;
+    assert_eq!((&run["status"], &run["error_codes"]), (&json!("failed"), &json!(["graph_throttled"])), "{run}");
+    let asked = world.sim.requests().into_iter().filter(|request| !request.path.ends_with("/token")).count();
+    assert_eq!(asked, 0, "Graph is not asked");
+}
+
 /// Keys with a number of days, seconds or milliseconds.
 const DURATIONS: [&str; 16] = [
     "broker.heartbeat_s",

@@ -202,6 +202,29 @@ async fn deadline_counts_from_the_start_of_the_run_over_all_attempts() {
     assert!(took < 36, "the deadline of 24 s ended the run after {took} s");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn throttle_budget_counts_over_all_attempts() {
+    let world = World::new().await;
+    let throttled = json!({ "kind": "status", "status": 429, "retry_after": "4" });
+    world.sim.add_rule(rule(json!({ "path": APPS, "action": throttled })));
+    let mut config = world.config();
+    config.graph.throttle_budget_s = 10;
+    config.consumer.drain_s = 0;
+    let first = Replica::with(config.clone()).await;
+    world.publish(&world.request("throttled", &["mobileApp"])).await;
+    // Two of three waits that fit into the budget.
+    let asked = || world.sim.state().tenants.get(&world.tenant).map_or(0, |tenant| tenant.requests);
+    within(Duration::from_secs(60), "Graph has refused twice", || async { (asked() >= 2).then_some(()) }).await;
+    first.stop().await;
+    let before = asked();
+    let _second = Replica::with(config).await;
+    let run = world.ended("throttled").await;
+    assert_eq!((&run["attempt"], &run["error_codes"]), (&json!(2), &json!(["graph_throttled"])), "{run}");
+    let waited = run["graph_throttle_wait_ms"].as_i64().unwrap();
+    assert!((1..=10_000).contains(&waited), "waited {waited} ms with a budget of 10 s");
+    assert!(asked() - before <= 2, "the second attempt had what the first left");
+}
+
 fn rule(value: Value) -> Rule {
     serde_json::from_value(value).unwrap()
 }
