@@ -12,6 +12,13 @@ const APPS: &str = "deviceAppManagement/mobileApps";
 /// Advisory lock at which the first write of an item waits.
 const LOCK: i64 = 8_046;
 
+/// How `inventory_items` is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Items {
+    OneTable,
+    Partitioned,
+}
+
 /// A run that has read its list and waits at the first of two batches.
 struct LateRun {
     world: World,
@@ -22,18 +29,13 @@ struct LateRun {
 }
 
 impl LateRun {
-    /// Starts the run `early` with all twelve objects recorded before, and waits until its first batch is held.
-    async fn start() -> Self {
-        Self::start_with(0).await
-    }
-
-    /// The same, with an object that is deleted before the run reads its list.
-    async fn start_after_deletion() -> Self {
-        Self::start_with(1).await
-    }
-
-    async fn start_with(deletions: u32) -> Self {
+    /// Starts the run `early` with all twelve objects recorded before, of which some are deleted before it reads its list,
+    /// and waits until its first batch is held.
+    async fn start(items: Items, deletions: u32) -> Self {
         let world = World::new().await;
+        if items == Items::Partitioned {
+            world.partition_items(4).await;
+        }
         let mut config = world.config();
         config.run.batch_rows = 10;
         config.run.lease_s = 600;
@@ -75,7 +77,12 @@ impl LateRun {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn late_write_does_not_revert_a_rename() {
-    let mut late = LateRun::start().await;
+    for items in [Items::OneTable, Items::Partitioned] {
+        assert_rename_survives(LateRun::start(items, 0).await).await;
+    }
+}
+
+async fn assert_rename_survives(mut late: LateRun) {
     // One in the batch that is held, one in the batch whose statement starts after the rename was recorded.
     for (index, name) in [(0, "Renamed 0"), (10, "Renamed 10")] {
         late.world.sim.rename_object(late.world.tenant, APPS, Which::Index(index), name).unwrap();
@@ -94,7 +101,12 @@ async fn late_write_does_not_revert_a_rename() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn late_write_does_not_bring_a_deleted_object_back() {
-    let mut late = LateRun::start().await;
+    for items in [Items::OneTable, Items::Partitioned] {
+        assert_deletion_survives(LateRun::start(items, 0).await).await;
+    }
+}
+
+async fn assert_deletion_survives(mut late: LateRun) {
     let deleted = late.ids[11].clone();
     late.world.sim.delete_objects(late.world.tenant, APPS, Which::Ids(vec![deleted.clone()])).unwrap();
     let newer = late.world.sync("newer", &["mobileApp", "deviceShellScript"]).await;
@@ -128,7 +140,7 @@ async fn deleted_objects_stay_deleted_after_retention_removed_the_run_that_misse
 
 #[tokio::test(flavor = "multi_thread")]
 async fn complete_listing_that_ends_late_is_evidence_beside_a_newer_one_with_errors() {
-    let mut late = LateRun::start_after_deletion().await;
+    let mut late = LateRun::start(Items::OneTable, 1).await;
     late.world.sim.add_rule(rule(json!({ "path": APPS, "action": { "kind": "missing_id" } })));
     let newer = late.world.sync("newer", &["mobileApp", "deviceShellScript"]).await;
     assert_eq!((&newer["status"], &newer["errors_count"]), (&json!("partial"), &json!(1)), "{newer}");

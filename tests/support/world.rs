@@ -273,6 +273,19 @@ impl World {
         sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&self.db).await.expect("the statement is valid");
     }
 
+    /// Splits the items of the world's database, which is on the shared server, into `count` partitions by tenant.
+    pub async fn partition_items(&self, count: u32) {
+        let (_, database) = self.database_url.rsplit_once('/').expect("an address names a database");
+        let (database, partitions) = (database.to_owned(), format!("partitions={count}"));
+        let split = move || {
+            let arguments = ["-qAt", "-v", &partitions, "-f", "deploy/sql/partition_items.sql"];
+            servers::postgres().psql(&database, &arguments)
+        };
+        tokio::task::spawn_blocking(split).await.expect("psql succeeds");
+        let parts = "select count(*) from pg_inherits where inhparent = 'inventory_items'::regclass";
+        assert_eq!(self.count(parts).await, i64::from(count), "the items are in {count} partitions");
+    }
+
     /// Returns the rows of `inventory_missing` for a run's selection.
     pub async fn missing(&self, run: &Value) -> Vec<Value> {
         let (tenant, hash) = (&run["tenant_id"], &run["selection_hash"]);
