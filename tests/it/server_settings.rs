@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use inventoryd::config::Config;
@@ -31,7 +32,8 @@ async fn start_with(world: &mut World, config: Config, setting: &str, value: &st
     let options = options.options([(setting, before[0]["value"].as_str().unwrap())]);
     world.db = PgPoolOptions::new().max_connections(4).connect_lazy_with(options);
     world.execute(&format!("alter database {database} set {setting} to {value}")).await;
-    match Daemon::start(config, None).await {
+    let started = timeout(Duration::from_secs(30), Daemon::start(config, None)).await;
+    match started.unwrap_or_else(|_| panic!("with {setting} = {value} the daemon neither starts nor says why")) {
         Ok(daemon) => Some(daemon),
         Err(error) => {
             assert!(error.to_string().contains(setting), "{setting} = {value} is not named: {error}");
