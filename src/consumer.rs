@@ -24,16 +24,20 @@ use crate::telemetry;
 mod backpressure;
 mod delivery_handler;
 mod health;
+mod watchdog;
 
 use backpressure::Intake;
 use delivery_handler::DeliveryHandler;
 pub use health::ConsumerHealth;
 use health::Paused;
+use watchdog::Watchdog;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// Session lifetime after which the reconnect backoff starts anew.
 const STABLE_SESSION: Duration = Duration::from_secs(30);
+/// Time after which a session is widened although its first run is still at work.
+const SLOW_START: Duration = Duration::from_secs(1);
 /// Time that runs have to stop after `abort`.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
 /// Heartbeat allowance for one broker operation: there may be several addresses, each with its own timeouts.
@@ -93,7 +97,7 @@ impl Consumer {
     /// Consumes until `stop.drain`. Returns once all deliveries in flight are settled, a few seconds after the drain
     /// budget at the latest.
     pub async fn run(self, stop: Stop) {
-        let trouble = Arc::new(Notify::new());
+        let (trouble, settled) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let intake = Intake::new(self.store, self.settings.high_water, stop.quiet.subscribe(), Arc::clone(&trouble));
         let watched = intake.watch();
         let handler = DeliveryHandler {
@@ -104,6 +108,7 @@ impl Consumer {
             health: Arc::clone(&self.health),
             intake: watched.clone(),
             trouble,
+            settled: Arc::clone(&settled),
             drain: stop.drain.clone(),
             abort: stop.abort.child_token(),
         };
@@ -116,6 +121,7 @@ impl Consumer {
             handler: Arc::new(handler),
             tasks: TaskTracker::new(),
             waiting: VecDeque::new(),
+            settled,
             stop,
         };
         tokio::select! {
@@ -137,6 +143,8 @@ struct ConsumeLoop {
     tasks: TaskTracker,
     /// Deliveries without a permit, each with the deadline of its wait.
     waiting: VecDeque<(Deadline, Delivery)>,
+    /// Notified after every settled delivery.
+    settled: Arc<Notify>,
     stop: Stop,
 }
 
@@ -202,6 +210,7 @@ impl ConsumeLoop {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut watchdog = Watchdog::new(self.settings.watchdog);
         let drain = self.stop.drain.clone();
+        let mut first_arrival: Option<Instant> = None;
         loop {
             self.health.heartbeat().beat();
             let permits = Arc::clone(&self.permits);
@@ -222,16 +231,23 @@ impl ConsumeLoop {
                 next = session.next() => match next {
                     Some(Ok(delivery)) => {
                         watchdog.note_activity();
-                        // Polled without a free permit too: only the stream reports its own end.
-                        match Arc::clone(&self.permits).try_acquire_owned() {
-                            Ok(permit) if self.waiting.is_empty() => self.handle_delivery(delivery, permit),
-                            _ => self.waiting.push_back((Deadline::after(self.settings.spare / 3), delivery)),
-                        }
+                        first_arrival.get_or_insert_with(Instant::now);
+                        self.accept(delivery);
                     }
                     Some(Err(error)) => return LoopExit::Lost("error", Some(error)),
                     None => return LoopExit::Lost("ended", None),
                 },
+                () = self.settled.notified(), if session.narrow() && first_arrival.is_some() => {
+                    if let Err(error) = self.widen(session).await {
+                        return LoopExit::Lost("error", Some(error));
+                    }
+                }
                 _ = tick.tick() => {
+                    if session.narrow() && first_arrival.is_some_and(|at| at.elapsed() >= SLOW_START)
+                        && let Err(error) = self.widen(session).await
+                    {
+                        return LoopExit::Lost("error", Some(error));
+                    }
                     if let Err(error) = self.requeue_overdue().await {
                         return LoopExit::Lost("error", Some(error));
                     }
@@ -245,6 +261,22 @@ impl ConsumeLoop {
                     }
                 }
             }
+        }
+    }
+
+    /// Applies the full prefetch: a delivery of this session was settled, or has been in flight for a while.
+    async fn widen(&mut self, session: &mut Subscription) -> Result<(), BrokerError> {
+        for delivery in session.widen().await? {
+            self.accept(delivery);
+        }
+        Ok(())
+    }
+
+    /// Starts a delivery if there is a free permit. The stream is polled without one too: only it reports its own end.
+    fn accept(&mut self, delivery: Delivery) {
+        match Arc::clone(&self.permits).try_acquire_owned() {
+            Ok(permit) if self.waiting.is_empty() => self.handle_delivery(delivery, permit),
+            _ => self.waiting.push_back((Deadline::after(self.settings.spare / 3), delivery)),
         }
     }
 
@@ -349,40 +381,5 @@ fn what_ended(cause: &str) -> &'static str {
         _ => {
             "the broker ended the subscription: the queue was deleted or moved, or a delivery exceeded the consumer timeout"
         }
-    }
-}
-
-/// Detects a subscription that is open but stalled: requests are ready and none is delivered.
-struct Watchdog {
-    timeout: Duration,
-    last: Instant,
-    suspicious: bool,
-}
-
-impl Watchdog {
-    fn new(timeout: Duration) -> Self {
-        Self { timeout, last: Instant::now(), suspicious: false }
-    }
-
-    /// Resets the watchdog after a delivery.
-    fn note_activity(&mut self) {
-        self.last = Instant::now();
-        self.suspicious = false;
-    }
-
-    /// True if the subscription must be rebuilt. Requests that are ready at one check may be in transit; at a second
-    /// consecutive check they are not.
-    async fn stalled(&mut self, session: &Subscription, expects: bool) -> Result<bool, BrokerError> {
-        if !expects {
-            self.note_activity();
-        }
-        if self.last.elapsed() < self.timeout {
-            return Ok(false);
-        }
-        if session.ready().await? == 0 {
-            self.note_activity();
-            return Ok(false);
-        }
-        Ok(std::mem::replace(&mut self.suspicious, true))
     }
 }

@@ -19,7 +19,9 @@ use lapin::{Channel, ConnectionProperties};
 use parking_lot::Mutex;
 
 use super::error::{BrokerError, within};
-use super::tls::{self, Stream, Tls};
+use super::frame_guard::check_start;
+use super::guarded_stream::{BrokerSocket, ClientRuntime, GuardedStream, GuardedTokio};
+use super::tls::{self, Tls};
 
 /// Stream of connection events (blocked, unblocked, lost).
 pub(super) type Events = Pin<Box<dyn futures_util::Stream<Item = lapin::Event> + Send>>;
@@ -47,13 +49,14 @@ impl Connection {
     pub(super) async fn open(opening: &Opening, uri: AMQPUri) -> Result<Self, BrokerError> {
         let shutdown = ShutdownOnDrop::default();
         let (socket, tls, limit) = (shutdown.clone_handle(), opening.tls.clone(), opening.connect_limit);
-        let connect = async move |uri: AMQPUri, runtime: TokioRuntime| {
+        let (runtime, client) = (opening.runtime.clone(), ClientRuntime::new(GuardedTokio(opening.runtime.clone())));
+        let connect = async move |uri: AMQPUri, _client: ClientRuntime| {
             let stream = within_on(&runtime, limit, tls.connect(&uri, &runtime)).await?;
             socket.keep(&stream)?;
-            Ok(stream)
+            Ok(AsyncTcpStream::Plain(GuardedStream::new(stream)))
         };
         let properties = ConnectionProperties::default().with_connection_name(opening.name.clone().into());
-        let connection = lapin::Connection::connector(uri, opening.runtime.clone(), connect, properties);
+        let connection = lapin::Connection::connector(uri, client, connect, properties);
         let connection = within(limit, "connecting", connection).await?;
         Ok(Self { connection, answer_limit: opening.answer_limit, _shutdown: shutdown })
     }
@@ -101,7 +104,7 @@ pub(super) async fn server_version(opening: &Opening, uri: &AMQPUri) -> Result<(
     }
 }
 
-async fn ask_for_start(mut stream: Stream) -> io::Result<(String, String)> {
+async fn ask_for_start(mut stream: BrokerSocket) -> io::Result<(String, String)> {
     stream.write_all(b"AMQP\x00\x00\x09\x01").await?;
     stream.flush().await?;
     let mut header = [0; 7];
@@ -116,6 +119,7 @@ async fn ask_for_start(mut stream: Stream) -> io::Result<(String, String)> {
 }
 
 fn read_start(frame: &[u8]) -> Option<(String, String)> {
+    check_start(frame.get(4..)?).ok()?;
     let (_, method) = parse_class(frame).ok()?;
     let AMQPClass::Connection(connection::AMQPMethod::Start(start)) = method else { return None };
     let text = |key: &str| match start.server_properties.inner().get(key) {
@@ -176,7 +180,7 @@ impl Drop for ShutdownOnDrop {
 struct SocketHandle(Arc<Mutex<Socket>>);
 
 impl SocketHandle {
-    fn keep(&self, stream: &Stream) -> io::Result<()> {
+    fn keep(&self, stream: &BrokerSocket) -> io::Result<()> {
         let socket = match stream {
             AsyncTcpStream::Plain(plain) => plain.get_ref().as_fd().try_clone_to_owned()?,
             AsyncTcpStream::Rustls(tls) => tls.get_ref().0.get_ref().as_fd().try_clone_to_owned()?,

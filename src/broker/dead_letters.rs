@@ -11,6 +11,7 @@ use lapin::{Acker, BasicProperties, Channel};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 
+use super::content_header::BODY_DISCARDED;
 use super::error::{BrokerError, within};
 use super::message::{
     DEAD_AT, DEAD_BY, DEAD_DETAIL, DEAD_ID, DEAD_REASON, Original, Outgoing, RETRIES, read_number, read_text,
@@ -20,6 +21,7 @@ use super::publisher::ConfirmChannel;
 use super::topology::Names;
 use super::{Broker, Purpose};
 use crate::domain::event::rfc3339;
+use crate::domain::request::SyncRequest;
 
 /// Dead letters present when this was opened, oldest first.
 pub struct DeadLetters {
@@ -53,6 +55,8 @@ pub struct DeadLetter {
     pub retries: u64,
     /// Body, byte for byte as published.
     pub body: Vec<u8>,
+    /// False if the body was not kept because it is far above the limit.
+    pub complete: bool,
     properties: BasicProperties,
     acker: Acker,
 }
@@ -123,6 +127,10 @@ impl DeadLetters {
     /// If it was not confirmed; the dead letter stays. If the request was stored but the letter could not be removed,
     /// a second replay is harmless because of the idempotency key.
     pub async fn replay(&mut self, letter: &DeadLetter) -> Result<(), BrokerError> {
+        if !letter.complete {
+            let problem = "the body is too large to be a request; drop the letter and publish a smaller request";
+            return Err(BrokerError::NotTaken(problem.to_owned()));
+        }
         let original = Original { properties: &letter.properties, body: &letter.body };
         let outcomes = self.publishing.publish(&self.names, &[Outgoing::replay(&original)]).await;
         for outcome in outcomes {
@@ -159,11 +167,17 @@ impl DeadLetter {
         let properties = delivery.properties;
         let death = Death::of(&properties, requests);
         let text = |value: &Option<lapin::types::ShortString>| value.as_ref().map(ToString::to_string);
-        let reason = read_text(&properties, DEAD_REASON).or(death.reason);
+        let discarded = Some(read_number(&properties, BODY_DISCARDED)).filter(|bytes| *bytes > 0);
+        // The broker moved a message with such a body by itself; its own reason says less.
+        let too_large = discarded.map(SyncRequest::too_large);
+        let reason = read_text(&properties, DEAD_REASON)
+            .or_else(|| Some(too_large.as_ref()?.reason.to_string()))
+            .or(death.reason);
         Self {
             id: id_of(&properties, &delivery.data, death.at_s),
             reason: reason.unwrap_or_else(|| "unknown".to_owned()),
-            detail: read_text(&properties, DEAD_DETAIL),
+            detail: read_text(&properties, DEAD_DETAIL).or(too_large.map(|rejection| rejection.detail)),
+            complete: discarded.is_none(),
             at: read_text(&properties, DEAD_AT).or_else(|| {
                 let moment = OffsetDateTime::from_unix_timestamp(i64::try_from(death.at_s?).ok()?).ok()?;
                 Some(rfc3339(moment))

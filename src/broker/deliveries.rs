@@ -11,11 +11,10 @@ use lapin::types::{FieldTable, ShortString};
 use lapin::{Acker, BasicProperties, Channel};
 
 use super::connection::Connection;
+use super::content_header::{BODY_DISCARDED, UNREADABLE};
 use super::error::{BrokerError, within};
 use super::message::{DEFERRED_S, Original, RETRIES, is_traceparent, is_tracestate, read_number, read_text};
 use crate::telemetry;
-
-const CONSUMER_TAG: &str = "inventoryd";
 
 /// Connection, channel, prefetch and consumer as one unit, which is never repaired, only rebuilt.
 pub struct Subscription {
@@ -23,11 +22,16 @@ pub struct Subscription {
     channel: Channel,
     consumer: Option<lapin::Consumer>,
     requests: ShortString,
+    prefetch: u16,
     limit: Duration,
+    narrow: bool,
+    /// Number of consumers started so far.
+    consumers: u32,
 }
 
 impl Subscription {
-    /// Starts to consume on a connection whose topology was verified.
+    /// Starts to consume on a connection whose topology was verified, one request at a time until [`Self::widen`]:
+    /// whatever delivery still ends a session or the process ends it alone, and costs no other request a delivery.
     pub(super) async fn start(
         connection: Connection,
         requests: &str,
@@ -35,12 +39,37 @@ impl Subscription {
         limit: Duration,
     ) -> Result<Self, BrokerError> {
         let channel = connection.channel().await?;
-        // Not global: a quorum queue answers a global prefetch by closing the connection.
-        let qos = channel.basic_qos(prefetch, BasicQosOptions { global: false });
-        within(limit, "setting the prefetch", qos).await?;
-        let mut subscription = Self { connection, channel, consumer: None, requests: requests.into(), limit };
+        let requests = requests.into();
+        let mut subscription =
+            Self { connection, channel, consumer: None, requests, prefetch, limit, narrow: true, consumers: 0 };
+        subscription.set_prefetch(1).await?;
         subscription.resume().await?;
         Ok(subscription)
+    }
+
+    /// True until the configured prefetch applies.
+    #[must_use]
+    pub fn narrow(&self) -> bool {
+        self.narrow
+    }
+
+    /// Applies the configured prefetch. Returns deliveries that arrived meanwhile.
+    ///
+    /// # Errors
+    /// If the broker does not answer; the subscription is unusable then.
+    pub async fn widen(&mut self) -> Result<Vec<Delivery>, BrokerError> {
+        // A prefetch applies to consumers started after it.
+        let buffered = self.stop_consumer().await?;
+        self.set_prefetch(self.prefetch).await?;
+        self.narrow = false;
+        self.resume().await?;
+        Ok(buffered)
+    }
+
+    async fn set_prefetch(&self, prefetch: u16) -> Result<(), BrokerError> {
+        // Not global: a quorum queue answers a global prefetch by closing the connection.
+        let qos = self.channel.basic_qos(prefetch, BasicQosOptions { global: false });
+        within(self.limit, "setting the prefetch", qos).await
     }
 
     /// Returns the next delivery, an error that ends the subscription, or `None` once it has ended. The broker ends a
@@ -64,14 +93,23 @@ impl Subscription {
     /// # Errors
     /// If the broker does not answer; the subscription is unusable then.
     pub async fn cancel(&mut self) -> Result<(), BrokerError> {
-        let Some(mut consumer) = self.consumer.take() else { return Ok(()) };
-        let cancel = self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
-        within(self.limit, "cancelling the consumer", cancel).await?;
-        // The stream ends after the deliveries that were in transit.
-        while let Ok(Some(Ok(buffered))) = tokio::time::timeout(self.limit, consumer.next()).await {
-            Delivery::new(buffered, self.limit).requeue().await?;
+        for delivery in self.stop_consumer().await? {
+            delivery.requeue().await?;
         }
         Ok(())
+    }
+
+    /// Cancels the consumer and returns its buffered deliveries.
+    async fn stop_consumer(&mut self) -> Result<Vec<Delivery>, BrokerError> {
+        let Some(mut consumer) = self.consumer.take() else { return Ok(Vec::new()) };
+        let cancel = self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
+        within(self.limit, "cancelling the consumer", cancel).await?;
+        let mut buffered = Vec::new();
+        // The stream ends after the deliveries that were in transit.
+        while let Ok(Some(Ok(delivery))) = tokio::time::timeout(self.limit, consumer.next()).await {
+            buffered.push(Delivery::new(delivery, self.limit));
+        }
+        Ok(buffered)
     }
 
     /// Consumes again after [`Subscription::cancel`], on the same channel.
@@ -81,7 +119,11 @@ impl Subscription {
     pub async fn resume(&mut self) -> Result<(), BrokerError> {
         if self.consumer.is_none() {
             let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
-            let consume = self.channel.basic_consume(self.requests.clone(), CONSUMER_TAG.into(), options, arguments);
+            // A new tag each time: RabbitMQ 3.10 closes the connection with an internal error when a tag is used again
+            // while deliveries of its first use are in flight.
+            self.consumers += 1;
+            let tag = format!("inventoryd-{}", self.consumers);
+            let consume = self.channel.basic_consume(self.requests.clone(), tag.into(), options, arguments);
             self.consumer = Some(within(self.limit, "consuming", consume).await?);
         }
         Ok(())
@@ -134,6 +176,10 @@ pub struct Delivery {
     pub retries: u32,
     /// Total time spent in retry queues, in seconds.
     pub deferred_s: u64,
+    /// Properties that were removed because the AMQP client cannot parse them.
+    pub unreadable: Option<String>,
+    /// Size of a body that was not kept because it is far above the limit.
+    pub discarded_bytes: Option<u64>,
     properties: BasicProperties,
     acker: Acker,
     limit: Duration,
@@ -149,6 +195,8 @@ impl Delivery {
             tracestate: read_text(&properties, "tracestate").filter(|text| is_tracestate(text)),
             retries: u32::try_from(read_number(&properties, RETRIES)).unwrap_or(u32::MAX),
             deferred_s: read_number(&properties, DEFERRED_S),
+            unreadable: read_text(&properties, UNREADABLE),
+            discarded_bytes: Some(read_number(&properties, BODY_DISCARDED)).filter(|bytes| *bytes > 0),
             body: delivery.data,
             properties,
             acker: delivery.acker,
@@ -181,6 +229,14 @@ impl Delivery {
     /// If the channel closes at this moment; the broker then requeues by itself.
     pub async fn fail(&self) -> Result<bool, BrokerError> {
         within(self.limit, "rejecting", self.acker.reject(BasicRejectOptions { requeue: true })).await
+    }
+
+    /// Has the broker dead-letter the original message, byte for byte.
+    ///
+    /// # Errors
+    /// If the channel closes at this moment; the broker then requeues by itself.
+    pub async fn dead_letter_original(&self) -> Result<bool, BrokerError> {
+        within(self.limit, "dead-lettering", self.acker.reject(BasicRejectOptions { requeue: false })).await
     }
 
     /// True while the delivery can be settled, false once its channel is closed.

@@ -7,6 +7,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::content_header::{BODY_DISCARDED, UNREADABLE};
 use super::topology::{Names, RetryTier, SYNC_REQUESTED};
 use crate::domain::clock;
 use crate::domain::event::{RunCompleted, rfc3339};
@@ -199,10 +200,10 @@ impl Original<'_> {
     }
 }
 
-/// Headers that the broker writes or routes by. A kept `x-death` would make the broker detect a cycle and drop the
+/// Headers that the broker writes or routes by, and those of the frame guard. A kept `x-death` would make the broker detect a cycle and drop the
 /// message; `CC` would route the copy to other queues.
 fn is_the_brokers(name: &str) -> bool {
-    matches!(name, "x-death" | "x-delivery-count" | "x-acquired-count" | "CC" | "BCC")
+    matches!(name, "x-death" | "x-delivery-count" | "x-acquired-count" | "CC" | "BCC" | UNREADABLE | BODY_DISCARDED)
         || name.starts_with("x-first-death-")
         || name.starts_with("x-last-death-")
 }

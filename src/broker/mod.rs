@@ -12,9 +12,12 @@ use crate::config::{BrokerConfig, TopologyConfig, seconds};
 
 mod address;
 mod connection;
+mod content_header;
 mod dead_letters;
 mod deliveries;
 mod error;
+mod frame_guard;
+mod guarded_stream;
 mod message;
 mod publisher;
 mod tail;

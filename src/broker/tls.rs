@@ -3,18 +3,15 @@
 use std::io;
 use std::path::Path;
 
-use async_rs::traits::Reactor;
-use async_rs::{Tokio, TokioRuntime};
+use async_rs::TokioRuntime;
 use lapin::tcp::{AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::error::BrokerError;
+use super::guarded_stream::BrokerSocket;
 use crate::config::BrokerConfig;
-
-/// The socket to the broker, with or without TLS.
-pub(super) type Stream = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
 
 /// TLS settings; the files are read once, at start.
 #[derive(Clone)]
@@ -41,7 +38,7 @@ impl Tls {
     }
 
     /// Opens a TCP connection, with TLS for `amqps` addresses.
-    pub(super) async fn connect(&self, uri: &AMQPUri, runtime: &TokioRuntime) -> io::Result<Stream> {
+    pub(super) async fn connect(&self, uri: &AMQPUri, runtime: &TokioRuntime) -> io::Result<BrokerSocket> {
         let host = &uri.authority.host;
         let addresses = runtime.to_socket_addrs((host.clone(), uri.authority.port));
         let stream = AsyncTcpStream::connect(runtime, addresses).await?;

@@ -13,7 +13,8 @@ use super::health::{ConsumerHealth, Paused};
 use crate::backoff::{Waits, full_jitter};
 use crate::broker::{BrokerError, Delivery, PublishOutcome, Publisher, RetryTier};
 use crate::domain::clock::Deadline;
-use crate::domain::failure::Rejection;
+use crate::domain::failure::{DeadReason, Rejection};
+use crate::domain::request::SyncRequest;
 use crate::run::{Disposition, Incoming, Runner};
 use crate::telemetry::{self, spans};
 
@@ -41,6 +42,8 @@ pub(super) struct DeliveryHandler {
     pub(super) health: Arc<ConsumerHealth>,
     pub(super) intake: watch::Receiver<Option<Paused>>,
     pub(super) trouble: Arc<Notify>,
+    /// Notified after every settled delivery.
+    pub(super) settled: Arc<Notify>,
     pub(super) drain: CancellationToken,
     pub(super) abort: CancellationToken,
 }
@@ -64,9 +67,17 @@ impl DeliveryHandler {
             }
         }
         drop((in_flight, permit));
+        self.settled.notify_waiters();
     }
 
     async fn handle(&self, delivery: &Delivery) -> Disposition {
+        if let Some(bytes) = delivery.discarded_bytes {
+            return Disposition::Rejected(SyncRequest::too_large(bytes));
+        }
+        if let Some(names) = &delivery.unreadable {
+            let detail = format!("cannot be parsed: {names}");
+            return Disposition::Rejected(Rejection::new(DeadReason::UnreadableProperties, detail));
+        }
         let incoming = Incoming {
             body: &delivery.body,
             content_type: delivery.content_type.as_deref(),
@@ -140,9 +151,20 @@ impl DeliveryHandler {
 
     async fn dead_letter(&self, delivery: &Delivery, rejection: &Rejection) {
         warn!(reason = %rejection.reason, detail = rejection.detail, "Request rejected");
-        if self.copy_then_ack(delivery, CopyTarget::DeadLetter(rejection)).await {
+        let moved = match delivery.discarded_bytes {
+            // Only the broker has the complete message.
+            Some(_) => self.dead_letter_original(delivery).await,
+            None => self.copy_then_ack(delivery, CopyTarget::DeadLetter(rejection)).await,
+        };
+        if moved {
             telemetry::dead_letter(rejection.reason);
         }
+    }
+
+    async fn dead_letter_original(&self, delivery: &Delivery) -> bool {
+        let moved = matches!(delivery.dead_letter_original().await, Ok(true));
+        note_settled(if moved { "rejected" } else { "requeued" });
+        moved
     }
 
     /// Acknowledges once the copy is confirmed. A copy of unknown outcome is published again: the idempotency key

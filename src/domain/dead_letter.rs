@@ -23,7 +23,8 @@ pub struct DeadLetter {
 pub enum DeadLetterHeaders {
     /// Set by the daemon.
     Rejected(RejectedHeaders),
-    /// Set by the broker, after `topology.delivery_limit` unacknowledged deliveries.
+    /// Set by the broker alone: after `topology.delivery_limit` unacknowledged deliveries, because of a policy or a TTL,
+    /// or when the daemon rejected a message that it could not copy.
     GivenUp(GivenUpHeaders),
 }
 
@@ -61,7 +62,7 @@ pub struct GivenUpHeaders {
 pub struct Death {
     /// Queue that dead-lettered the message; the entry for `inventory.sync.requests` gives the reason.
     pub queue: String,
-    /// `delivery_limit`, or `expired` for a wait in a retry tier.
+    /// `delivery_limit`, `rejected`, `expired` (also for a wait in a retry tier) or `maxlen`.
     pub reason: String,
     /// Number of times.
     pub count: u64,

@@ -141,6 +141,18 @@ closed_list! {
         MessageTooLarge = "message_too_large",
             "The body is larger than 256 KiB.",
             "Send only policy types or categories; remove other content.";
+        UnreadableProperties = "unreadable_properties",
+            "A property or header of the message cannot be parsed; the detail names it.",
+            "Publish UTF-8 text and at most 16 levels of nested headers, then replay; the body is complete.";
+        Rejected = "rejected",
+            "The daemon rejected the message, but the broker did not accept a copy with the reason.",
+            "Read the reason in the daemon's log, fix its cause, then replay or drop the dead letter.";
+        Expired = "expired",
+            "The message exceeded a TTL set by a policy or by its publisher.",
+            "Remove the TTL from the policy or the publisher, then replay.";
+        Maxlen = "maxlen",
+            "A policy limits the length of the requests queue and drops its oldest messages.",
+            "Remove max-length or drop-head from the policy, then replay.";
         DeliveryLimit = "delivery_limit",
             "The message reached topology.delivery_limit unacknowledged deliveries.",
             "Look for workers that crash while handling the message, then replay.";

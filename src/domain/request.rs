@@ -57,8 +57,7 @@ impl SyncRequest {
     /// A [`Rejection`] with the reason and a detail that names the field, the kind of value found and the one expected.
     pub fn parse(content_type: Option<&str>, body: &[u8]) -> Result<Self, Rejection> {
         if body.len() > MAX_BODY_BYTES {
-            let detail = format!("the body has {} bytes; at most {MAX_BODY_BYTES} are allowed", body.len());
-            return Err(Rejection::new(DeadReason::MessageTooLarge, detail));
+            return Err(Self::too_large(body.len() as u64));
         }
         let value: Value = serde_json::from_slice(body).map_err(|error| {
             let detail = format!("not JSON: line {}, column {}", error.line(), error.column());
@@ -75,6 +74,13 @@ impl SyncRequest {
             )
         })?;
         Self::from_fields(&Fields::of("`data`", data)?)
+    }
+
+    /// Rejection of a body with so many bytes.
+    #[must_use]
+    pub fn too_large(bytes: u64) -> Rejection {
+        let detail = format!("the body has {bytes} bytes; at most {MAX_BODY_BYTES} are allowed");
+        Rejection::new(DeadReason::MessageTooLarge, detail)
     }
 
     fn from_fields(message: &Fields<'_>) -> Result<Self, Rejection> {

@@ -160,11 +160,13 @@ async fn in_flight_deliveries_can_be_settled_after_a_cancel() {
     for number in 0..6 {
         rig.publish(format!("{number}").as_bytes(), BasicProperties::default()).await;
     }
-    let hand = [next(&mut subscription).await, next(&mut subscription).await];
+    let first = next(&mut subscription).await;
+    assert!(subscription.widen().await.unwrap().is_empty());
+    let in_flight = [first, next(&mut subscription).await];
     subscription.cancel().await.unwrap();
     let ready = || async { (subscription.ready().await.unwrap() == 4).then_some(()) };
-    eventually("what arrived unseen is back, what is in hand is not", ready).await;
-    for delivery in hand {
+    eventually("buffered deliveries are requeued, those in flight are not", ready).await;
+    for delivery in in_flight {
         assert!(delivery.ack().await.unwrap());
         seen.insert(delivery.body.clone());
     }
@@ -224,6 +226,7 @@ async fn a_rung_that_was_deleted_is_made_again() {
     let publisher = rig.broker.publisher();
     rig.publish(b"x", BasicProperties::default()).await;
     let delivery = next(&mut subscription).await;
+    assert!(subscription.widen().await.unwrap().is_empty());
     assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [PublishOutcome::Confirmed]);
     rig.delete_queue(&rig.names().retry(RetryTier::FiveSeconds)).await;
     assert_eq!(publisher.schedule_retry(&delivery, RetryTier::FiveSeconds).await, PublishOutcome::Unroutable);
@@ -232,7 +235,7 @@ async fn a_rung_that_was_deleted_is_made_again() {
     assert_eq!(next(&mut subscription).await.body, b"{}");
 }
 
-/// A dead letter that we buried after a turn on the ladder, and one that the broker gave up.
+/// One dead letter rejected after a retry, and one that the broker dead-lettered at its delivery limit.
 async fn two_dead_letters(rig: &Rig, subscription: &mut Subscription) {
     let publisher = rig.broker.publisher();
     // A user id that is not ours and a CC would each make the broker refuse or misroute an honest copy.

@@ -26,6 +26,7 @@ mod graph_facts;
 mod graph_limits;
 mod graph_tolerance;
 mod growth;
+mod hostile_messages;
 mod inventory;
 mod limits;
 mod logs;

@@ -9,6 +9,7 @@ pub mod invariants;
 pub mod pause;
 pub mod pooler;
 pub mod proxy;
+pub mod raw_amqp;
 pub mod scheduler;
 pub mod servers;
 pub mod systemd;

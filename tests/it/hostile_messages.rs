@@ -1,0 +1,137 @@
+//! Messages that the AMQP client cannot parse cost nobody but their publisher.
+
+use std::time::{Duration, Instant};
+
+use lapin::BasicProperties;
+use lapin::message::BasicGetMessage;
+use serde_json::{Value, json};
+
+use crate::dead_letters::header;
+use crate::support::daemon::Replica;
+use crate::support::raw_amqp::{self, RawProperties, nested};
+use crate::support::world::World;
+use crate::support::{binary, eventually};
+
+async fn dead(world: &World) -> BasicGetMessage {
+    eventually("a dead letter arrives", || world.take("inventory.dead")).await
+}
+
+/// Runs `inventoryd dead` with the real binary.
+async fn dead_command(world: &World, arguments: &[&str]) -> Value {
+    let mut command = std::process::Command::new(binary());
+    command.arg("dead").args(arguments).arg("--json").env_clear().envs(world.variables());
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Properties that end the client's session or process, with the name that the dead letter must give.
+fn hostile() -> Vec<(RawProperties, &'static str)> {
+    vec![
+        (RawProperties::header(b"deep", &nested(1000)), "headers.deep"),
+        (RawProperties::header(b"deep", &nested(4000)), "headers.deep"),
+        (RawProperties::header(b"M\xfcller", b"t\x01"), "headers"),
+        (RawProperties::short_string(15, b"text/\xe4"), "content_type"),
+        (RawProperties::short_string(14, b"\xff"), "content_encoding"),
+        (RawProperties::short_string(10, b"\xff"), "correlation_id"),
+        (RawProperties::short_string(9, b"\xff"), "reply_to"),
+        (RawProperties::short_string(7, b"M\xfcller"), "message_id"),
+        (RawProperties::short_string(5, b"\xff"), "type"),
+        (RawProperties::short_string(3, b"\xff"), "app_id"),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_the_client_cannot_parse_costs_only_itself() {
+    let world = World::new().await;
+    let replica = Replica::start(&world).await;
+    world.sync("before", &["mobileApp"]).await;
+    for (index, (properties, name)) in hostile().into_iter().enumerate() {
+        let body = world.request(&format!("hostile-{index}"), &["mobileApp"]).to_string();
+        let published = Instant::now();
+        raw_amqp::publish(&world, body.as_bytes(), properties).await;
+        let letter = dead(&world).await;
+        assert!(published.elapsed() < Duration::from_secs(10), "{name}: at once, not after redeliveries");
+        assert_eq!(letter.data, body.as_bytes(), "{name}: byte for byte");
+        assert_eq!(header(&letter, "x-dead-reason").as_deref(), Some("unreadable_properties"));
+        let detail = header(&letter, "x-dead-detail").unwrap();
+        assert!(detail.ends_with(&format!(": {name}")), "{name} is not named in: {detail}");
+        let key = format!("good-{index}");
+        assert_eq!(world.sync(&key, &["mobileApp"]).await["attempt"], 1, "{name}: the next request is not disturbed");
+    }
+    assert!(world.take("inventory.dead").await.is_none(), "no innocent dead letter");
+    assert!(replica.daemon().health().subscribed());
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_commands_work_around_letters_the_client_cannot_parse() {
+    let world = World::new().await;
+    Replica::start(&world).await.stop().await;
+    let body = |index: usize| world.request(&format!("k-{index}"), &["mobileApp"]).to_string();
+    for (index, (properties, _)) in hostile().into_iter().enumerate() {
+        raw_amqp::publish(&world, body(index).as_bytes(), properties).await;
+    }
+    // Dead-lettered by the broker itself, as it did when every delivery ended the session.
+    let consumer = world.config();
+    let broker = inventoryd::broker::Broker::new(&consumer.broker, &consumer.topology, "test").unwrap();
+    let mut subscription = broker.subscribe(8).await.unwrap();
+    for _ in 0..hostile().len() {
+        let delivery = subscription.next().await.unwrap().unwrap();
+        assert!(delivery.unreadable.is_some());
+        assert!(delivery.dead_letter_original().await.unwrap());
+    }
+    subscription.close(Duration::from_secs(1)).await;
+    let count = hostile().len();
+    let listed = eventually("all are listed", || async {
+        let listed = dead_command(&world, &["list"]).await;
+        (listed.as_array().unwrap().len() == count).then_some(listed)
+    })
+    .await;
+    let id = listed[0]["id"].as_str().unwrap();
+    assert_eq!(dead_command(&world, &["show", id]).await["reason"], "rejected");
+    assert_eq!(dead_command(&world, &["replay", id]).await["replayed"], json!([id]));
+    let again = eventually("it is in the queue", || world.take("inventory.sync.requests")).await;
+    assert!((0..count).any(|index| again.data == body(index).as_bytes()), "byte for byte");
+    let dropped = dead_command(&world, &["drop", "--all"]).await;
+    assert_eq!(dropped["dropped"].as_array().unwrap().len(), count - 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_of_many_megabytes_is_moved_by_the_broker_and_not_kept() {
+    let world = World::new().await;
+    let replica = Replica::start(&world).await;
+    let body = vec![b' '; 8 * 1024 * 1024];
+    world.publish_bytes(&body, BasicProperties::default()).await;
+    assert_eq!(world.sync("behind-it", &["mobileApp"]).await["attempt"], 1);
+    let listed = eventually("it is listed", || async {
+        dead_command(&world, &["list"]).await.as_array().unwrap().first().cloned()
+    })
+    .await;
+    assert_eq!(listed["reason"], "message_too_large");
+    let letter = dead(&world).await;
+    assert!(letter.data == body, "byte for byte");
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_starts_with_one_request_and_opens_up() {
+    let world = World::new().await;
+    Replica::start(&world).await.stop().await;
+    for index in 0..4 {
+        world.publish(&world.request(&format!("k-{index}"), &["mobileApp"])).await;
+    }
+    let config = world.config();
+    let broker = inventoryd::broker::Broker::new(&config.broker, &config.topology, "test").unwrap();
+    let mut subscription = broker.subscribe(4).await.unwrap();
+    let first = subscription.next().await.unwrap().unwrap();
+    let second = tokio::time::timeout(Duration::from_millis(300), subscription.next()).await;
+    assert!(second.is_err(), "only one until the session is widened");
+    assert!(subscription.narrow() && subscription.widen().await.unwrap().is_empty() && !subscription.narrow());
+    for _ in 0..3 {
+        let next = tokio::time::timeout(Duration::from_secs(10), subscription.next()).await;
+        next.expect("the rest arrives").unwrap().unwrap();
+    }
+    assert!(first.ack().await.unwrap(), "the first can still be settled");
+    subscription.close(Duration::from_secs(1)).await;
+}
