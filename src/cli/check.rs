@@ -34,9 +34,12 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
 /// What `serve` would refuse before it connects anywhere.
 fn problems(config: &Config) -> Vec<String> {
     let catalog = config.graph.catalog().err().map(|error| error.to_string());
-    let graph = GraphClient::new(&config.graph).err().map(|error| error.to_string());
+    let graph = match GraphClient::new(&config.graph) {
+        Ok(graph) => graph.credential_problems(),
+        Err(error) => vec![error.to_string()],
+    };
     let broker = Broker::new(&config.broker, &config.topology, "inventoryd check").err().map(|error| error.to_string());
-    [catalog, graph, broker].into_iter().flatten().collect()
+    catalog.into_iter().chain(graph).chain(broker).collect()
 }
 
 #[cfg(test)]

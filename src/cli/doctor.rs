@@ -16,7 +16,7 @@ use crate::domain::catalog::{Catalog, Listing, Scope};
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::policy_type::PolicyType;
 use crate::domain::selection::Selection;
-use crate::graph::{GraphClient, ProbeFailure};
+use crate::graph::{GraphClient, ProbeFailure, TokenFailure, token_advice};
 
 /// Lists that are tried at the same time; a tenant's limits are shared with everyone else.
 const AT_ONCE: usize = 4;
@@ -69,7 +69,10 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
     let graph = GraphClient::new(&config.graph).map_err(|error| CliError::Failed(error.to_string()))?;
     let consent_link = consent_link(config.graph.authority(), args.tenant, &config.graph.credentials[&credential]);
     let probe = ProbeContext { graph: &graph, tenant_id: args.tenant, credential: &credential, consent_link };
-    let roles = graph.token_roles(args.tenant, &credential).await.map_err(|failure| no_token(&credential, &failure))?;
+    let roles = match graph.token_roles(args.tenant, &credential).await {
+        Ok(roles) => roles,
+        Err(failure) => return no_token(&probe, &failure, context),
+    };
     let findings = examine(&probe, scope, roles.as_deref()).await;
     report(&probe, &findings, roles.as_deref(), context)?;
     Ok(if findings.iter().all(|finding| finding.works) { Outcome::Done } else { Outcome::Unsuccessful })
@@ -92,13 +95,32 @@ fn scope(flags: &SelectionArgs, catalog: &Catalog) -> Result<Scope, CliError> {
     }
 }
 
-fn no_token(credential: &str, failure: &Failure) -> CliError {
-    let said = failure.graph_code.as_deref().map(|code| format!(" (Entra says {code})")).unwrap_or_default();
-    CliError::Failed(format!(
-        "{}{said}: no token for the tenant; look at graph.credentials.{credential}: wrong client id, secret expired, \
-         application without admin consent, or an authority that can't be reached",
-        failure.code
-    ))
+/// Reports why there is no token: by the number of the token service, else by the local reason.
+fn no_token(probe: &ProbeContext<'_>, failed: &TokenFailure, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let (cause, cure) = explain(probe.credential, failed);
+    if context.out.is_json() {
+        context.out.json(&json!({
+            "tenant_id": probe.tenant_id, "credential": probe.credential, "granted_permissions": null,
+            "missing_permissions": [], "consent_link": probe.consent_link, "working": 0, "types": [],
+            "token": { "failure": failed.failure, "cause": cause, "cure": cure,
+                       "retry_after_s": failed.retry_after.map(|wait| wait.as_secs()) } }))?;
+        return Ok(Outcome::Unsuccessful);
+    }
+    let number = failed.failure.graph_code.as_deref().map(|code| format!(" ({code})")).unwrap_or_default();
+    Err(CliError::Failed(format!("{}{number}: {cause} {cure}", failed.failure.code)))
+}
+
+fn explain(credential: &str, failed: &TokenFailure) -> (String, String) {
+    if let Some(advice) = failed.failure.graph_code.as_deref().and_then(token_advice) {
+        return (advice.cause.to_owned(), advice.cure.to_owned());
+    }
+    let code = failed.failure.code;
+    let cause = failed.detail.as_ref().map_or_else(|| code.cause().to_owned(), |detail| format!("{detail}."));
+    let cure = match code {
+        ErrorCode::CredentialUnavailable => format!("Correct graph.credentials.{credential}."),
+        _ => code.remedy().to_owned(),
+    };
+    (cause, cure)
 }
 
 async fn examine(probe: &ProbeContext<'_>, scope: Scope, roles: Option<&[String]>) -> Vec<Finding> {
@@ -159,11 +181,15 @@ fn report(
     if context.out.is_json() {
         return context.out.json(&json!({
             "tenant_id": probe.tenant_id, "credential": probe.credential, "granted_permissions": roles,
-            "missing_permissions": to_grant, "consent_link": probe.consent_link, "working": working, "types": findings }));
+            "missing_permissions": to_grant, "consent_link": probe.consent_link, "working": working, "readable_types": readable(findings),
+            "types": findings }));
     }
     let header = ["type", "readable", "problem", "grant", "remedy"];
     context.out.line(table(header, findings.iter().map(row)))?;
     context.out.line(format_args!("{working} of {} types can be read", findings.len()))?;
+    if working > 0 && working < findings.len() {
+        context.out.line(format_args!("a request that succeeds now: --types {}", readable(findings).join(",")))?;
+    }
     if to_grant.is_empty() {
         return Ok(());
     }
@@ -173,6 +199,10 @@ fn report(
         Some(link) => context.out.line(format_args!("once the application asks for that: {link}")),
         None => Ok(()),
     }
+}
+
+fn readable(findings: &[Finding]) -> Vec<&str> {
+    findings.iter().filter(|finding| finding.works).map(|finding| finding.policy_type.as_str()).collect()
 }
 
 fn row(finding: &Finding) -> [String; 5] {
@@ -208,6 +238,19 @@ mod tests {
         assert!(missing(app, &forbidden, Some(&has_it)).is_empty(), "a granted permission is not what is missing");
         assert_eq!(missing(app, &refused(ErrorCode::GraphForbidden, &["X.Read.All"]), Some(&has_it)), ["X.Read.All"]);
         assert!(missing(app, &refused(ErrorCode::GraphThrottled, &[]), None).is_empty());
+    }
+
+    #[test]
+    fn a_missing_token_is_explained_by_its_number_or_its_local_reason() {
+        let numbered = Failure::from_graph(ErrorCode::CredentialUnavailable, 401, Some("AADSTS7000222"), None);
+        let failed = TokenFailure { failure: numbered, ..ErrorCode::CredentialUnavailable.into() };
+        assert!(explain("default", &failed).0.contains("expired"));
+        let detail = Some("cannot read /secret: no such file".to_owned());
+        let failed = TokenFailure { detail, ..ErrorCode::CredentialUnavailable.into() };
+        let (cause, cure) = explain("main", &failed);
+        assert!(cause.contains("/secret") && cure.contains("graph.credentials.main"), "{cause} {cure}");
+        let (cause, _) = explain("main", &ErrorCode::TokenServiceUnavailable.into());
+        assert!(cause.contains("token service"), "{cause}");
     }
 
     #[test]

@@ -105,6 +105,9 @@ closed_list! {
         CredentialUnavailable = "credential_unavailable",
             "No access token could be obtained for the tenant.",
             "Check the credential with `inventoryd doctor`: expired secret, wrong tenant, or missing consent.";
+        TokenServiceUnavailable = "token_service_unavailable",
+            "Microsoft's token service was unreachable, failed or throttled, after all retries.",
+            "Check the network and Microsoft Entra service health; retry after the event's retry_after_s.";
         UnsupportedPolicyType = "unsupported_policy_type",
             "The request names a policy type or category unknown to this version.",
             "Correct the name (`inventoryd types` lists them), or upgrade.";

@@ -11,6 +11,8 @@ mod limits;
 mod listing;
 mod transport;
 
+pub use auth::aadsts::{TokenAdvice, token_advice};
+pub use auth::token::TokenFailure;
 pub use client::{GraphClient, GraphReader};
 pub use limits::budget::RunBudget;
 pub use limits::pause::PauseNotice;

@@ -195,6 +195,31 @@ fn transport_error(error: reqwest::Error) -> TransportError {
     if error.is_timeout() { TransportError::TimedOut } else { TransportError::Broken }
 }
 
+/// Describes a failed request by its class and, if it is known, the reason: name resolution, refused connection, TLS,
+/// time limit. The error's own text may contain the link.
+pub(super) fn describe(error: &reqwest::Error) -> String {
+    let host = error.url().and_then(Url::host_str).unwrap_or("the host");
+    if error.is_timeout() {
+        return format!("{host} did not respond within the time limit");
+    }
+    let mut layer: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = layer {
+        let io = error.downcast_ref::<std::io::Error>();
+        let inner = io.and_then(std::io::Error::get_ref).and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        if let Some(tls) = inner.or_else(|| error.downcast_ref()) {
+            return format!("TLS with {host} failed: {tls}");
+        }
+        if io.is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused) {
+            return format!("{host} refused the connection");
+        }
+        if error.to_string() == "dns error" {
+            return format!("the name {host} cannot be resolved");
+        }
+        layer = error.source();
+    }
+    if error.is_connect() { format!("no connection to {host}") } else { format!("the connection to {host} broke") }
+}
+
 fn retry_after_of(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?;
     let date = headers.get(DATE).and_then(|date| date.to_str().ok());

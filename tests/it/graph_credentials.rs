@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use inventoryd::domain::failure::ErrorCode;
 
-use crate::graph_client::{PLAIN, TENANT, World, temporary_file};
-use crate::sim::{Action, Rule, SimConfig};
+use crate::graph_client::{PLAIN, TENANT, World, read, temporary_file};
+use crate::sim::{Action, ErrorBody, Rule, SimConfig};
 
 const CERTIFICATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/credentials/application.pem");
 /// `{"alg":"RS256"}` and `{"aud":"a","iss":"b","sub":"b","exp":9999999999}`: a token as another issuer would give it.
@@ -72,6 +72,9 @@ async fn files_that_can_not_be_read_are_a_credential_that_is_not_available() {
     ] {
         let world = with(&settings).await;
         assert_eq!(world.refused(PLAIN).await, ErrorCode::CredentialUnavailable.into());
+        let failure = world.client().token_roles(TENANT, "default").await.unwrap_err();
+        assert!(failure.detail.is_some_and(|detail| detail.contains("/nowhere") || detail.contains("federated token")));
+        assert_eq!(world.client().credential_problems().len(), 1);
         assert_eq!(world.sim.state().token_requests, 0);
     }
 }
@@ -97,5 +100,50 @@ async fn a_probe_says_what_a_run_would_meet_and_which_permission_is_missing() {
     assert_eq!(refused.missing_permissions, ["DeviceManagementRBAC.Read.All"]);
     let stranger = client.probe(TENANT, "no-such", &collection).await.unwrap_err();
     assert_eq!(stranger.failure.code, ErrorCode::CredentialUnavailable);
-    assert_eq!(client.token_roles(TENANT, "no-such").await.unwrap_err().code, ErrorCode::CredentialUnavailable);
+    let failure = client.token_roles(TENANT, "no-such").await.unwrap_err().failure;
+    assert_eq!(failure.code, ErrorCode::CredentialUnavailable);
+}
+
+#[tokio::test]
+async fn an_outage_of_the_token_service_is_no_problem_of_the_credential() {
+    for (action, detail) in [
+        (Action::Status { status: 503, retry_after: Some("1".into()), body: ErrorBody::Default }, None),
+        (
+            Action::Status { status: 403, retry_after: None, body: ErrorBody::Literal("<html>".into()) },
+            Some("not JSON"),
+        ),
+        (Action::WrongContent, Some("not JSON")),
+        (Action::Drop, Some("127.0.0.1")),
+        (Action::Prefix { bytes: vec![b' '; 300 << 10] }, Some("larger than")),
+    ] {
+        let shown = format!("{action:.60?}");
+        let world = with(&[("max_tries", "2")]).await;
+        world.sim.add_rule(Rule::new(action).on_token());
+        let reader = world.reader();
+        let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
+        assert_eq!(failure.code, ErrorCode::TokenServiceUnavailable, "{shown}");
+        assert!(reader.retry_after_s().is_some_and(|wait| wait >= 1), "{shown}");
+        assert_eq!(world.sim.state().token_requests, 2, "it is retried: {shown}");
+        let told = world.client().token_roles(TENANT, "default").await.unwrap_err().detail;
+        assert_eq!(told.is_some_and(|told| told.contains(detail.unwrap())), detail.is_some(), "{shown}");
+    }
+}
+
+#[tokio::test]
+async fn a_refused_connection_and_an_untrusted_certificate_are_told_apart() {
+    let refused = with(&[("authority", "https://127.0.0.1:9")]).await;
+    let untrusted = with(&[("ca_file", "")]).await;
+    for (world, reason) in [(refused, "refused the connection"), (untrusted, "TLS with 127.0.0.1 failed")] {
+        let failure = world.client().token_roles(TENANT, "default").await.unwrap_err();
+        assert_eq!(failure.failure.code, ErrorCode::TokenServiceUnavailable);
+        assert!(failure.detail.as_deref().is_some_and(|detail| detail.contains(reason)), "{reason}: {failure:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_byte_order_mark_and_an_absurd_lifetime_do_no_harm() {
+    let world = with(&[]).await;
+    world.sim.set_token_lifetime_s(1_000_000_000_000_000);
+    world.sim.add_rule(Rule::new(Action::Prefix { bytes: b"\xEF\xBB\xBF".to_vec() }).on_token());
+    assert!(!world.read(PLAIN).await.unwrap().is_empty());
 }

@@ -23,6 +23,9 @@ use crate::domain::clock::wall_clock_unix_s;
 /// Lifetime of an assertion; it is used at once.
 const LIFETIME_S: i64 = 600;
 
+/// First byte of a file that is DER and not PEM, as a .pfx file.
+const DER_SEQUENCE: u8 = 0x30;
+
 /// Certificate with its private key.
 pub(super) struct Certificate {
     thumbprint: String,
@@ -38,13 +41,31 @@ impl Certificate {
         let read =
             |path: &Path| std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()));
         let pem = read(certificate)?;
+        if pem.first() == Some(&DER_SEQUENCE) {
+            return Err(format!(
+                "{} is not a PEM file; convert a .pfx file with `openssl pkcs12 -in app.pfx -out app.pem -nodes`",
+                certificate.display()
+            ));
+        }
         let key_path = key.unwrap_or(certificate);
         let key_pem = read(key_path)?;
-        let key = PrivateKeyDer::from_pem_slice(&key_pem)
-            .map_err(|_| format!("no unencrypted private key in {}", key_path.display()))?;
+        let is_encrypted = ["ENCRYPTED PRIVATE KEY", "Proc-Type: 4,ENCRYPTED"]
+            .iter()
+            .any(|mark| key_pem.windows(mark.len()).any(|part| part == mark.as_bytes()));
+        if is_encrypted {
+            return Err(format!(
+                "the private key in {} is encrypted; decrypt it with `openssl pkey -in FILE -out FILE`",
+                key_path.display()
+            ));
+        }
+        let key =
+            PrivateKeyDer::from_pem_slice(&key_pem).map_err(|_| format!("no private key in {}", key_path.display()))?;
         let key =
             any_supported_type(&key).map_err(|_| format!("the key in {} is not an RSA key", key_path.display()))?;
         // A file may contain a chain in any order: the certificate that matches the key is the application's.
+        if CertificateDer::pem_slice_iter(&pem).filter_map(Result::ok).next().is_none() {
+            return Err(format!("no certificate in {}", certificate.display()));
+        }
         let own = CertificateDer::pem_slice_iter(&pem)
             .filter_map(Result::ok)
             .find(|one| CertifiedKey::new(vec![one.clone()], Arc::clone(&key)).keys_match().is_ok())
@@ -153,7 +174,13 @@ mod tests {
         let key = file("tls.key", &pem[key_begins..]);
         assert_eq!(Certificate::read(&chain, Some(&key)).map(|read| read.thumbprint), Ok(THUMBPRINT.to_owned()));
         let problem = |certificate: &Path, key: Option<&Path>| Certificate::read(certificate, key).err().unwrap();
-        assert!(problem(&chain, None).contains("no unencrypted private key in"));
+        assert!(problem(&chain, None).contains("no private key in"));
+        assert!(problem(&key, Some(&key)).contains("no certificate in"));
+        let pfx = file("app.pfx", "0\u{1}\u{2}");
+        assert!(problem(&pfx, None).contains("openssl pkcs12"));
+        let encrypted =
+            file("encrypted.key", "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMII\n-----END ENCRYPTED PRIVATE KEY-----");
+        assert!(problem(&chain, Some(&encrypted)).contains("is encrypted"));
         assert!(problem(&stranger, Some(&key)).contains("matches the key"));
         assert!(problem(&folder.join("none.pem"), None).contains("cannot read"));
         std::fs::remove_dir_all(&folder).unwrap();

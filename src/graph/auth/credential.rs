@@ -16,6 +16,7 @@ use secrecy::ExposeSecret;
 use uuid::Uuid;
 
 use super::client_assertion::{Assertion, Certificate};
+use super::token_service::TokenServiceClient;
 use crate::config::{CredentialConfig, CredentialKind, GraphConfig};
 use crate::graph::transport::metadata_client;
 
@@ -40,7 +41,7 @@ impl Credentials {
         &self,
         tenant_id: Uuid,
         name: &str,
-        http: &Client,
+        http: &TokenServiceClient,
     ) -> Result<Arc<dyn TokenCredential>, String> {
         let config = self.configs.get(name).ok_or("the configuration has no credential of that name")?;
         let tenant_id = tenant_id.to_string();
@@ -48,11 +49,34 @@ impl Credentials {
             CredentialKind::ClientSecret => self.client_secret(config, &tenant_id, http),
             CredentialKind::ClientCertificate => self.client_certificate(config, tenant_id, http),
             CredentialKind::WorkloadIdentity => self.workload_identity(config, tenant_id, http),
-            CredentialKind::ManagedIdentity => self.managed_identity(config),
+            CredentialKind::ManagedIdentity => self.managed_identity(config, http),
         }
     }
 
-    fn options(&self, http: Client) -> ClientOptions {
+    /// HTTP client for a credential: the transport's for the token service, one of its own for the metadata service.
+    pub(in crate::graph) fn client(&self, name: &str, http: &Client) -> Result<TokenServiceClient, String> {
+        let is_local = self.configs.get(name).is_some_and(|config| config.kind == CredentialKind::ManagedIdentity);
+        let metadata = || metadata_client().map_err(|_| "cannot create an HTTP client".to_owned());
+        Ok(TokenServiceClient::new(if is_local { metadata()? } else { http.clone() }))
+    }
+
+    /// Problems of every credential that show without a network, each with the key of its credential.
+    pub(in crate::graph) fn problems(&self, http: &Client) -> Vec<String> {
+        let problem = |(name, config): (&String, &CredentialConfig)| {
+            if config.kind == CredentialKind::ManagedIdentity {
+                return None;
+            }
+            let token_file = config.token_file.as_ref().filter(|_| config.kind == CredentialKind::WorkloadIdentity);
+            let unreadable = token_file.and_then(|file| {
+                std::fs::read(file).err().map(|error| format!("cannot read {}: {error}", file.display()))
+            });
+            let created = self.create(Uuid::nil(), name, &TokenServiceClient::new(http.clone()));
+            unreadable.or(created.err()).map(|problem| format!("graph.credentials.{name}: {problem}"))
+        };
+        self.configs.iter().filter_map(problem).collect()
+    }
+
+    fn options(&self, http: TokenServiceClient) -> ClientOptions {
         ClientOptions {
             cloud: Some(Arc::clone(&self.cloud)),
             transport: Some(Transport::new(Arc::new(http))),
@@ -66,7 +90,7 @@ impl Credentials {
         &self,
         config: &CredentialConfig,
         tenant_id: &str,
-        http: &Client,
+        http: &TokenServiceClient,
     ) -> Result<Arc<dyn TokenCredential>, String> {
         let secret = config.read_client_secret().map_err(|error| error.to_string())?;
         let secret = Secret::new(secret.expose_secret().to_owned());
@@ -81,7 +105,7 @@ impl Credentials {
         &self,
         config: &CredentialConfig,
         tenant_id: String,
-        http: &Client,
+        http: &TokenServiceClient,
     ) -> Result<Arc<dyn TokenCredential>, String> {
         let file = config.client_certificate_file.as_deref().ok_or("client_certificate_file is not set")?;
         let certificate = Certificate::read(file, config.client_key_file.as_deref())?;
@@ -98,7 +122,7 @@ impl Credentials {
         &self,
         config: &CredentialConfig,
         tenant_id: String,
-        http: &Client,
+        http: &TokenServiceClient,
     ) -> Result<Arc<dyn TokenCredential>, String> {
         let credential_options = ClientAssertionCredentialOptions { client_options: self.options(http.clone()) };
         let client_id = (!config.client_id.is_empty()).then(|| config.client_id.clone());
@@ -115,12 +139,15 @@ impl Credentials {
         }
     }
 
-    fn managed_identity(&self, config: &CredentialConfig) -> Result<Arc<dyn TokenCredential>, String> {
-        let http = metadata_client().map_err(|_| "cannot create an HTTP client")?;
+    fn managed_identity(
+        &self,
+        config: &CredentialConfig,
+        http: &TokenServiceClient,
+    ) -> Result<Arc<dyn TokenCredential>, String> {
         let client_id = (!config.client_id.is_empty()).then(|| config.client_id.clone());
         let options = ManagedIdentityCredentialOptions {
             user_assigned_id: client_id.map(UserAssignedId::ClientId),
-            client_options: self.options(http),
+            client_options: self.options(http.clone()),
         };
         match ManagedIdentityCredential::new(Some(options)) {
             Ok(credential) => Ok(credential),

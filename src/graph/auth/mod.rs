@@ -1,5 +1,7 @@
 //! Access tokens for Graph: credentials, client assertions and the token cache.
 
+pub(super) mod aadsts;
 mod client_assertion;
-mod credential;
+pub(super) mod credential;
 pub(super) mod token;
+mod token_service;

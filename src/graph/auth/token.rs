@@ -19,7 +19,9 @@ use reqwest::header::HeaderValue;
 use serde::Deserialize;
 use uuid::Uuid;
 
+use super::aadsts;
 use super::credential::Credentials;
+use super::token_service::TokenServiceClient;
 use crate::backoff::{Waits, full_jitter};
 use crate::config::{GraphConfig, seconds};
 use crate::domain::clock::{Deadline, wall_clock_unix_s};
@@ -31,6 +33,9 @@ use crate::telemetry;
 const RENEW_BEFORE_EXPIRY: Duration = Duration::from_secs(300);
 /// Time for which a failed request answers all other lists of a run as well.
 const FAILURE_CACHED_FOR: Duration = Duration::from_secs(5);
+
+/// Time until a new run is worthwhile after an outage of the token service that came without `Retry-After`.
+const RETRY_AFTER_OUTAGE: Duration = Duration::from_secs(60);
 
 /// Cache of all tokens of this process.
 pub(in crate::graph) struct TokenCache {
@@ -49,7 +54,7 @@ pub(in crate::graph) struct TokenSource {
     credential: String,
     token: RwLock<Option<Token>>,
     /// Locked by the task that requests a token; holds the last failure and until when it is returned.
-    requesting: tokio::sync::Mutex<Option<(Deadline, Failure)>>,
+    requesting: tokio::sync::Mutex<Option<(Deadline, TokenFailure)>>,
 }
 
 /// Access token, ready to be sent. The header is marked as sensitive, so that no log shows it.
@@ -61,11 +66,29 @@ pub(in crate::graph) struct Token {
     expires: Deadline,
 }
 
+/// Reason why there is no token.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", failure.code)]
+pub struct TokenFailure {
+    /// Failure that a run would record.
+    pub failure: Failure,
+    /// Local reason in our own words: an unreadable file, a refused connection, a response of a proxy.
+    pub detail: Option<String>,
+    /// Time until a new request is worthwhile, if the token service is down or throttles.
+    pub retry_after: Option<Duration>,
+}
+
+impl From<ErrorCode> for TokenFailure {
+    fn from(code: ErrorCode) -> Self {
+        Self { failure: code.into(), detail: None, retry_after: None }
+    }
+}
+
 /// Failed request for a token.
 enum TokenError {
-    /// A later attempt may succeed, after this long if the token service said so.
-    Transient(Option<Duration>, Failure),
-    Permanent(Failure),
+    /// A later attempt may succeed.
+    Transient(TokenFailure),
+    Permanent(TokenFailure),
 }
 
 impl TokenCache {
@@ -79,6 +102,11 @@ impl TokenCache {
             sources: Mutex::default(),
             serial: AtomicU64::new(1),
         }
+    }
+
+    /// Problems of the configured credentials that show without a network.
+    pub(in crate::graph) fn credential_problems(&self, http: &Client) -> Vec<String> {
+        self.credentials.problems(http)
     }
 
     /// Source of a tenant's tokens with the named credential.
@@ -101,13 +129,18 @@ impl TokenCache {
         source: &TokenSource,
         http: &Client,
         deadline: Deadline,
-    ) -> Result<Token, Failure> {
+    ) -> Result<Token, TokenFailure> {
         let token = self.cached_or_new(source, http, deadline);
-        let late = |_| Failure::from(ErrorCode::DeadlineExceeded);
+        let late = |_| TokenFailure::from(ErrorCode::DeadlineExceeded);
         tokio::time::timeout(deadline.remaining(), token).await.map_err(late)?
     }
 
-    async fn cached_or_new(&self, source: &TokenSource, http: &Client, deadline: Deadline) -> Result<Token, Failure> {
+    async fn cached_or_new(
+        &self,
+        source: &TokenSource,
+        http: &Client,
+        deadline: Deadline,
+    ) -> Result<Token, TokenFailure> {
         let cached = source.cached();
         let mut last_failure = match &cached {
             Some(token) if !token.renew_from.passed() => return Ok(token.clone()),
@@ -140,19 +173,20 @@ impl TokenCache {
     }
 
     /// Requests a token until one is issued or the attempts are used up.
-    async fn request(&self, source: &TokenSource, http: &Client, deadline: Deadline) -> Result<Token, Failure> {
+    async fn request(&self, source: &TokenSource, http: &Client, deadline: Deadline) -> Result<Token, TokenFailure> {
         let mut waits = Waits::new(self.first_wait, self.max_wait);
         let mut attempts = 1;
         loop {
-            let (retry_after, failure) = match self.request_once(source, http).await {
+            let failure = match self.request_once(source, http).await {
                 Ok(token) => return Ok(token),
                 Err(TokenError::Permanent(failure)) => return Err(failure),
-                Err(TokenError::Transient(retry_after, failure)) => (retry_after, failure),
+                Err(TokenError::Transient(failure)) => failure,
             };
             let wait = waits.next_wait();
-            let wait = retry_after.unwrap_or(wait / 2) + full_jitter(wait / 2);
+            let wait = failure.retry_after.unwrap_or(wait / 2) + full_jitter(wait / 2);
             if attempts >= self.max_attempts || wait >= deadline.remaining() {
-                return Err(failure);
+                let retry_after = failure.retry_after.or(Some(RETRY_AFTER_OUTAGE));
+                return Err(TokenFailure { retry_after, ..failure });
             }
             attempts += 1;
             tokio::time::sleep(wait).await;
@@ -161,9 +195,11 @@ impl TokenCache {
 
     async fn request_once(&self, source: &TokenSource, http: &Client) -> Result<Token, TokenError> {
         // A new credential has no cached token and reads its files again, which may have been replaced.
-        let credential = self.credentials.create(source.tenant_id, &source.credential, http);
+        let service = self.credentials.client(&source.credential, http).map_err(|problem| source.unusable(&problem))?;
+        let credential = self.credentials.create(source.tenant_id, &source.credential, &service);
         let credential = credential.map_err(|problem| source.unusable(&problem))?;
-        let token = credential.get_token(&[self.scope.as_str()], None).await.map_err(|error| source.failed(&error))?;
+        let token = credential.get_token(&[self.scope.as_str()], None).await;
+        let token = token.map_err(|error| source.failed(&error, &service))?;
         let lifetime_s = token.expires_on.unix_timestamp() - wall_clock_unix_s();
         let lifetime = Duration::from_secs(u64::try_from(lifetime_s).unwrap_or_default());
         let text = token.token.secret();
@@ -198,22 +234,28 @@ impl TokenSource {
     /// Permanent failure, described in our own words.
     fn unusable(&self, problem: &str) -> TokenError {
         tracing::warn!(credential = self.credential, "no token: {problem}");
-        TokenError::Permanent(ErrorCode::CredentialUnavailable.into())
+        let detail = Some(problem.to_owned());
+        TokenError::Permanent(TokenFailure { detail, ..ErrorCode::CredentialUnavailable.into() })
     }
 
-    /// Failure reported by the token service: its `AADSTS` number is kept, its text is not.
-    fn failed(&self, error: &azure_core::Error) -> TokenError {
-        let (status, aadsts, retry_after) = response_of(error);
-        let code = aadsts.map(|number| format!("AADSTS{number}"));
-        tracing::warn!(credential = self.credential, status, code, "the token service issued no token");
+    /// Failure of a request to the token service: its `AADSTS` number is kept, its text is not. A service that is down,
+    /// unreachable or throttles says nothing about the credential.
+    fn failed(&self, error: &azure_core::Error, service: &TokenServiceClient) -> TokenError {
+        let ((status, number, retry_after), detail) = (response_of(error), service.problem());
+        let is_transient = matches!(status, Some(408 | 429 | 500..))
+            || number.is_some_and(aadsts::is_transient)
+            || (status.is_none() && detail.is_some());
+        let graph_code = number.map(|number| format!("AADSTS{number}"));
+        let advice = graph_code.as_deref().and_then(aadsts::token_advice);
+        let cause = advice.map(|advice| advice.cause).or(detail.as_deref());
+        tracing::warn!(credential = self.credential, status, graph_code, cause, "the token service issued no token");
+        let code = if is_transient { ErrorCode::TokenServiceUnavailable } else { ErrorCode::CredentialUnavailable };
         let failure = match status {
-            Some(status) => Failure::from_graph(ErrorCode::CredentialUnavailable, status, code.as_deref(), None),
-            None => ErrorCode::CredentialUnavailable.into(),
+            Some(status) => Failure::from_graph(code, status, graph_code.as_deref(), None),
+            None => code.into(),
         };
-        match status {
-            Some(408 | 429 | 500..) | None => TokenError::Transient(retry_after, failure),
-            Some(_) => TokenError::Permanent(failure),
-        }
+        let failure = TokenFailure { failure, detail, retry_after };
+        if is_transient { TokenError::Transient(failure) } else { TokenError::Permanent(failure) }
     }
 }
 

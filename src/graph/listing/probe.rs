@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::domain::catalog::Collection;
 use crate::domain::clock::Deadline;
 use crate::domain::failure::Failure;
+use crate::graph::auth::token::TokenFailure;
 use crate::graph::client::GraphClient;
 use crate::graph::limits::budget::RunBudget;
 
@@ -42,10 +43,17 @@ impl GraphClient {
     }
 
     /// Application permissions in the tenant's token; `None` if the token is opaque, which Microsoft may make it.
-    pub async fn token_roles(&self, tenant_id: Uuid, credential: &str) -> Result<Option<Vec<String>>, Failure> {
+    pub async fn token_roles(&self, tenant_id: Uuid, credential: &str) -> Result<Option<Vec<String>>, TokenFailure> {
         let (http, _) = self.0.transport.client();
         let source = self.0.tokens.source(tenant_id, credential);
         let token = self.0.tokens.token(&source, &http, Deadline::after(DEADLINE)).await?;
         Ok(token.roles())
+    }
+
+    /// Problems of the configured credentials that show without a network: missing or unreadable files, empty ids.
+    #[must_use]
+    pub fn credential_problems(&self) -> Vec<String> {
+        let (http, _) = self.0.transport.client();
+        self.0.tokens.credential_problems(&http)
     }
 }

@@ -112,7 +112,10 @@ impl GraphReader {
         let (http, generation) = self.shared.transport.client();
         let permanent = |failure: Failure| AttemptError::Permanent(failure.into());
         let token = self.shared.tokens.token(&self.token_source, &http, self.budget.deadline).await;
-        let token = token.map_err(permanent)?;
+        let token = token.map_err(|error| {
+            error.retry_after.inspect(|wait| self.budget.record_retry_after(*wait));
+            permanent(error.failure)
+        })?;
         let timeout = self.budget.deadline.remaining();
         if timeout.is_zero() {
             return Err(permanent(ErrorCode::DeadlineExceeded.into()));

@@ -1,0 +1,156 @@
+//! Transport of `azure_identity` to the token service, with bounds and a record of what went wrong.
+//!
+//! The vendor's errors keep neither the reason of a failed connection nor the status of a response that is not JSON.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use azure_core::error::{Error, ErrorKind};
+use azure_core::http::headers::{HeaderName, HeaderValue, Headers};
+use azure_core::http::request::Body;
+use azure_core::http::{AsyncRawResponse, HttpClient, Request};
+use parking_lot::Mutex;
+use reqwest::{Client, Response};
+use serde_json::{Map, Value};
+
+use crate::graph::transport;
+
+/// Upper bound of a response of the token service, which has a few kilobytes.
+const MAX_BODY_BYTES: usize = 256 << 10;
+/// Upper bound of a token's lifetime; Microsoft issues no token for more than 24 hours.
+const MAX_LIFETIME_S: f64 = 24.0 * 3_600.0;
+const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
+
+/// HTTP client of one credential, which makes one request for a token.
+#[derive(Debug, Clone)]
+pub(super) struct TokenServiceClient {
+    http: Client,
+    /// Problem of the last request, in our own words.
+    problem: Arc<Mutex<Option<String>>>,
+}
+
+impl TokenServiceClient {
+    pub(super) fn new(http: Client) -> Self {
+        Self { http, problem: Arc::default() }
+    }
+
+    /// Problem of the last request: no connection, or a response that is not the token service's.
+    pub(super) fn problem(&self) -> Option<String> {
+        self.problem.lock().clone()
+    }
+
+    fn fail(&self, problem: String) -> Error {
+        *self.problem.lock() = Some(problem.clone());
+        Error::with_message(ErrorKind::Io, problem)
+    }
+
+    async fn send(&self, request: &Request) -> azure_core::Result<AsyncRawResponse> {
+        let method = reqwest::Method::from_bytes(request.method().as_str().as_bytes())
+            .map_err(|_| self.fail("the request has an unknown method".to_owned()))?;
+        let Body::Bytes(body) = request.body().clone() else {
+            return Err(self.fail("the request has no plain body".to_owned()));
+        };
+        let mut builder = self.http.request(method, request.url().clone()).body(body);
+        for (name, value) in request.headers().iter().filter(|(name, _)| name.as_str() != "user-agent") {
+            builder = builder.header(name.as_str(), value.as_str());
+        }
+        let response = builder.send().await.map_err(|error| self.fail(transport::describe(&error)))?;
+        let (status, headers) = (response.status().as_u16(), headers_of(&response));
+        let body = self.read(response).await?;
+        Ok(AsyncRawResponse::from_bytes(status.into(), headers, body))
+    }
+
+    async fn read(&self, mut response: Response) -> azure_core::Result<Vec<u8>> {
+        let (status, mut body) = (response.status().as_u16(), Vec::new());
+        while let Some(chunk) = response.chunk().await.map_err(|error| self.fail(transport::describe(&error)))? {
+            body.extend_from_slice(&chunk);
+            if body.len() > MAX_BODY_BYTES {
+                return Err(self.fail(format!("the response is larger than {MAX_BODY_BYTES} bytes")));
+            }
+        }
+        let text = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&body);
+        match serde_json::from_slice::<Map<String, Value>>(text) {
+            Ok(mut answer) => {
+                normalise(&mut answer);
+                Ok(Value::Object(answer).to_string().into_bytes())
+            }
+            Err(_) => {
+                let problem =
+                    format!("HTTP {status} with a body that is not JSON: a proxy or another server responded");
+                Err(self.fail(problem))
+            }
+        }
+    }
+}
+
+/// Makes a response safe for the vendor's code, which adds any `expires_in` to the time (and panics over a large one),
+/// and finds the `AADSTS` number in `error_codes` only.
+fn normalise(answer: &mut Map<String, Value>) {
+    if let Some(lifetime) = answer.get("expires_in").and_then(Value::as_f64)
+        && !(0.0..=MAX_LIFETIME_S).contains(&lifetime)
+    {
+        answer.insert("expires_in".to_owned(), Value::from(24 * 3_600));
+    }
+    let has_number = answer.get("error_codes").and_then(Value::as_array).is_some_and(|codes| !codes.is_empty());
+    let number = answer.get("error_description").and_then(Value::as_str).and_then(|text| {
+        let digits: String = text.strip_prefix("AADSTS")?.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse::<u32>().ok()
+    });
+    if let Some(number) = number.filter(|_| !has_number) {
+        answer.insert("error_codes".to_owned(), Value::from(vec![number]));
+    }
+}
+
+fn headers_of(response: &Response) -> Headers {
+    let named = response.headers().iter().filter_map(|(name, value)| {
+        let (name, value) = (name.as_str().to_owned(), value.to_str().ok()?.to_owned());
+        Some((HeaderName::from(name), HeaderValue::from(value)))
+    });
+    named.collect::<HashMap<_, _>>().into()
+}
+
+/// Spelled out because the vendor's trait uses a macro of a crate that nothing else here needs.
+impl HttpClient for TokenServiceClient {
+    fn execute_request<'this, 'request, 'answer>(
+        &'this self,
+        request: &'request Request,
+    ) -> Pin<Box<dyn Future<Output = azure_core::Result<AsyncRawResponse>> + Send + 'answer>>
+    where
+        'this: 'answer,
+        'request: 'answer,
+        Self: 'answer,
+    {
+        Box::pin(self.send(request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn normalised(answer: Value) -> Value {
+        let Value::Object(mut answer) = answer else { panic!("no object") };
+        normalise(&mut answer);
+        answer.into()
+    }
+
+    #[test]
+    fn lifetimes_are_bounded() {
+        for (given, kept) in
+            [(json!(3_599), 3_599), (json!(1e15), 86_400), (json!(-1), 86_400), (json!(u64::MAX), 86_400)]
+        {
+            assert_eq!(normalised(json!({ "expires_in": given }))["expires_in"], kept);
+        }
+    }
+
+    #[test]
+    fn the_number_of_an_error_is_found_in_its_description() {
+        let error = json!({"error": "invalid_client", "error_description": "AADSTS7000215: Invalid client secret."});
+        assert_eq!(normalised(error)["error_codes"], json!([7_000_215]));
+        let both = json!({"error_codes": [90_002], "error_description": "AADSTS1: x"});
+        assert_eq!(normalised(both)["error_codes"], json!([90_002]));
+    }
+}
