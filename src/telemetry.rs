@@ -24,7 +24,7 @@ pub use traces::Traces;
 /// If the directives in `telemetry.log` or the collector's address can't be used, or lines were set up before.
 pub fn init_logs_and_traces(config: &TelemetryConfig) -> Result<Traces, String> {
     // The AMQP client logs whole messages that the broker returns; events are nobody's business there.
-    let directives = format!("lapin=off,{}=off,{}", spans::TARGET, config.log);
+    let directives = format!("lapin=off,typespec_client_core=warn,{}=off,{}", spans::TARGET, config.log);
     let filter = EnvFilter::try_new(directives).map_err(|error| format!("telemetry.log: {error}"))?;
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
