@@ -1,4 +1,4 @@
-//! What is known of Graph, and which test holds the daemon to each of it.
+//! Known facts about Graph, each with the tests that hold the daemon to it.
 
 use std::path::Path;
 

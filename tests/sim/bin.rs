@@ -23,19 +23,19 @@ use sim::{Fixtures, Limits, PageSizes, Rule, Sim, SimConfig, SimError, Sizes};
 #[derive(Debug, Parser)]
 #[command(name = "graph-sim")]
 struct Args {
-    /// Where to listen; port 0 takes a free one.
+    /// Address to listen on; port 0 takes a free port.
     #[arg(long, default_value = "127.0.0.1:18443")]
     listen: SocketAddr,
-    /// Where to write the certificate authority that clients must trust (PEM).
+    /// File for the certificate authority that clients must trust (PEM).
     #[arg(long, value_name = "FILE")]
     ca_out: Option<PathBuf>,
     /// The only application that gets tokens.
     #[arg(long, default_value = "11111111-2222-4333-8444-555555555555")]
     client_id: String,
-    /// Its secret.
+    /// Client secret of the application.
     #[arg(long, default_value = "simulated-secret")]
     client_secret: String,
-    /// What all ids, names and chances are made from; the same seed is the same run.
+    /// Seed of all ids, names and chances; the same seed gives the same run.
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Objects per collection; each kind of a shared collection is there at least once.
@@ -50,10 +50,10 @@ struct Args {
     /// The same for one collection, repeatable.
     #[arg(long, value_name = "COLLECTION=N", value_parser = pair)]
     collection_page_size: Vec<(String, u32)>,
-    /// How long every answer takes, in milliseconds.
+    /// Delay of every response, in milliseconds.
     #[arg(long, default_value_t = 0)]
     latency_ms: u64,
-    /// How long tokens are good, in seconds.
+    /// Lifetime of tokens, in seconds.
     #[arg(long, default_value_t = 3_599)]
     token_lifetime_s: u64,
     /// Throttle as the real service does: Intune 1,000 requests in 20 s, Conditional Access 1 per second.

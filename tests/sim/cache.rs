@@ -19,7 +19,7 @@ const MOST_COMPILED: usize = 2_000;
 pub struct PageKey {
     /// See [`super::world::View::version`].
     pub version: u64,
-    /// Whose page.
+    /// Tenant of the page.
     pub tenant: Uuid,
     /// The concrete path.
     pub path: String,
@@ -29,7 +29,7 @@ pub struct PageKey {
     pub query: String,
     /// Which page.
     pub position: Position,
-    /// Whether it is kept compressed too.
+    /// `true` if the page is kept compressed too.
     pub takes_gzip: bool,
 }
 

@@ -59,12 +59,12 @@ pub fn intune_message_twice(message: &str, path: &str, ids: &CallIds) -> String 
     json!({"Message": intune_message(message, path, ids)}).to_string()
 }
 
-/// What Intune says in a 401 that no new token can mend.
+/// Intune's message in a 401 that no new token changes.
 pub fn nested_forbidden(path: &str, ids: &CallIds) -> String {
     json!({"ErrorCode": "Forbidden", "Message": intune_message("An error has occurred", path, ids)}).to_string()
 }
 
-/// What Intune says when the application lacks a permission.
+/// Intune's message for a missing permission.
 pub fn missing_permission(permission: &str, path: &str, ids: &CallIds) -> String {
     let write = permission.replace(".Read.", ".ReadWrite.");
     let message = format!(

@@ -1,4 +1,4 @@
-//! What a rule's action does to an answer.
+//! Effect of a rule's action on a response.
 
 use std::time::Duration;
 
@@ -62,7 +62,7 @@ pub fn instead_of_token(action: &Action, path: &str, ids: &CallIds) -> Option<Re
     instead_of_graph(action, path, ids).map(|reply| Reply { body, content_type, ..reply })
 }
 
-/// How the body travels, if the action is about that.
+/// Delivery of the body, if the action changes it.
 pub fn delivery(action: &Action) -> Option<Delivery> {
     match action {
         Action::Truncate { clean } => Some(Delivery::Half { clean: *clean }),

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::SimError;
 use super::template::{IdKind, Template};
 
-/// Where fixtures come from.
+/// Source of fixtures.
 #[derive(Clone, Debug)]
 pub enum Fixtures {
     /// A folder of `<policyTypeKey>.json` files.
@@ -24,7 +24,7 @@ impl Default for Fixtures {
     }
 }
 
-/// How a path answers.
+/// Form of a path's response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Shape {
@@ -49,9 +49,9 @@ struct FixtureFile {
 pub struct Collection {
     /// Version and path, such as `beta/deviceManagement/intents`; a child's has `{parent_id}` in it.
     pub path: String,
-    /// How it answers.
+    /// Form of the response.
     pub shape: Shape,
-    /// Its kinds of objects.
+    /// Templates of the objects.
     pub templates: Vec<Template>,
     /// The type that error messages name.
     pub entity_type: String,
@@ -66,7 +66,7 @@ pub struct Catalog {
     collections: Vec<Collection>,
 }
 
-/// What a request path means.
+/// Target of a request path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target<'a> {
     /// A list or a singleton: the number of its collection.
@@ -89,7 +89,7 @@ impl Collection {
         Collection { path, shape, templates, entity_type, is_made_up, properties }
     }
 
-    /// Whether any object (of that type, if one is named) has this property.
+    /// Returns `true` if any object (of that type, if one is named) has the property.
     pub fn has_property(&self, only_type: Option<&str>, name: &str) -> bool {
         let wanted = only_type.map(str::to_owned);
         self.properties.get(&wanted).is_some_and(|known| known.contains(name))
@@ -130,7 +130,7 @@ impl Catalog {
         &self.collections
     }
 
-    /// What this request path (with its version, without a leading slash) means here.
+    /// Resolves a request path (with its version, without a leading slash).
     pub fn resolve<'a>(&self, path: &'a str) -> Result<Target<'a>, &'a str> {
         if let Some(found) = self.find(path) {
             return Ok(Target::List(found));

@@ -23,10 +23,10 @@ use super::token::Bearer;
 const AUTHENTICATE: &str = "Bearer realm=\"\", authorization_uri=\"https://login.example.invalid/common/oauth2/authorize\", \
                             client_id=\"00000003-0000-0000-c000-000000000000\"";
 
-/// What is read off a Graph request before anything is decided.
+/// Graph request, parsed.
 #[derive(Debug)]
 pub struct Call {
-    /// Its method.
+    /// HTTP method.
     pub method: Method,
     /// Version and path, without the leading slash.
     pub path: String,
@@ -34,11 +34,11 @@ pub struct Call {
     pub query: String,
     /// The host and port that the client wrote: links lead back through whatever it came through.
     pub host: String,
-    /// Whether the client reads gzip.
+    /// `true` if the client accepts gzip.
     pub takes_gzip: bool,
     /// The ids of the answer.
     pub ids: CallIds,
-    /// What its token is worth.
+    /// Result of checking the token.
     pub bearer: Bearer,
     /// The page of the listing, as far as one can tell before the link is checked.
     pub page: u32,

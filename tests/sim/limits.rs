@@ -33,11 +33,11 @@ pub struct Limits {
     pub devices: usize,
     /// Requests to Conditional Access per second; its 429 never says how long to wait.
     pub conditional_access: usize,
-    /// What a 429 says about waiting.
+    /// Form of `Retry-After` in a 429.
     pub retry_after: RetryAfterForm,
 }
 
-/// What a 429 says about waiting.
+/// Form of `Retry-After` in a 429.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RetryAfterForm {
@@ -57,7 +57,7 @@ pub enum RetryAfterForm {
 pub struct Refused {
     /// The header, if there is one.
     pub retry_after: Option<String>,
-    /// Whether it came before an earlier refusal's wait was over.
+    /// `true` if the request came before the wait of an earlier refusal was over.
     pub is_early: bool,
 }
 

@@ -1,7 +1,7 @@
 //! A Microsoft Graph to test against: tokens, Intune's lists page by page, its errors, its limits and its moods,
 //! over real HTTPS on 127.0.0.1.
 //!
-//! It knows nothing of the program under test. Paths and objects come from the fixture files; every tenant (any GUID)
+//! The simulator knows nothing of the program under test. Paths and objects come from the fixture files; every tenant (any GUID)
 //! has its own objects, made from the seed whenever they are asked for, so a hundred thousand of them cost nothing to
 //! keep. `bin.rs` runs it as a program; tests include this file with `#[path = "../sim/mod.rs"] mod sim;`.
 //!
@@ -55,30 +55,30 @@ pub use self::{
 /// Anything that keeps the simulator from starting.
 pub type SimError = Box<dyn std::error::Error + Send + Sync>;
 
-/// How a simulator starts.
+/// Configuration of a simulator.
 #[derive(Clone, Debug)]
 pub struct SimConfig {
-    /// Where to listen; port 0 takes a free one.
+    /// Address to listen on; port 0 takes a free port.
     pub listen: SocketAddr,
     /// The only application that gets tokens.
     pub client_id: String,
-    /// Its secret.
+    /// Client secret of the application.
     pub client_secret: String,
-    /// What all ids, names and chances are made from.
+    /// Seed of all ids, names and chances.
     pub seed: u64,
-    /// How many objects there are.
+    /// Numbers of objects.
     pub sizes: Sizes,
-    /// How long pages are.
+    /// Page lengths.
     pub page_sizes: PageSizes,
-    /// How long every answer takes.
+    /// Delay of every response.
     pub latency_ms: u64,
-    /// How long tokens are good.
+    /// Lifetime of tokens.
     pub token_lifetime_s: u64,
     /// Real throttling, if any.
     pub limits: Option<Limits>,
     /// Rules from the start.
     pub rules: Vec<Rule>,
-    /// Where the collections come from.
+    /// Source of the collections.
     pub fixtures: Fixtures,
 }
 
@@ -115,7 +115,7 @@ struct Server {
     task: JoinHandle<()>,
 }
 
-/// What the requests, the remote control and the tests have in common.
+/// State shared by requests, remote control and tests.
 #[derive(Debug)]
 pub struct Shared {
     world: world::World,

@@ -21,7 +21,7 @@ use super::world::{Place, View};
 /// Options that Graph takes here and silently does nothing with.
 const IGNORED: [&str; 6] = ["$filter", "$orderby", "$count", "$expand", "$search", "$format"];
 
-/// How long pages are.
+/// Page lengths.
 #[derive(Clone, Debug)]
 pub struct PageSizes {
     /// Without `$top`.

@@ -8,16 +8,16 @@ use super::text::{percent_decode, percent_encode};
 
 const RID: &str = "+RID:~";
 
-/// Where a page begins, and which page of its listing it is (from 1).
+/// Start of a page, and its number within the listing (from 1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Position {
     /// The place of the first object.
     pub start: u32,
-    /// How many requests led here.
+    /// Number of requests that led here.
     pub page: u32,
 }
 
-/// What a token is bound to.
+/// Request that a token is bound to.
 #[derive(Clone, Copy, Debug)]
 pub struct Binding<'a> {
     /// The seed of the simulator.

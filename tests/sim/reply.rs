@@ -24,24 +24,24 @@ pub struct Reply {
     pub status: u16,
     /// Headers beside the usual ones.
     pub headers: Vec<(&'static str, String)>,
-    /// Its type.
+    /// Content type.
     pub content_type: &'static str,
     /// The body.
     pub body: Bytes,
     /// The body compressed, if that was done before.
     pub gzip: Option<Bytes>,
-    /// How it gets to the client.
+    /// Delivery to the client.
     pub delivery: Delivery,
 }
 
-/// How a body gets to the client.
+/// Delivery of a body to the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Delivery {
     /// As it should.
     Whole,
     /// Half of it; `clean` hides that from HTTP.
     Half {
-        /// Whether the length that is announced is the length that is sent.
+        /// `true` if the announced length is the length that is sent.
         clean: bool,
     },
     /// In drips.
@@ -118,7 +118,7 @@ pub fn gzip(body: &[u8]) -> Bytes {
     Bytes::from(encoder.finish().expect("writing to memory does not fail"))
 }
 
-/// Whether a body of this length is compressed for a client that can read it.
+/// Returns `true` if a body of this length is compressed for a client that accepts it.
 pub fn pays_to_gzip(length: usize) -> bool {
     length >= GZIP_FROM_BYTES
 }

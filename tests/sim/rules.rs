@@ -39,7 +39,7 @@ pub struct Rule {
     /// Only with this probability (0 to 1), drawn from the seed.
     #[serde(default)]
     pub probability: Option<f64>,
-    /// What goes wrong.
+    /// Fault.
     pub action: Action,
 }
 
@@ -54,7 +54,7 @@ pub enum Endpoint {
     Token,
 }
 
-/// What goes wrong. In JSON `{"kind": "status", "status": 429, "retry_after": "2"}`.
+/// Fault. In JSON `{"kind": "status", "status": 429, "retry_after": "2"}`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Action {
@@ -65,7 +65,7 @@ pub enum Action {
         /// The header: absent or `none`, `2`, `0.5`, `date:5` (an HTTP date so many seconds ahead), or any text.
         #[serde(default)]
         retry_after: Option<String>,
-        /// What stands in the body.
+        /// Body of the response.
         #[serde(default)]
         body: ErrorBody,
     },
@@ -89,7 +89,7 @@ pub enum Action {
     },
     /// The body stops half way and the stream breaks; with `clean` it ends as if it were whole.
     Truncate {
-        /// Whether HTTP itself stays correct.
+        /// `true` if HTTP itself stays correct.
         #[serde(default)]
         clean: bool,
     },
@@ -99,7 +99,7 @@ pub enum Action {
     Drop,
     /// The answer comes late; other rules still apply.
     Slow {
-        /// How late.
+        /// Delay.
         delay_ms: u64,
     },
     /// The body comes in drips.
@@ -156,7 +156,7 @@ pub enum Action {
     EmptyPage,
     /// The page begins with the last objects of the page before.
     DuplicateIds {
-        /// How many.
+        /// Number of objects.
         count: u32,
     },
     /// One property of every object on the page gets a value that nobody knows.
@@ -182,7 +182,7 @@ pub enum Action {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorBody {
-    /// What Graph says with this status.
+    /// Graph's usual body for the status.
     #[default]
     Default,
     /// Intune's JSON text inside `message`.
@@ -196,22 +196,22 @@ pub enum ErrorBody {
 /// A rule at work.
 #[derive(Clone, Debug, Serialize)]
 pub struct ActiveRule {
-    /// Its number, for removing it.
+    /// Number, for removing the rule.
     pub id: u64,
-    /// How many requests met its conditions of place.
+    /// Number of requests that matched.
     pub seen: u64,
-    /// How often it struck.
+    /// Number of requests that the fault was applied to.
     pub fired: u64,
     /// The rule.
     pub rule: Rule,
 }
 
-/// What the rules look at in a request.
+/// Properties of a request that rules match.
 #[derive(Clone, Copy, Debug)]
 pub struct Probe<'a> {
     /// Which half.
     pub on: Endpoint,
-    /// Whose it is, if its token says so.
+    /// Tenant, if the token names one.
     pub tenant: Option<Uuid>,
     /// Version and path.
     pub path: &'a str,

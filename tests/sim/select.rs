@@ -18,7 +18,7 @@ struct Field {
     name: String,
 }
 
-/// Why a `$select` was refused, in the words of Graph.
+/// Refusal of a `$select`, in Graph's words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal(pub String);
 
@@ -48,7 +48,7 @@ impl Select {
         &self.raw
     }
 
-    /// Whether this property was asked for.
+    /// Returns `true` if the property was selected.
     pub fn names(&self, property: &str) -> bool {
         self.fields.iter().any(|field| field.name == property)
     }

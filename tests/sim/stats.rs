@@ -1,4 +1,4 @@
-//! What was asked and answered: counters for ever, and the last requests one by one.
+//! Record of requests and responses: counters, and the last requests one by one.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
@@ -13,9 +13,9 @@ const LOG_LENGTH: usize = 50_000;
 /// One request as it was answered.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RequestRecord {
-    /// When it came, in Unix milliseconds.
+    /// Time of arrival, in Unix milliseconds.
     pub unix_ms: u64,
-    /// Its method.
+    /// HTTP method.
     pub method: String,
     /// The tenant of its token.
     pub tenant: Option<Uuid>,
@@ -25,7 +25,7 @@ pub struct RequestRecord {
     pub query: String,
     /// The page of the listing, from 1.
     pub page: u32,
-    /// What was answered; 0 for a connection that was cut.
+    /// Status of the response; 0 for a connection that was cut.
     pub status: u16,
     /// The client's id for it, empty if it sent none.
     pub client_request_id: String,
@@ -33,7 +33,7 @@ pub struct RequestRecord {
     pub http_version: String,
     /// Number of the connection that it came on.
     pub connection: u64,
-    /// Its `Prefer` header.
+    /// `Prefer` header.
     pub prefer: String,
 }
 

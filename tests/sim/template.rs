@@ -10,7 +10,7 @@ const ID_MARK: &str = "~~sim:id~~";
 const NAME_MARK: &str = "~~sim:name~~";
 const MODIFIED_MARK: &str = "~~sim:modified~~";
 
-/// Where a name may live; the first of these that an object has is its name. The simulator must not ask our
+/// Properties that may hold a name; the first of these that an object has is its name. The simulator must not ask our
 /// contracts for it.
 const NAME_PROPERTIES: [&str; 13] = [
     "displayName",
@@ -28,7 +28,7 @@ const NAME_PROPERTIES: [&str; 13] = [
     "topicIdentifier",
 ];
 
-/// How the ids of a template's objects look.
+/// Form of the ids of a template's objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IdKind {
     /// A GUID, perhaps with text around it (`T_<guid>`, `<guid>_DefaultLimit`); a new one for every object.
@@ -64,14 +64,14 @@ enum Piece {
     Modified(String),
 }
 
-/// What makes one object out of a template.
+/// Values that make one object out of a template.
 #[derive(Clone, Copy, Debug)]
 pub struct Instance<'a> {
     /// See [`seed::collection_key`].
     pub key: u64,
-    /// Its place in the collection.
+    /// Position in the collection.
     pub index: u32,
-    /// How many templates the collection cycles through.
+    /// Number of templates that the collection cycles through.
     pub templates: u32,
     /// The company word in its name.
     pub word: &'a str,
@@ -98,7 +98,7 @@ impl Template {
         &self.object
     }
 
-    /// How ids of its objects look.
+    /// Form of the ids.
     pub fn id_kind(&self) -> &IdKind {
         &self.id_kind
     }

@@ -30,7 +30,7 @@ pub struct Tokens {
     issued: Mutex<HashMap<String, (Uuid, Instant)>>,
 }
 
-/// What a bearer token turned out to be.
+/// Result of checking a bearer token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bearer {
     /// Good, for this tenant.

@@ -14,7 +14,7 @@ use super::select::Select;
 use super::template::{Compiled, IdKind, Instance, guid_in, object_id};
 use super::text;
 
-/// How many objects a collection has: the most exact setting wins.
+/// Numbers of objects in collections: the most specific setting wins.
 #[derive(Clone, Debug, Default)]
 pub struct Sizes {
     /// Without any other setting; a shared collection still shows each of its kinds once.
@@ -35,7 +35,7 @@ pub enum Which {
     Index(u32),
 }
 
-/// What differs from the seed in one collection of one tenant.
+/// Differences from the seed in one collection of one tenant.
 #[derive(Clone, Debug, Default)]
 struct Overlay {
     count: Option<u32>,
@@ -73,7 +73,7 @@ pub struct Place<'a> {
 /// One collection of one tenant as it is at this moment.
 #[derive(Clone, Debug)]
 pub struct View<'a> {
-    /// What it is made of.
+    /// Template of the object.
     pub collection: &'a Collection,
     /// Grows with every change of anything, so that old pages are never served from a cache.
     pub version: u64,
@@ -193,7 +193,7 @@ impl View<'_> {
         (indexes, live.next())
     }
 
-    /// How many objects are there.
+    /// Number of objects.
     pub fn len(&self) -> usize {
         self.page(0, usize::MAX).0.len()
     }
@@ -216,7 +216,7 @@ impl View<'_> {
             .or_else(|| self.literal_indexes().find(is_here))
     }
 
-    /// Its templates as one `$select` shows them.
+    /// Templates of the collection as one `$select` shows them.
     pub fn compile(&self, select: Option<&Select>) -> Vec<Compiled> {
         self.collection.templates.iter().map(|template| template.compile(select)).collect()
     }

@@ -7,7 +7,7 @@ use crate::domain::failure::{ErrorCode, Failure};
 pub(in crate::graph) struct ListError {
     /// Failure that the run records.
     pub(in crate::graph) failure: Failure,
-    /// What the pager can do about it.
+    /// Recovery that is open to the pager.
     pub(in crate::graph) recovery: Recovery,
     /// Application permissions of which Graph names one as missing.
     pub(in crate::graph) permissions: Vec<String>,
