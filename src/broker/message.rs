@@ -1,6 +1,7 @@
 //! Outgoing messages: events, requests, and copies of deliveries for retry and dead-letter queues.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
@@ -9,6 +10,7 @@ use uuid::Uuid;
 
 use super::content_header::{BODY_DISCARDED, UNREADABLE};
 use super::topology::{Names, RetryTier, SYNC_REQUESTED};
+use crate::backoff::full_jitter;
 use crate::domain::clock;
 use crate::domain::event::{RunCompleted, rfc3339};
 use crate::domain::failure::Rejection;
@@ -132,8 +134,9 @@ impl Outgoing {
         headers.insert(RETRIES.into(), number(retries));
         headers.insert(DEFERRED_S.into(), number(deferred_s));
         // The queue's TTL is the longest delay. A random shorter TTL per message spreads a burst of requests.
-        let wait_ms = rand::random_range(tier.seconds() * 800..=tier.seconds() * 1000);
-        let properties = original.properties(headers).with_expiration(wait_ms.to_string().into());
+        let longest = Duration::from_secs(tier.seconds());
+        let wait = longest.mul_f64(0.8) + full_jitter(longest.mul_f64(0.2));
+        let properties = original.properties(headers).with_expiration(wait.as_millis().to_string().into());
         Self::copy(original, Target::Queue, names.retry(tier).as_str().into(), properties)
     }
 
