@@ -9,7 +9,7 @@
 //!   -> Selection         domain/selection.rs    canonical form and selection_hash
 //!   -> Scope             domain/catalog.rs      the Graph lists that it comes to
 //!   -> Admission         store/admission.rs     a lease, or skipped, duplicate, busy, deferred, conflict
-//!   -> pages of objects  graph/pages.rs         one list per collection, followed to its end
+//!   -> pages of objects  graph/listing/pages.rs one list per collection, followed to its end
 //!   -> InventoryItem     domain/item.rs         classified, named, whitelisted
 //!   -> rows              store/items.rs         one fenced upsert per batch
 //!   -> RunReport         run/collect.rs         outcomes and counters, type by type

@@ -1,6 +1,7 @@
 //! `inventoryd doctor`: which policy types of a tenant could be read, and what is missing for the others.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use serde::Serialize;
@@ -56,10 +57,12 @@ struct ProbeContext<'a> {
 
 pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let config = context.config()?;
-    let credential = match &args.credential {
-        Some(name) => name.clone(),
+    let (credential, store) = match &args.credential {
+        Some(name) => (name.clone(), None),
         None => {
-            context.store().await?.tenant_credential(args.tenant).await?.ok_or_else(|| tenant::unknown(args.tenant))?
+            let store = context.store().await?;
+            let name = store.tenant_credential(args.tenant).await?.ok_or_else(|| tenant::unknown(args.tenant))?;
+            (name, Some(store))
         }
     };
     if !config.graph.credentials.contains_key(&credential) {
@@ -67,6 +70,13 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
     }
     let scope = scope(&args.selection, &config.graph.catalog()?)?;
     let graph = GraphClient::new(&config.graph).map_err(|error| CliError::Failed(error.to_string()))?;
+    // The daemon's pauses hold for this command too, and a 429 of this command holds for the daemon.
+    let mut notices = graph.pause_notices();
+    if let Some(store) = &store {
+        for pause in store.pauses().await?.into_iter().filter(|pause| pause.tenant_id == args.tenant) {
+            graph.pause(args.tenant, &pause.family, Duration::from_secs_f64(pause.left_s.max(0.0)));
+        }
+    }
     let consent_link = consent_link(config.graph.authority(), args.tenant, &config.graph.credentials[&credential]);
     let probe = ProbeContext { graph: &graph, tenant_id: args.tenant, credential: &credential, consent_link };
     let roles = match graph.token_roles(args.tenant, &credential).await {
@@ -74,6 +84,9 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
         Err(failure) => return no_token(&probe, &failure, context),
     };
     let findings = examine(&probe, scope, roles.as_deref()).await;
+    while let (Some(store), Ok(notice)) = (&store, notices.try_recv()) {
+        store.announce_pause(notice.tenant_id, notice.family, notice.duration).await?;
+    }
     report(&probe, &findings, roles.as_deref(), context)?;
     Ok(if findings.iter().all(|finding| finding.works) { Outcome::Done } else { Outcome::Unsuccessful })
 }

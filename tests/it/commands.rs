@@ -142,6 +142,31 @@ async fn doctor_names_what_to_grant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn doctor_explains_a_missing_token_and_prints_json_then_too() {
+    let world = World::new().await;
+    let rule = json!({ "on": "token", "action": { "kind": "status", "status": 401 } });
+    world.sim.add_rule(serde_json::from_value::<Rule>(rule).unwrap());
+    let tenant = world.tenant.to_string();
+    let found = call(&world, &["doctor", "--tenant", &tenant, "--json"]).await;
+    let token = &found.json()["token"];
+    assert_eq!((found.code, &token["failure"]["graph_code"]), (1, &json!("AADSTS7000215")), "{found:?}");
+    assert!(token["cause"].as_str().unwrap().contains("secret is wrong"), "{token}");
+    let shown = call(&world, &["doctor", "--tenant", &tenant]).await.err;
+    assert!(shown.contains("AADSTS7000215") && shown.contains("not to its id"), "{shown}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_shares_pauses_with_the_daemon() {
+    let world = World::new().await;
+    let rule = json!({ "path": "deviceAppManagement/mobileApps", "times": 1,
+                       "action": { "kind": "status", "status": 429, "retry_after": "3" } });
+    world.sim.add_rule(serde_json::from_value::<Rule>(rule).unwrap());
+    let tenant = world.tenant.to_string();
+    assert_eq!(call(&world, &["doctor", "--tenant", &tenant, "--types", "mobileApp"]).await.code, 0);
+    assert_eq!(world.count("select count(*) from tenant_pauses where family = 'intune'").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_goes_away_and_a_wrong_call_are_answered_in_order() {
     let world = World::new().await;
     let mut child = command(&world, &["types"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
