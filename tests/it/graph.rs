@@ -1,4 +1,4 @@
-//! Graph as it behaves: throttled, broken, refusing, misleading.
+//! Runs against Graph that throttles, breaks, refuses and misleads.
 
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ fn fails_with(run: &Value, code: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn throttled_once_then_success_after_what_graph_asked_for() {
+async fn a_throttled_request_succeeds_after_its_retry_after() {
     for (status, retry_after, least_ms) in
         [(429, json!("1"), 1000), (429, json!("0.5"), 500), (503, json!("date:2"), 1000), (429, Value::Null, 0)]
     {
@@ -47,7 +47,7 @@ async fn throttled_once_then_success_after_what_graph_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn throttled_for_ever_ends_within_its_budget_and_says_when_to_come_back() {
+async fn endless_throttling_ends_within_the_budget_with_retry_after_s() {
     let world = World::new().await;
     world
         .sim
@@ -67,7 +67,7 @@ async fn throttled_for_ever_ends_within_its_budget_and_says_when_to_come_back() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_breaks_once_is_read_again() {
+async fn a_broken_page_is_requested_again() {
     for action in [
         json!({ "kind": "truncate" }),
         json!({ "kind": "drop" }),
@@ -83,7 +83,7 @@ async fn what_breaks_once_is_read_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_refusal_has_its_own_code() {
+async fn every_failure_has_its_own_code() {
     for (action, code) in [
         (json!({ "kind": "forbidden" }), "graph_forbidden"),
         (json!({ "kind": "unauthorized_nested" }), "graph_forbidden"),
@@ -102,14 +102,14 @@ async fn every_refusal_has_its_own_code() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_credential_that_gets_no_token_is_said_to_be_unavailable() {
+async fn a_rejected_credential_fails_the_run_without_a_request_to_graph() {
     let (world, run) = under(json!({ "on": "token", "action": { "kind": "status", "status": 400 } })).await;
     fails_with(&run, "credential_unavailable");
     assert!(world.sim.requests().iter().all(|request| request.path.ends_with("/token")), "Graph was not asked");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_that_ends_early_is_replaced() {
+async fn a_rejected_token_is_replaced() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     world.sync("first", &["mobileApp"]).await;
@@ -119,7 +119,7 @@ async fn a_token_that_ends_early_is_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_of_graphs_messages_is_kept() {
+async fn texts_of_graph_are_not_stored() {
     let (world, run) = under(json!({ "path": APPS, "action": { "kind": "secret_in_error", "status": 403 } })).await;
     assert_eq!(run["status"], "failed");
     let everything = format!(
@@ -136,7 +136,7 @@ async fn nothing_of_graphs_messages_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_select_is_left_out_once_and_remembered() {
+async fn a_refused_select_is_dropped_and_remembered_per_tenant() {
     let world = World::new().await;
     world.sim.add_rule(rule(json!({ "path": APPS, "action": { "kind": "refuse_select", "property": "publisher" } })));
     let _replica = Replica::start(&world).await;
@@ -157,13 +157,13 @@ async fn a_refused_select_is_left_out_once_and_remembered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn empty_pages_are_no_end() {
+async fn an_empty_page_does_not_end_a_list() {
     let (_, run) = under(json!({ "path": APPS, "page": 1, "times": 1, "action": { "kind": "empty_page" } })).await;
     assert_eq!((&run["status"], &run["items_observed_count"]), (&json!("success"), &json!(60)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_object_without_an_id_is_one_error_and_not_the_end() {
+async fn an_object_without_an_id_is_one_error_of_its_type() {
     let (_, run) = under(json!({ "path": APPS, "page": 1, "times": 1, "action": { "kind": "missing_id" } })).await;
     assert_eq!((&run["status"], &run["error_codes"]), (&json!("partial"), &json!(["graph_bad_response"])), "{run}");
     assert!(run["errors_count"].as_i64().unwrap() >= 1);
@@ -171,7 +171,7 @@ async fn an_object_without_an_id_is_one_error_and_not_the_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_past_its_deadline_ends_with_what_it_has() {
+async fn a_run_past_its_deadline_ends_with_what_was_read() {
     let world = World::new().await;
     world.sim.add_rule(rule(json!({ "path": APPS, "action": { "kind": "slow", "delay_ms": 10_000 } })));
     let mut config = world.config();
@@ -182,7 +182,7 @@ async fn a_run_past_its_deadline_ends_with_what_it_has() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn graph_is_spoken_to_as_it_wants() {
+async fn every_request_uses_http2_with_its_headers_and_ids() {
     let world = World::with_three_pages(APPS).await;
     let _replica = Replica::start(&world).await;
     world.sync("run", &["mobileApp"]).await;

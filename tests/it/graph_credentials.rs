@@ -1,4 +1,4 @@
-//! Every kind of credential, against the simulator's token endpoint; and what an administrator can try.
+//! Every kind of credential against the token endpoint of the simulator, and the probes of an administrator.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ async fn a_certificate_gets_a_token() {
 }
 
 #[tokio::test]
-async fn a_federated_token_gets_a_token_and_is_read_again_for_the_next() {
+async fn a_federated_token_is_read_again_for_every_request() {
     let file = temporary_file("federated.jwt", FEDERATED);
     let settings = [
         ("credentials__default__kind", "workload_identity"),
@@ -46,7 +46,7 @@ async fn a_federated_token_gets_a_token_and_is_read_again_for_the_next() {
 }
 
 #[tokio::test]
-async fn a_secret_that_is_replaced_on_disk_is_used_without_a_restart() {
+async fn a_replaced_secret_file_is_used_without_a_restart() {
     let file = temporary_file("secret", "expired");
     let world = with(&[("credentials__default__client_secret_file", file.to_str().unwrap())]).await;
     let (reader, collection) = (world.reader(), world.collection(PLAIN));
@@ -61,7 +61,7 @@ async fn a_secret_that_is_replaced_on_disk_is_used_without_a_restart() {
 }
 
 #[tokio::test]
-async fn files_that_can_not_be_read_are_a_credential_that_is_not_available() {
+async fn unreadable_files_make_a_credential_unavailable() {
     let missing = Path::new("/nowhere/app.pem").to_str().unwrap();
     for settings in [
         [
@@ -88,7 +88,7 @@ async fn a_token_of_another_tenant_is_rejected() {
 }
 
 #[tokio::test]
-async fn a_probe_says_what_a_run_would_meet_and_which_permission_is_missing() {
+async fn a_probe_returns_the_failure_of_a_run_and_the_missing_permission() {
     let world = with(&[]).await;
     let (client, collection) = (world.client(), world.collection(PLAIN));
     assert_eq!(client.probe(TENANT, "default", &collection).await, Ok(12));

@@ -16,9 +16,9 @@ const FACTS: &[Fact] = &[
     ),
     (
         "A link does not carry headers: every page is asked for with them, under an id of its own",
-        &["tests/it/graph.rs::graph_is_spoken_to_as_it_wants"],
+        &["tests/it/graph.rs::every_request_uses_http2_with_its_headers_and_ids"],
     ),
-    ("A page may be empty and yet not the last", &["tests/it/graph.rs::empty_pages_are_no_end"]),
+    ("A page may be empty and yet not the last", &["tests/it/graph.rs::an_empty_page_does_not_end_a_list"]),
     (
         "`@odata.count` is no total",
         &[
@@ -71,7 +71,7 @@ const FACTS: &[Fact] = &[
     (
         "One unknown property in `$select` fails the whole request; without `$select` secrets may come",
         &[
-            "tests/it/graph.rs::a_refused_select_is_left_out_once_and_remembered",
+            "tests/it/graph.rs::a_refused_select_is_dropped_and_remembered_per_tenant",
             "tests/it/graph_client.rs::a_refused_select_is_dropped_and_remembered",
             "src/domain/item.rs::unknown_and_secret_properties_are_dropped",
         ],
@@ -81,14 +81,14 @@ const FACTS: &[Fact] = &[
         &[
             "src/graph/listing/error_body.rs::a_forbidden_inside_a_401_is_found_at_any_depth",
             "src/graph/listing/error_body.rs::only_plain_words_of_an_error_body_are_recorded",
-            "tests/it/graph.rs::nothing_of_graphs_messages_is_kept",
+            "tests/it/graph.rs::texts_of_graph_are_not_stored",
         ],
     ),
     (
         "A 401 can mean forbidden; an unknown path and a missing licence are a 400",
         &[
             "src/graph/listing/error_body.rs::each_kind_of_error_has_its_code",
-            "tests/it/graph.rs::every_refusal_has_its_own_code",
+            "tests/it/graph.rs::every_failure_has_its_own_code",
             "tests/it/graph_client.rs::an_unknown_path_is_unsupported",
         ],
     ),
@@ -96,7 +96,7 @@ const FACTS: &[Fact] = &[
         "A missing permission is named in the message",
         &[
             "src/graph/listing/error_body.rs::named_permissions_are_kept_and_nothing_else",
-            "tests/it/graph_credentials.rs::a_probe_says_what_a_run_would_meet_and_which_permission_is_missing",
+            "tests/it/graph_credentials.rs::a_probe_returns_the_failure_of_a_run_and_the_missing_permission",
         ],
     ),
     (
@@ -104,14 +104,14 @@ const FACTS: &[Fact] = &[
         &[
             "src/graph/limits/pause.rs::every_family_of_the_contracts_has_its_limits",
             "src/graph/limits/rate_limit.rs::no_window_exceeds_the_limit",
-            "tests/it/graph_limits.rs::under_its_own_pace_it_is_never_throttled_and_hardly_slower_than_allowed",
+            "tests/it/graph_limits.rs::the_rate_limiter_avoids_throttling_and_uses_the_allowance",
         ],
     ),
     (
         "Conditional Access takes one request a second, and says nothing of when to come back",
         &[
             "src/graph/limits/rate_limit.rs::conditional_access_has_no_burst_and_zero_is_no_limit",
-            "tests/it/graph_limits.rs::conditional_access_is_asked_once_a_second_at_most",
+            "tests/it/graph_limits.rs::conditional_access_gets_one_request_a_second",
         ],
     ),
     (
@@ -119,7 +119,7 @@ const FACTS: &[Fact] = &[
         &[
             "src/graph/limits/retry_after.rs::every_form_is_parsed_and_rounded_up",
             "tests/it/graph_client.rs::a_pause_is_waited_out_and_never_shortened",
-            "tests/it/graph_limits.rs::without_a_pace_it_is_throttled_but_never_comes_back_too_early",
+            "tests/it/graph_limits.rs::without_a_rate_limit_no_request_is_sent_before_its_retry_after",
             "tests/it/fleet.rs::a_throttled_tenant_is_paused_on_every_replica",
         ],
     ),
@@ -131,7 +131,7 @@ const FACTS: &[Fact] = &[
     (
         "A token is good for about an hour and can end in the middle of a list; one without roles is given all the same",
         &[
-            "tests/it/graph.rs::a_token_that_ends_early_is_replaced",
+            "tests/it/graph.rs::a_rejected_token_is_replaced",
             "tests/it/graph_client.rs::a_token_that_expires_within_a_list_is_renewed_once",
             "tests/it/graph_client.rs::concurrent_readers_share_one_token_request",
             "src/graph/auth/token.rs::roles_are_parsed_unless_the_token_is_opaque",

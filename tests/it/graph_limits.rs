@@ -1,4 +1,4 @@
-//! The Graph client under real limits: it stays below them, and away while Graph asks for it.
+//! Graph client under real limits: rate limiter, concurrency limit and pauses.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ fn limited(limits: Limits) -> SimConfig {
 }
 
 #[tokio::test]
-async fn under_its_own_pace_it_is_never_throttled_and_hardly_slower_than_allowed() {
+async fn the_rate_limiter_avoids_throttling_and_uses_the_allowance() {
     let world = World::with(limited(Limits { intune: 400, ..Limits::default() }), &[("intune_per_20s", "400")]).await;
     world.sim.set_size(Some(TENANT), Some(PLAIN), 25 * 20).unwrap();
     let client = world.client();
@@ -45,7 +45,7 @@ async fn the_devices_family_has_a_limit_of_its_own() {
 }
 
 #[tokio::test]
-async fn conditional_access_is_asked_once_a_second_at_most() {
+async fn conditional_access_gets_one_request_a_second() {
     let world = World::with(limited(Limits::default()), &[]).await;
     world.sim.set_size(Some(TENANT), Some(POLICIES), 60).unwrap();
     let objects = world.read(POLICIES).await.unwrap();
@@ -53,7 +53,7 @@ async fn conditional_access_is_asked_once_a_second_at_most() {
 }
 
 #[tokio::test]
-async fn without_a_pace_it_is_throttled_but_never_comes_back_too_early() {
+async fn without_a_rate_limit_no_request_is_sent_before_its_retry_after() {
     for form in [RetryAfterForm::Seconds, RetryAfterForm::Fraction, RetryAfterForm::Date] {
         let limits = Limits { intune: 20, window_ms: 2_000, retry_after: form, ..Limits::default() };
         let world = World::with(limited(limits), &[("intune_per_20s", "0")]).await;
@@ -72,7 +72,7 @@ async fn without_a_pace_it_is_throttled_but_never_comes_back_too_early() {
 }
 
 #[tokio::test]
-async fn a_gate_closed_by_one_run_holds_the_others_and_can_be_told_to_other_replicas() {
+async fn a_pause_holds_other_runs_and_other_replicas() {
     let world = World::start().await;
     let (client, other_replica) = (world.client(), world.client());
     let collection = world.collection(PLAIN);
