@@ -137,7 +137,7 @@ impl Faults {
         let times = random_range(1..12);
         let (name, action): (_, Value) = match random_range(0..6) {
             0 => ("Graph 429", json!({ "kind": "status", "status": 429, "retry_after": "1" })),
-            1 => ("Graph 503", json!({ "kind": "status", "status": 503 })),
+            1 => ("Graph 503", json!({ "kind": "status", "status": 503, "retry_after": "1" })),
             2 => ("Graph drops", json!({ "kind": "drop" })),
             3 => ("Graph truncates", json!({ "kind": "truncate" })),
             4 => ("Graph is slow", json!({ "kind": "slow", "delay_ms": 1_500 })),
