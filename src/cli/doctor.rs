@@ -44,6 +44,8 @@ struct Finding {
     works: bool,
     #[serde(flatten)]
     failure: Option<Failure>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<String>,
     permission: String,
     missing_permissions: Vec<String>,
 }
@@ -154,6 +156,7 @@ fn findings_of(listing: &Listing, refused: Option<&ProbeFailure>, roles: Option<
         policy_type: policy_type.key.clone(),
         works: refused.is_none(),
         failure: refused.map(|refused| refused.failure.clone()),
+        detail: refused.and_then(|refused| refused.detail.clone()),
         permission: policy_type.permission.clone(),
         missing_permissions: refused.map(|refused| missing(policy_type, refused, roles)).unwrap_or_default(),
     };
@@ -227,7 +230,7 @@ fn row(finding: &Finding) -> [String; 5] {
         if finding.works { "yes".to_owned() } else { "no".to_owned() },
         or_dash(code.as_ref()),
         finding.missing_permissions.join(" or "),
-        remedy.unwrap_or_default().to_owned(),
+        finding.detail.as_deref().or(remedy).unwrap_or_default().to_owned(),
     ]
 }
 
@@ -237,7 +240,7 @@ mod tests {
 
     fn refused(code: ErrorCode, permissions: &[&str]) -> ProbeFailure {
         let missing_permissions = permissions.iter().map(|one| (*one).to_owned()).collect();
-        ProbeFailure { failure: code.into(), missing_permissions }
+        ProbeFailure { failure: code.into(), detail: None, missing_permissions }
     }
 
     #[test]

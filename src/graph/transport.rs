@@ -65,10 +65,10 @@ pub(super) struct HttpResponse {
 }
 
 /// Reason for a request without a response.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum TransportError {
-    /// Connecting failed, or the connection broke.
-    Broken,
+    /// Connecting failed, or the connection broke, for this reason.
+    Broken(String),
     /// No response within the time limit.
     TimedOut,
     /// The body exceeds `graph.max_page_bytes`.
@@ -190,9 +190,9 @@ async fn read(mut response: Response, max_bytes: usize) -> Result<Vec<u8>, Trans
     Ok(chunks.concat())
 }
 
-/// Class of an error. Its text is dropped: it may contain the requested link, and with it names of the tenant.
+/// Class of an error. The text is dropped: it may contain the requested link, and with it names of the tenant.
 fn transport_error(error: reqwest::Error) -> TransportError {
-    if error.is_timeout() { TransportError::TimedOut } else { TransportError::Broken }
+    if error.is_timeout() { TransportError::TimedOut } else { TransportError::Broken(describe(&error)) }
 }
 
 /// Describes a failed request by its class and, if it is known, the reason: name resolution, refused connection, TLS,

@@ -141,6 +141,14 @@ async fn a_refused_connection_and_an_untrusted_certificate_are_told_apart() {
 }
 
 #[tokio::test]
+async fn a_probe_names_the_reason_of_a_failed_connection() {
+    let world = with(&[("base_url", "https://127.0.0.1:9"), ("max_tries", "1")]).await;
+    let failed = world.client().probe(TENANT, "default", &world.collection(PLAIN)).await.unwrap_err();
+    assert_eq!(failed.failure.code, ErrorCode::GraphUnavailable);
+    assert!(failed.detail.as_deref().is_some_and(|detail| detail.contains("refused the connection")), "{failed:?}");
+}
+
+#[tokio::test]
 async fn a_byte_order_mark_and_an_absurd_lifetime_do_no_harm() {
     let world = with(&[]).await;
     world.sim.set_token_lifetime_s(1_000_000_000_000_000);

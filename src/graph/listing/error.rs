@@ -9,6 +9,8 @@ pub(in crate::graph) struct ListError {
     pub(in crate::graph) failure: Failure,
     /// Recovery that is open to the pager.
     pub(in crate::graph) recovery: Recovery,
+    /// Reason of a failed connection, in our own words.
+    pub(in crate::graph) detail: Option<String>,
     /// Application permissions of which Graph names one as missing.
     pub(in crate::graph) permissions: Vec<String>,
 }
@@ -29,7 +31,7 @@ pub(in crate::graph) enum Recovery {
 
 impl From<Failure> for ListError {
     fn from(failure: Failure) -> Self {
-        Self { failure, recovery: Recovery::None, permissions: Vec::new() }
+        Self { failure, recovery: Recovery::None, detail: None, permissions: Vec::new() }
     }
 }
 

@@ -153,7 +153,7 @@ impl ErrorBody {
             _ => Recovery::None,
         };
         let permissions = if failure.code == ErrorCode::GraphForbidden { self.permissions() } else { Vec::new() };
-        ListError { failure, recovery, permissions }
+        ListError { failure, recovery, detail: None, permissions }
     }
 
     fn token_expired(&self, status: u16) -> bool {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::error::ListError;
 use crate::domain::catalog::Collection;
 use crate::domain::clock::Deadline;
 use crate::domain::failure::Failure;
@@ -22,6 +23,8 @@ const THROTTLE_BUDGET: Duration = Duration::from_secs(30);
 pub struct ProbeFailure {
     /// Failure that a run would record.
     pub failure: Failure,
+    /// Reason of a failed connection, in our own words.
+    pub detail: Option<String>,
     /// Application permissions of which Graph says that one must be granted; often it names none.
     pub missing_permissions: Vec<String>,
 }
@@ -38,7 +41,9 @@ impl GraphClient {
         let mut pages = self.reader(tenant_id, credential, budget).pages(collection);
         match pages.next_page().await {
             Ok(page) => Ok(page.map_or(0, |page| page.objects.len())),
-            Err(error) => Err(ProbeFailure { failure: error.failure, missing_permissions: error.permissions }),
+            Err(ListError { failure, detail, permissions, .. }) => {
+                Err(ProbeFailure { failure, detail, missing_permissions: permissions })
+            }
         }
     }
 

@@ -136,7 +136,7 @@ impl GraphReader {
                 self.judge(response, &token, request, &log).map(|page| (page, requested_at))
             }
             Err(error) => {
-                log.failed(error);
+                log.failed(&error);
                 if error == TransportError::TimedOut {
                     self.shared.transport.renew(generation);
                 }
@@ -153,7 +153,12 @@ impl GraphReader {
         if self.budget.deadline.passed() {
             return AttemptError::Permanent(ErrorCode::DeadlineExceeded.into());
         }
-        AttemptError::Transient { rarely: false, error: ErrorCode::GraphUnavailable.into() }
+        let detail = match error {
+            TransportError::Broken(reason) => Some(reason),
+            TransportError::TimedOut | TransportError::TooLarge => None,
+        };
+        let error = ListError { detail, ..ErrorCode::GraphUnavailable.into() };
+        AttemptError::Transient { rarely: false, error }
     }
 
     fn judge(
@@ -291,7 +296,7 @@ impl RequestLog<'_> {
         );
     }
 
-    fn failed(&self, error: TransportError) {
+    fn failed(&self, error: &TransportError) {
         tracing::info!(
             path = self.path, client_request_id = %self.client_request_id,
             reason = ?error, took_ms = self.took.as_millis(), "no response from Graph"
