@@ -205,8 +205,7 @@ pub(super) fn describe(error: &reqwest::Error) -> String {
     let mut layer: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = layer {
         let io = error.downcast_ref::<std::io::Error>();
-        let inner = io.and_then(std::io::Error::get_ref).and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        if let Some(tls) = inner.or_else(|| error.downcast_ref()) {
+        if let Some(tls) = error.downcast_ref::<rustls::Error>() {
             return format!("TLS with {host} failed: {tls}");
         }
         if io.is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused) {
@@ -215,7 +214,11 @@ pub(super) fn describe(error: &reqwest::Error) -> String {
         if error.to_string() == "dns error" {
             return format!("the name {host} cannot be resolved");
         }
-        layer = error.source();
+        // An I/O error passes over what it wraps when it is asked for its source.
+        layer = match io.and_then(std::io::Error::get_ref) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
     }
     if error.is_connect() { format!("no connection to {host}") } else { format!("the connection to {host} broke") }
 }

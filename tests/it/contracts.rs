@@ -85,7 +85,7 @@ fn no_property_that_moves_by_itself_is_kept() {
         "synceddevicecount",
         "enrolleddevicecount",
         "usagecount",
-        "healthcheck",
+        "healthcheckstatus",
         "lastseen",
         "lastreported",
         "enrollmentstate",

@@ -57,16 +57,16 @@ const FACTS: &[Fact] = &[
         &[
             "tests/it/contracts.rs::no_two_types_claim_the_same_object",
             "tests/it/inventory.rs::an_unclassified_object_is_counted_and_not_stored",
-            "src/domain/item.rs::every_fixture_comes_out_as_expected",
+            "src/domain/item.rs::every_fixture_yields_its_expected_items",
         ],
     ),
     (
         "An object of the declared type has no `@odata.type`; no template is a null or family `none`",
-        &["src/domain/item.rs::without_a_type_of_its_own_an_object_is_of_the_declared_one"],
+        &["src/domain/item.rs::an_object_without_a_template_is_a_settings_catalog_policy"],
     ),
     (
         "Enums grow, flags are joined by commas, times have up to seven digits and any offset",
-        &["src/domain/item.rs::what_graph_will_say_tomorrow_is_kept_as_it_says_it"],
+        &["src/domain/item.rs::unknown_enum_values_are_stored_unchanged"],
     ),
     (
         "One unknown property in `$select` fails the whole request; without `$select` secrets may come",
@@ -160,7 +160,7 @@ const FACTS: &[Fact] = &[
         "Lists hold secrets and names of people",
         &[
             "tests/it/contracts.rs::no_secret_or_personal_property_is_selected",
-            "src/domain/item.rs::sanitizing_what_is_stored_changes_nothing",
+            "src/domain/item.rs::sanitising_is_idempotent",
         ],
     ),
     (

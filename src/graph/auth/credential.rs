@@ -63,7 +63,11 @@ impl Credentials {
     /// Problems of every credential that show without a network, each with the key of its credential.
     pub(in crate::graph) fn problems(&self, http: &Client) -> Vec<String> {
         let problem = |(name, config): (&String, &CredentialConfig)| {
-            if config.kind == CredentialKind::ManagedIdentity {
+            let is_unset = config.client_id.is_empty()
+                && config.client_secret.expose_secret().is_empty()
+                && config.client_secret_file.is_none()
+                && config.kind == CredentialKind::ClientSecret;
+            if is_unset || config.kind == CredentialKind::ManagedIdentity {
                 return None;
             }
             let token_file = config.token_file.as_ref().filter(|_| config.kind == CredentialKind::WorkloadIdentity);
