@@ -15,7 +15,7 @@ use tokio::task::spawn_blocking;
 
 use super::broker::{Rig, event, next};
 use crate::sim::Rule;
-use crate::support::daemon::Replica;
+use crate::support::daemon::{Process, Replica};
 use crate::support::eventually;
 use crate::support::proxy::Proxy;
 use crate::support::servers::Server;
@@ -218,6 +218,61 @@ async fn what_would_wait_too_long_behind_old_runs_is_left_to_another_replica() {
     eventually("the session is rebuilt", || async { busy.daemon().health().subscribed().then_some(()) }).await;
     let _idle = Replica::start(&world).await;
     assert_eq!(world.ended("short").await["status"], "success");
+    // The copy of `long` went back too, and another replica defers it while the run is in progress.
+    eventually("the copy waits on a retry tier", || async {
+        (world.depth("inventory.retry.5s").await == 1).then_some(())
+    })
+    .await;
     assert_eq!(world.runs("long").await[0]["status"], "running", "and did not wait for it");
     assert_eq!(world.ended("long").await["status"], "success");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rebuilt_session_counts_the_runs_of_the_one_before() {
+    let world = World::new().await;
+    world.execute("update tenants set max_concurrent_runs = 100").await;
+    world
+        .execute(
+            "create table most_running (n bigint);
+             create function note_running() returns trigger language plpgsql as $$ begin
+               insert into most_running select count(*) from inventory_sync_runs where status = 'running'; return null; end $$;
+             create trigger note_running after insert on inventory_sync_runs for each row execute function note_running();",
+        )
+        .await;
+    world.sim.add_rule(
+        serde_json::from_value(json!({ "times": 1, "action": { "kind": "slow", "delay_ms": 6_000 } })).unwrap(),
+    );
+    let broker = Proxy::to(world.amqp_address()).await;
+    let mut config = world.config();
+    config.broker.url = world.amqp_through(&broker).into();
+    config.consumer.prefetch = 1;
+    let replica = Replica::with(config).await;
+    world.publish(&world.request("long", &["mobileApp"])).await;
+    eventually("it is in progress", || async { world.runs("long").await.pop() }).await;
+    broker.cut();
+    world.publish(&world.request("next", &["deviceShellScript"])).await;
+    for key in ["long", "next"] {
+        assert_eq!(world.ended(key).await["status"], "success");
+    }
+    assert_eq!(world.count("select max(n) from most_running").await, 1, "prefetch caps the runs of both sessions");
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_replica_is_not_mistaken_for_a_silent_subscription() {
+    let world = World::new().await;
+    world.execute("update tenants set max_concurrent_runs = 100").await;
+    world.sim.add_rule(
+        serde_json::from_value(json!({ "times": 1, "action": { "kind": "slow", "delay_ms": 16_000 } })).unwrap(),
+    );
+    let replica = Process::start(&world, "busy", &[("CONSUMER__PREFETCH", "1"), ("CONSUMER__WATCHDOG_S", "5")]);
+    world.publish(&world.request("long", &["mobileApp"])).await;
+    eventually("it is in progress", || async { world.runs("long").await.pop() }).await;
+    // It is ready for the whole of the long run, and cannot be delivered.
+    world.publish(&world.request("next", &["deviceShellScript"])).await;
+    for key in ["long", "next"] {
+        assert_eq!(world.ended(key).await["status"], "success");
+    }
+    let log = replica.log();
+    assert_eq!(log.matches("\"Subscribed\"").count(), 1, "the subscription was rebuilt:\n{log}");
 }
