@@ -12,6 +12,7 @@ mod ingest;
 mod latency;
 mod peer;
 mod process;
+mod reads;
 mod replicas;
 mod report;
 mod rig;
@@ -36,6 +37,7 @@ const LINES: &[&str] = &[
     "idle",
     "missing",
     "admission",
+    "reads",
     "outbox",
     "latency",
     "start",
@@ -106,6 +108,7 @@ async fn line(rig: &Rig, name: &str) -> Result<Vec<Line>> {
         "start" => footprint::start(rig).await,
         "missing" => growth::missing(rig).await,
         "admission" => growth::admission(rig).await,
+        "reads" => reads::measure(rig).await,
         "outbox" => events::measure(rig).await,
         "latency" => latency::measure(rig).await,
         "replicas" => replicas::measure(rig).await,

@@ -80,13 +80,16 @@ async fn world(rig: &Rig, name: &str, items: u64, runs: u64) -> Result<World> {
                from generate_series(1, {items}) n, (select array_agg(tenant_id order by tenant_id = '{own}' desc) ids from tenants) t;
              insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
                     daemon_version, started_at, finished_at)
-             select t.ids[1 + n % {TENANTS}], gen_random_uuid(), 'old-' || n, '{hash}', '{{}}', 'success', 'bench',
+             select t.ids[1 + n % {TENANTS}], inventory_new_run_id(now() - interval '1 day' - n * interval '1 second'), 'old-' || n, '{hash}', '{{}}', 'success', 'bench',
                     now() - interval '1 day' - n * interval '1 second', now() - interval '1 day' - n * interval '1 second'
                from generate_series(1, {runs}) n, (select array_agg(tenant_id order by tenant_id = '{own}' desc) ids from tenants) t;
              insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
                     items_upserted_count, items_created_count, items_changed_count, errors_count)
              select tenant_id, id, 'mobileApp', 'complete', {OWN_ITEMS}, {OWN_ITEMS}, 0, 0, 0
                from inventory_sync_runs where tenant_id = '{own}';
+             insert into inventory_selections
+             select distinct on (tenant_id) tenant_id, selection_hash, id, finished_at from inventory_sync_runs
+              order by tenant_id, finished_at desc;
              set synchronous_commit = on;",
             others = TENANTS - 1,
         ))

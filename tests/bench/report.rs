@@ -19,6 +19,8 @@ pub enum Target {
     RatioAtLeast(f64),
     /// Greatest ratio to the baseline.
     RatioAtMost(f64),
+    /// Greatest ratio to the baseline, and greatest value.
+    RatioAndValueAtMost(f64, f64),
     /// Least value.
     AtLeast(f64),
     /// Greatest value.
@@ -72,6 +74,10 @@ impl Line {
         let (target, met) = match target {
             Target::RatioAtLeast(least) => (format!(">= {least} x"), ratio.map(|ratio| ratio >= least)),
             Target::RatioAtMost(most) => (format!("<= {most} x"), ratio.map(|ratio| ratio <= most)),
+            Target::RatioAndValueAtMost(most, value) => (
+                format!("<= {most} x, <= {value}"),
+                ratio.zip(ours).map(|(ratio, ours)| ratio <= most && ours <= value),
+            ),
             Target::AtLeast(least) => (format!(">= {least}"), ours.map(|ours| ours >= least)),
             Target::AtMost(most) => (format!("<= {most}"), ours.map(|ours| ours <= most)),
         };

@@ -74,6 +74,13 @@ impl Rig {
         })
     }
 
+    /// Runs `psql` in a database.
+    pub fn psql(&self, database: &str, arguments: &[&str]) -> Result<()> {
+        let folder = self.folder.join("postgres");
+        instance(&[&["postgres", "psql", text(&folder)?, "-d", database], arguments].concat())?;
+        Ok(())
+    }
+
     /// Path of a process's log.
     pub fn log(&self, name: &str) -> PathBuf {
         self.folder.join("log").join(format!("{name}.log"))

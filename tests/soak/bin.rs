@@ -7,6 +7,8 @@ mod sim;
 #[path = "../support/mod.rs"]
 mod support;
 
+mod archive;
+mod changes;
 mod faults;
 mod fleet;
 mod load;
@@ -19,6 +21,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
+use archive::Archive;
 use faults::Faults;
 use fleet::Fleet;
 use load::{Load, Published};
@@ -47,6 +50,7 @@ async fn main() -> ExitCode {
     let postgres = Private::start("postgres", "soak-postgres").await;
     let rabbitmq = Private::start("rabbitmq", "soak-rabbitmq").await;
     let world = Arc::new(World::on(SimConfig::default(), &postgres.url, &rabbitmq.url).await);
+    let archive = Archive::create(&world).await;
     invariants::record_history(&world).await;
     let events = Subscriber::durable(&[&rabbitmq.url], &world.prefix).await;
     println!("{minutes} minutes of faults over {} replicas", fleet::REPLICAS);
@@ -55,9 +59,12 @@ async fn main() -> ExitCode {
     let (stop_all, stop) = watch::channel(false);
     let (published, progress) = watch::channel(0);
     let load = Load::prepare(&world, &rabbitmq.url).await;
+    let changes = tokio::spawn(changes::make(Arc::clone(&world), load.changing_tenants().to_vec(), stop.clone()));
+    let burst = load.burst();
     let load = tokio::spawn(load.publish(stop.clone(), published));
     let fleet = Fleet::start(&world).await;
-    let faults = tokio::spawn(Faults::new(Arc::clone(&world), fleet, postgres, rabbitmq).inject(stop));
+    let faults =
+        tokio::spawn(Faults::new(Arc::clone(&world), fleet, (postgres, rabbitmq), archive, burst).await.inject(stop));
     while begun.elapsed() < duration && !faults.is_finished() {
         sleep(PROGRESS_EVERY.min(duration)).await;
         report(&world, &events, begun, *progress.borrow()).await;
@@ -69,14 +76,17 @@ async fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     let published: Published = load.await.expect("the load task does not panic");
+    let changes = changes.await.expect("the changes task does not panic");
     println!("fault injection ended: {} messages published; waiting until all work is done", published.messages);
     let settling = Instant::now();
-    while settling.elapsed() < SETTLING && !settled(&world, &published, &events).await {
+    while settling.elapsed() < SETTLING
+        && !(settled(&world, &published, &events).await && faults.archive().expired(&world).await == Some(0))
+    {
         sleep(Duration::from_secs(1)).await;
     }
     println!("settled after {:.0} s", settling.elapsed().as_secs_f64());
     faults.print();
-    let verdict = Verdict::of(&world, &published, &events).await;
+    let verdict = Verdict::of(&world, &published, &events, (&changes, faults.archive())).await;
     verdict.print();
     if !verdict.holds() {
         faults.dump_diagnostics().await;
@@ -87,9 +97,9 @@ async fn main() -> ExitCode {
 
 /// Tells whether no work is left.
 async fn settled(world: &World, published: &Published, events: &Subscriber) -> bool {
-    let open = "select count(*) from inventory_sync_runs where status = 'running'";
+    let open = "select count(*) from soak_runs where status = 'running'";
     let unsent = "select count(*) from outbox";
-    let runs = number(world, "select count(*) from inventory_sync_runs").await;
+    let runs = number(world, "select count(*) from soak_runs").await;
     let waiting = async {
         let mut sum = 0;
         for queue in ["sync.requests", "retry.5s", "retry.30s", "retry.2m", "retry.10m"] {
@@ -105,8 +115,8 @@ async fn settled(world: &World, published: &Published, events: &Subscriber) -> b
 }
 
 async fn report(world: &World, events: &Subscriber, begun: Instant, published: usize) {
-    let ended = number(world, "select count(*) from inventory_sync_runs where finished_at is not null").await;
-    let running = number(world, "select count(*) from inventory_sync_runs where status = 'running'").await;
+    let ended = number(world, "select count(*) from soak_runs where finished_at is not null").await;
+    let running = number(world, "select count(*) from soak_runs where status = 'running'").await;
     let unsent = number(world, "select count(*) from outbox").await;
     let show = |value: Option<i64>| value.map_or_else(|| "-".to_owned(), |value| value.to_string());
     println!(

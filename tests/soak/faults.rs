@@ -2,17 +2,29 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rand::random_range;
 use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, Connection as _};
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
+use crate::archive::Archive;
 use crate::fleet::{Fleet, REPLICAS};
 use crate::sim::Rule;
 use crate::support::servers::Private;
 use crate::support::world::World;
+
+/// Requests of one backlog.
+const BURST: usize = 300;
+/// Trigger that delays every item by the time in a table, so that a fault needs no lock on the items.
+const SLOW_ROWS: &str = "create table soak_row_time (seconds double precision);
+    insert into soak_row_time values (0);
+    create function slow_row() returns trigger language plpgsql as $$ begin
+      perform pg_sleep(seconds) from soak_row_time where seconds > 0; return new; end $$;
+    create trigger slow_row before insert on inventory_items for each row execute function slow_row();";
 
 /// Injects faults until told to stop; owns the fleet and the servers.
 pub struct Faults {
@@ -20,13 +32,27 @@ pub struct Faults {
     fleet: Fleet,
     postgres: Private,
     rabbitmq: Private,
+    archive: Archive,
+    burst: Arc<AtomicUsize>,
     counts: BTreeMap<&'static str, usize>,
 }
 
 impl Faults {
-    /// Creates the injector for a fleet and its servers.
-    pub fn new(world: Arc<World>, fleet: Fleet, postgres: Private, rabbitmq: Private) -> Self {
-        Self { world, fleet, postgres, rabbitmq, counts: BTreeMap::new() }
+    /// Creates the injector for a fleet and its servers; `burst` is the number of requests to publish at once.
+    pub async fn new(
+        world: Arc<World>,
+        fleet: Fleet,
+        (postgres, rabbitmq): (Private, Private),
+        archive: Archive,
+        burst: Arc<AtomicUsize>,
+    ) -> Self {
+        world.execute(SLOW_ROWS).await;
+        Self { world, fleet, postgres, rabbitmq, archive, burst, counts: BTreeMap::new() }
+    }
+
+    /// Returns the tenant whose expired runs retention deletes.
+    pub const fn archive(&self) -> &Archive {
+        &self.archive
     }
 
     /// Injects faults until `stop`, then heals everything.
@@ -37,6 +63,7 @@ impl Faults {
             sleep(Duration::from_millis(random_range(200..2_500))).await;
         }
         self.world.sim.remove_rules(None);
+        self.row_time(0.0).await;
         for proxy in self.fleet.members().iter().flat_map(|member| &member.proxies) {
             proxy.freeze(false);
             proxy.refuse(false);
@@ -47,11 +74,21 @@ impl Faults {
     async fn one(&mut self) -> &'static str {
         let victim = random_range(0..REPLICAS);
         match random_range(0..100) {
-            0..16 => self.kill(victim).await,
-            16..28 => self.pause(victim).await,
-            28..38 => self.terminate(victim).await,
-            38..70 => self.network(victim).await,
-            70..96 => self.graph(),
+            0..14 => self.kill(victim).await,
+            14..24 => self.pause(victim).await,
+            24..33 => self.terminate(victim).await,
+            33..59 => self.network(victim).await,
+            59..80 => self.graph(),
+            80..86 => self.slow_rows().await,
+            86..90 => self.lingering_transaction(),
+            90..92 => {
+                self.burst.fetch_add(BURST, Ordering::Relaxed);
+                "backlog"
+            }
+            92..96 => {
+                self.archive.grow(&self.world).await;
+                "expired runs"
+            }
             96..98 => {
                 self.postgres
                     .act(|server| {
@@ -71,6 +108,34 @@ impl Faults {
                 "broker killed"
             }
         }
+    }
+
+    /// Makes every item take longer to write, for a while that may exceed a lease.
+    async fn slow_rows(&self) -> &'static str {
+        self.row_time(random_range(0.02..0.6)).await;
+        sleep(Duration::from_millis(random_range(1_000..20_000))).await;
+        self.row_time(0.0).await;
+        "slow rows"
+    }
+
+    async fn row_time(&self, seconds: f64) {
+        let update = format!("update soak_row_time set seconds = {seconds}");
+        // The database may be frozen or down; the next fault or the end resets the time.
+        let _ = timeout(Duration::from_secs(5), sqlx::raw_sql(AssertSqlSafe(update)).execute(&self.world.db)).await;
+    }
+
+    /// Locks a running run in a session of its own, which lingers for up to twice the length of a lease.
+    fn lingering_transaction(&self) -> &'static str {
+        let (url, lasts) = (self.world.database_url.clone(), Duration::from_millis(random_range(2_000..30_000)));
+        tokio::spawn(async move {
+            let mut session = sqlx::PgConnection::connect(&url).await?;
+            let lock = "set lock_timeout = '5s'; begin;
+                        select from inventory_sync_runs where status = 'running' order by random() limit 1 for update";
+            sqlx::raw_sql(lock).execute(&mut session).await?;
+            sleep(lasts).await;
+            session.close().await
+        });
+        "lingering transaction"
     }
 
     async fn kill(&mut self, victim: usize) -> &'static str {

@@ -80,6 +80,7 @@ impl Member {
 }
 
 fn launch(world: &World, name: &str, proxies: &[Proxy; 3]) -> Process {
+    let crowded = name.starts_with("replica-0");
     let graph = format!("https://{}", proxies[2].address);
     let extra = [
         ("BROKER__URL", world.amqp_through(&proxies[0])),
@@ -89,6 +90,12 @@ fn launch(world: &World, name: &str, proxies: &[Proxy; 3]) -> Process {
         ("CONSUMER__DRAIN_S", "3".to_owned()),
         ("CONSUMER__WATCHDOG_S", "10".to_owned()),
         ("LIMITS__TENANT_MAX_RUNS", "3".to_owned()),
+        ("RUN__RESTART_AFTER_S", "20".to_owned()),
+        ("RETENTION__RUNS_DAYS", "1".to_owned()),
+        ("RETENTION__INTERVAL_S", "3".to_owned()),
+        // One replica has more runs than connections to write with.
+        ("CONSUMER__PREFETCH", if crowded { "16" } else { "8" }.to_owned()),
+        ("DATABASE__MAX_CONNECTIONS", if crowded { "1" } else { "6" }.to_owned()),
     ];
     let extra: Vec<(&str, &str)> = extra.iter().map(|(key, value)| (*key, value.as_str())).collect();
     Process::start(world, name, &extra)

@@ -1,6 +1,8 @@
 //! Load: requests of many tenants, of which most are new, some repeat and some are invalid.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use lapin::options::QueueDeclareOptions;
@@ -12,12 +14,15 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use uuid::Uuid;
 
+use crate::changes::CHANGING;
 use crate::support::scheduler::Scheduler;
 use crate::support::world::World;
 
 /// Policy types whose lists have twelve objects each in the simulator.
 pub const TYPES: [&str; 3] = ["mobileApp", "deviceShellScript", "deviceHealthScript"];
 const TENANTS: usize = 150;
+/// Tenants whose objects change; they get a third of the requests, of several selections.
+const CHANGING_TENANTS: usize = 6;
 const PER_SECOND: f64 = 8.0;
 
 /// Published messages, grouped by their expected outcome.
@@ -41,6 +46,7 @@ pub struct Load {
     tenants: Vec<Uuid>,
     recent: Vec<Value>,
     published: Published,
+    burst: Arc<AtomicUsize>,
 }
 
 impl Load {
@@ -54,7 +60,17 @@ impl Load {
         }
         world.execute(&format!("update tenants set enabled = false where tenant_id = '{}'", tenants[1])).await;
         let scheduler = Scheduler::on(&[url], &world.prefix);
-        Self { scheduler, tenants, recent: Vec::new(), published: Published::default() }
+        Self { scheduler, tenants, recent: Vec::new(), published: Published::default(), burst: Arc::default() }
+    }
+
+    /// Tenants whose objects change.
+    pub fn changing_tenants(&self) -> &[Uuid] {
+        &self.tenants[TENANTS - CHANGING_TENANTS..]
+    }
+
+    /// Number of requests to publish without a pause.
+    pub fn burst(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.burst)
     }
 
     /// Publishes until `stop`.
@@ -64,7 +80,11 @@ impl Load {
             self.scheduler.publish_bytes(body.as_bytes()).await;
             self.published.messages += 1;
             progress.send_replace(self.published.messages);
-            sleep(Duration::from_secs_f64(2.0 * rand::random::<f64>() / PER_SECOND)).await;
+            if self.burst.load(Ordering::Relaxed) > 0 {
+                self.burst.fetch_sub(1, Ordering::Relaxed);
+            } else {
+                sleep(Duration::from_secs_f64(2.0 * rand::random::<f64>() / PER_SECOND)).await;
+            }
         }
         self.published
     }
@@ -108,8 +128,14 @@ impl Load {
     }
 
     fn request(&self, number: usize) -> Value {
-        let tenant = self.tenants[random_range(0..self.tenants.len())];
-        let types: Vec<&str> = TYPES.into_iter().filter(|_| rand::random()).collect();
+        let mut types: Vec<&str> = TYPES.into_iter().filter(|_| rand::random()).collect();
+        let tenant = if random_range(0..3) == 0 {
+            // Each selection of these tenants lists the changing objects.
+            types.push(CHANGING);
+            self.changing_tenants()[random_range(0..CHANGING_TENANTS)]
+        } else {
+            self.tenants[random_range(0..self.tenants.len())]
+        };
         World::request_of(tenant, &format!("k{number}"), if types.is_empty() { &TYPES } else { &types })
     }
 

@@ -9,6 +9,8 @@ use serde_json::Value;
 use sqlx::AssertSqlSafe;
 use tokio::time::timeout;
 
+use crate::archive::Archive;
+use crate::changes::Changes;
 use crate::load::{self, Published, TYPES};
 use crate::support::events::Subscriber;
 use crate::support::invariants::OVERLAPPING_RUNS;
@@ -28,12 +30,19 @@ pub struct Verdict {
 
 impl Verdict {
     /// Checks the tables, the events and the dead letters.
-    pub async fn of(world: &World, published: &Published, events: &Subscriber) -> Self {
+    pub async fn of(
+        world: &World,
+        published: &Published,
+        events: &Subscriber,
+        (changes, archive): (&Changes, &Archive),
+    ) -> Self {
         let mut verdict = Self { facts: Vec::new(), checks: Vec::new() };
         verdict.requests(world, published).await;
         verdict.runs(world).await;
         verdict.events(world, events).await;
         verdict.dead_letters(world, published).await;
+        verdict.observations(world, changes).await;
+        verdict.retention(world, archive).await;
         let mut left = 0;
         for queue in ["sync.requests", "retry.5s", "retry.30s", "retry.2m", "retry.10m"] {
             left += load::depth(world, queue).await as usize;
@@ -73,7 +82,7 @@ impl Verdict {
         self.fact("of them repeats", published.repeats);
         self.fact("of them invalid", published.invalid.len());
         self.fact("keys used for two selections", published.conflicts.len());
-        let runs = world.rows("select idempotency_key as k, count(*) as n from inventory_sync_runs group by 1").await;
+        let runs = world.rows("select idempotency_key as k, count(*) as n from soak_runs group by 1").await;
         let runs: BTreeMap<&str, i64> =
             runs.iter().filter_map(|row| Some((row["k"].as_str()?, row["n"].as_i64()?))).collect();
         let lost: Vec<_> = published.accepted.iter().filter(|key| !runs.contains_key(key.as_str())).collect();
@@ -88,24 +97,18 @@ impl Verdict {
     }
 
     async fn runs(&mut self, world: &World) {
-        let by_status = world.rows("select status, count(*) as n from inventory_sync_runs group by 1 order by 1").await;
+        let by_status = world.rows("select status, count(*) as n from soak_runs group by 1 order by 1").await;
         for row in &by_status {
             self.fact(format!("runs {}", row["status"].as_str().unwrap_or("?")), &row["n"]);
         }
         for (name, query) in [
-            ("attempts beyond the first", "select coalesce(sum(attempt - 1), 0)::bigint from inventory_sync_runs"),
-            (
-                "of them after a graceful hand-back",
-                "select coalesce(sum(interruptions), 0)::bigint from inventory_sync_runs",
-            ),
-            (
-                "runs failed as worker_lost",
-                "select count(*) from inventory_sync_runs where 'worker_lost' = any(error_codes)",
-            ),
+            ("attempts beyond the first", "select coalesce(sum(attempt - 1), 0)::bigint from soak_runs"),
+            ("of them after a graceful hand-back", "select coalesce(sum(interruptions), 0)::bigint from soak_runs"),
+            ("runs failed as worker_lost", "select count(*) from soak_runs where 'worker_lost' = any(error_codes)"),
         ] {
             self.fact(name, number(world, query).await.unwrap_or(-1));
         }
-        let all = number(world, "select count(*) from inventory_sync_runs").await.unwrap_or(0);
+        let all = number(world, "select count(*) from soak_runs").await.unwrap_or(0);
         let all = usize::try_from(all).unwrap_or(0);
         let names = TYPES.map(|name| format!("'{name}'")).join(",");
         let torn = format!(
@@ -113,7 +116,11 @@ impl Verdict {
                 and policy_type in ({names})"
         );
         for (name, query) in [
-            ("every run has ended", "select count(*) from inventory_sync_runs where status = 'running'"),
+            (
+                "no run was failed as worker_lost before its attempts were used up",
+                "select count(*) from soak_runs where 'worker_lost' = any(error_codes) and attempt - interruptions < 5",
+            ),
+            ("every run has ended", "select count(*) from soak_runs where status = 'running'"),
             ("no two runs of a selection overlapped", OVERLAPPING_RUNS),
             (
                 "no terminal run changed",
@@ -123,12 +130,12 @@ impl Verdict {
             ("every complete list was counted once and in full", torn.as_str()),
             (
                 "no item was last seen by another tenant's run",
-                "select count(*) from inventory_items i where not exists (select from inventory_sync_runs r
-                  where r.tenant_id = i.tenant_id and r.id = i.last_seen_run_id)",
+                "select count(*) from inventory_items i join soak_runs r on r.id = i.last_seen_run_id
+                  where r.tenant_id <> i.tenant_id",
             ),
             (
                 "every run of a disabled tenant was skipped",
-                "select count(*) from inventory_sync_runs r join tenants t using (tenant_id) where not t.enabled and r.status <> 'skipped'",
+                "select count(*) from soak_runs r join tenants t using (tenant_id) where not t.enabled and r.status <> 'skipped'",
             ),
         ] {
             let broken = number(world, query).await.unwrap_or(1);
@@ -137,7 +144,7 @@ impl Verdict {
     }
 
     async fn events(&mut self, world: &World, events: &Subscriber) {
-        let runs = world.rows("select id, status, attempt from inventory_sync_runs").await;
+        let runs = world.rows("select id, status, attempt from soak_runs").await;
         let (received, distinct) = (events.received(), events.distinct());
         self.fact("events received", received.len());
         self.fact("of them repeats", received.len() - distinct.len());
@@ -151,6 +158,20 @@ impl Verdict {
         self.check("every event and every repeat matches its run", received.len(), wrong.count());
         let unsent = number(world, "select count(*) from outbox").await.unwrap_or(1);
         self.check("every event is published", runs.len(), usize::try_from(unsent).unwrap_or(1));
+    }
+
+    async fn observations(&mut self, world: &World, changes: &Changes) {
+        let found = changes.verify(world).await;
+        self.fact("objects renamed", found.renames);
+        self.fact("stored objects deleted", found.deletions);
+        self.check("no older observation replaced a newer one", found.items, found.reverted);
+        self.check("no deleted object came back", found.deletions, found.restored);
+    }
+
+    async fn retention(&mut self, world: &World, archive: &Archive) {
+        let expired = archive.expired(world).await.and_then(|expired| usize::try_from(expired).ok());
+        self.check("every expired run was deleted", archive.runs(), expired.unwrap_or(1));
+        self.check("retention kept the latest run and what it proves", 2, archive.broken(world).await);
     }
 
     async fn dead_letters(&mut self, world: &World, published: &Published) {

@@ -9,9 +9,9 @@ use super::world::World;
 /// Query that counts pairs of runs of one selection that overlapped in time.
 pub const OVERLAPPING_RUNS: &str = "select count(*) from
      (select selection_hash, tenant_id, id, min(at) filter (where status = 'running') as began, max(at) filter (where status <> 'running') as ended
-        from run_history group by 1, 2, 3) a
+        from run_history group by 1, 2, 3 having bool_or(status = 'running')) a
      join (select selection_hash, tenant_id, id, min(at) filter (where status = 'running') as began, max(at) filter (where status <> 'running') as ended
-        from run_history group by 1, 2, 3) b using (tenant_id, selection_hash)
+        from run_history group by 1, 2, 3 having bool_or(status = 'running')) b using (tenant_id, selection_hash)
      where a.id < b.id and a.began < b.ended and b.began < a.ended";
 
 /// Records every state change of a run, so that overlaps are found even after they ended, and rejects any change of a
