@@ -166,3 +166,44 @@ impl Drop for HeldLease {
         self.keeper.held.lock().remove(&self.lease);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::config::Config;
+
+    fn keeper(lease_s: u64) -> LeaseKeeper {
+        let config = Config::load_with(None, [].into()).unwrap();
+        LeaseKeeper::new(Store::connect(&config.database).unwrap(), "me", lease_s)
+    }
+
+    fn lease() -> Lease {
+        Lease { tenant_id: Uuid::from_u128(1), run_id: Uuid::from_u128(2), attempt: 1 }
+    }
+
+    #[tokio::test]
+    async fn worker_stops_trusting_its_lease_before_the_database_does() {
+        for lease_s in [10, 60, 3_600] {
+            let granted = Instant::now();
+            let held = keeper(lease_s).hold(lease(), granted);
+            let (trusted, life) = (held.until.borrow().instant() - granted, seconds(lease_s));
+            // A sixth of the life is left for a write that is in flight when trust ends.
+            assert!(trusted <= life - life / 6, "{trusted:?} of {life:?}");
+            // A renewal takes place each third; the second one may still succeed.
+            assert!(trusted > life * 2 / 3, "{trusted:?} of {life:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn lease_is_lost_at_its_local_deadline_and_forgotten_on_drop() {
+        let keeper = keeper(60);
+        let held = keeper.hold(lease(), Instant::now());
+        assert!(timeout(Duration::from_millis(10), held.lost()).await.is_err());
+        held.keeper.held.lock()[&lease()].send_replace(Deadline::after(Duration::ZERO));
+        timeout(Duration::from_secs(60), held.lost()).await.unwrap();
+        drop(held);
+        assert!(keeper.held.lock().is_empty(), "a dropped lease is not renewed");
+    }
+}

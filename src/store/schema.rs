@@ -1,5 +1,7 @@
 //! The schema: migrated by `inventoryd migrate`, checked by everything else.
 
+use std::cmp::Ordering;
+
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::{ConnectOptions, Connection, PgConnection};
 
@@ -38,22 +40,10 @@ impl Store {
                 found.database, found.role, found.search_path
             )));
         }
-        let applied = sqlx::query_scalar::<_, Option<i64>>("select max(version) from _sqlx_migrations where success")
-            .fetch_one(&mut *connection)
-            .await?
-            .unwrap_or_default();
-        let needed = newest_version();
-        if applied == needed {
-            return Ok(server.warnings());
-        }
-        let cure = if applied < needed {
-            "run `inventoryd migrate` with the same version"
-        } else {
-            "a newer version has migrated it: upgrade this daemon"
-        };
-        Err(StoreError::Schema(format!(
-            "the database schema has version {applied}, this daemon needs {needed}: {cure}"
-        )))
+        let applied = "select version, checksum from _sqlx_migrations where success order by version desc limit 1";
+        let applied: Option<(i64, Vec<u8>)> = sqlx::query_as(applied).fetch_optional(&mut *connection).await?;
+        compare(applied)?;
+        Ok(server.warnings())
     }
 
     /// Records which policy types this daemon lists, so that readers recognise items of types that no daemon lists any more.
@@ -83,8 +73,19 @@ impl Store {
     }
 }
 
-fn newest_version() -> i64 {
-    MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or_default()
+/// Compares the newest applied migration with the newest of this version. The checksum tells a schema of another program, or
+/// of an unreleased version, that happens to have the same number.
+fn compare(applied: Option<(i64, Vec<u8>)>) -> Result<(), StoreError> {
+    let newest = MIGRATIONS.iter().max_by_key(|migration| migration.version);
+    let needed = newest.map_or(0, |migration| migration.version);
+    let (version, checksum) = applied.unwrap_or_default();
+    let cure = match version.cmp(&needed) {
+        Ordering::Equal if newest.is_none_or(|migration| *migration.checksum == *checksum) => return Ok(()),
+        Ordering::Equal => return Err(migration_error(MigrateError::VersionMismatch(version))),
+        Ordering::Less => "run `inventoryd migrate` with the same version",
+        Ordering::Greater => "a newer version has migrated it: upgrade this daemon",
+    };
+    Err(StoreError::Schema(format!("the database schema has version {version}, this daemon needs {needed}: {cure}")))
 }
 
 /// Each failure has a cure of its own.

@@ -40,6 +40,7 @@ mod outcomes;
 mod reading;
 mod readme;
 mod retention;
+mod schema;
 mod server_settings;
 mod settings;
 mod slow_database;
