@@ -1,4 +1,4 @@
-//! Replayed events: a subscriber that was away for longer than its queue kept them gets the same events again.
+//! `events replay`: a subscriber that was away for longer than its queue kept events receives the same events again.
 
 use std::process::{Command, Output, Stdio};
 
@@ -42,7 +42,7 @@ async fn replayed_events_are_those_that_were_published() {
     let published = arrived(&events, 3).await;
     replica.stop().await;
 
-    // Whoever replays needs no running daemon.
+    // A replay needs no running daemon.
     let again = world.subscribe().await;
     replay(&world, &["--since", &before]).await;
     assert_eq!(arrived(&again, 3).await, published, "the same events, word for word");

@@ -1,4 +1,4 @@
-//! A tenant with a long history is read as fast as one without: what a read costs does not depend on past runs.
+//! Long histories: the cost of a read does not depend on the number of past runs.
 //!
 //! Cost is counted in pages and rows that PostgreSQL touched, which are the same on every machine.
 
@@ -17,9 +17,9 @@ const APPS: &str = "deviceAppManagement/mobileApps";
 const TYPES: [&str; 4] = ["mobileApp", "deviceShellScript", "deviceHealthScript", "deviceCompliancePolicy"];
 /// Runs added to the history, each with four types.
 const PAST_RUNS: u32 = 3_000;
-/// How many times the pages of a short history a long one may cost: indexes are a level or two deeper.
+/// Largest ratio of pages, long history to short: indexes are a level or two deeper.
 const MAX_RATIO: i64 = 2;
-/// Pages that a plan may touch for its own bookkeeping, whatever it reads.
+/// Pages allowed on top, for catalog look-ups of the plan.
 const FIXED_PAGES: i64 = 20;
 
 /// A world with a complete run, a deletion, another complete run and no daemon.
@@ -156,7 +156,7 @@ async fn commands_read_the_rows_that_they_show() {
     }
 }
 
-/// The statement of the documentation whose comment says `about`.
+/// SQL statement of the documentation whose comment contains `about`.
 fn documented(about: &str) -> String {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let pages = ["README.md", "migrations/README.md", "deploy/README.md"];

@@ -1,4 +1,4 @@
-//! Runs whose worker is lost: they go on as long as anything could, and the end of one that could not says so.
+//! Runs whose worker is lost: they are restarted while attempts are left, and end as `worker_lost` only then.
 
 use std::time::Duration;
 

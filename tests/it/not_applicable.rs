@@ -1,4 +1,4 @@
-//! Types that a tenant has no licence for: nothing is wrong with a run of everything, and nothing is claimed about them.
+//! Types without a licence: a run of `*` succeeds beside them, and their items stay doubtful.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Observations carry the time at which they were made: a late write of an early observation changes nothing that is newer.
+//! Observation times: a late write of an early observation overwrites nothing newer, and deleted objects stay deleted.
 
 use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
@@ -12,14 +12,14 @@ const APPS: &str = "deviceAppManagement/mobileApps";
 /// Advisory lock at which the first write of an item waits.
 const LOCK: i64 = 8_046;
 
-/// How `inventory_items` is stored.
+/// Storage of `inventory_items`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Items {
     OneTable,
     Partitioned,
 }
 
-/// A run that has read its list and waits at the first of two batches.
+/// Run that has read its list and is held at the first of two batches.
 struct LateRun {
     world: World,
     _replica: Replica,

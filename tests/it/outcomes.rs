@@ -1,4 +1,4 @@
-//! What a run says of itself: its counts agree with its rows, and everything stays within its bounds.
+//! Outcomes of runs: counts agree with rows, and sizes, times and durations stay within their bounds.
 
 use std::process::{Command, Stdio};
 
@@ -40,7 +40,7 @@ async fn error_context_is_stored_in_4_kib() {
     assert!((2_000..=4_096).contains(&bytes), "{bytes} bytes");
 }
 
-/// The database's clock for whoever finds functions in `public` before those of PostgreSQL.
+/// Replacement of the database clock, found before the built-in one because `public` comes first in `search_path`.
 const CLOCK: &str = "
     create table clock_offset (seconds double precision not null);
     insert into clock_offset values (0);

@@ -1,5 +1,5 @@
-//! Defaults that a database administrator may have changed for the server, the database or the role: none of them changes
-//! what the daemon does, or the daemon names it and the cure.
+//! Defaults changed for the server, the database or the role: the daemon works as before, or refuses to start and names the
+//! setting and the cure.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -170,7 +170,7 @@ async fn default_isolation_level_does_not_weaken_admission() {
         let Some(daemon) = start_with(&mut world, config, "default_transaction_isolation", level).await else { return };
         let types = ["mobileApp", "deviceShellScript", "deviceHealthScript", "deviceCompliancePolicy"];
         let mut keys = Vec::new();
-        // Twelve selections, so that only the limit of the tenant stands between them.
+        // Twelve selections, so that only the tenant limit applies.
         for (number, chosen) in (1..=12_u32).map(|bits| (bits, types.iter().enumerate())) {
             let chosen: Vec<&str> = chosen.filter(|(bit, _)| number & (1 << bit) != 0).map(|(_, name)| *name).collect();
             keys.push(format!("k{number}"));
@@ -184,7 +184,7 @@ async fn default_isolation_level_does_not_weaken_admission() {
     }
 }
 
-/// What is acknowledged and announced is on disk, whatever the database's default says.
+/// Acknowledged and announced runs survive a crash of the server, even if the database defaults to asynchronous commit.
 #[tokio::test(flavor = "multi_thread")]
 async fn asynchronous_commit_loses_no_run() {
     let database = Private::start("postgres", "settings-async").await;

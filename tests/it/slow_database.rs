@@ -1,15 +1,17 @@
-//! A database that is slow, crowded or held up by somebody else: runs take longer, and nothing else changes.
+//! Slow database, exhausted pool, lingering transactions: runs take longer, and no lease or attempt is lost.
 
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
 use crate::sim::{Rule, SimConfig};
 use crate::support::daemon::Replica;
 use crate::support::world::World;
-use crate::support::{eventually, within};
+use crate::support::{binary, eventually, within};
 
 const APPS: &str = "deviceAppManagement/mobileApps";
 const LISTS: [(&str, &str); 4] = [
@@ -56,7 +58,7 @@ async fn writing(world: &World) {
     eventually("a batch is being written", || async { (world.count(sleepers).await > 0).then_some(()) }).await;
 }
 
-/// Share of the time that the run of `key` took which had passed when `moment` of a query came.
+/// Share of the duration of the run of `key` that had passed at `moment`, an SQL expression.
 async fn share_of_run(world: &World, key: &str, moment: &str) -> f64 {
     let query = format!(
         "select extract(epoch from ({moment}) - started_at)::float8 / extract(epoch from finished_at - started_at)::float8
@@ -223,6 +225,18 @@ async fn throttle_budget_counts_over_all_attempts() {
     let waited = run["graph_throttle_wait_ms"].as_i64().unwrap();
     assert!((1..=10_000).contains(&waited), "waited {waited} ms with a budget of 10 s");
     assert!(asked() - before <= 2, "the second attempt had what the first left");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_warns_of_more_lists_than_the_connections_can_serve() {
+    for (prefetch, warned) in [("8", false), ("64", true)] {
+        let mut command = Command::new(binary());
+        command.arg("check").env_clear().env("INVENTORYD__CONSUMER__PREFETCH", prefetch).stdin(Stdio::null());
+        let output = spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "a warning is no error: {said}");
+        assert_eq!(said.contains("database.max_connections"), warned, "prefetch {prefetch}: {said}");
+    }
 }
 
 fn rule(value: Value) -> Rule {

@@ -38,7 +38,7 @@ struct Observations {
 struct State {
     /// Real time; each step of a run takes one unit, so that no two events coincide.
     now: i8,
-    /// How far the database's clock is behind.
+    /// Time that the database clock is behind.
     behind: i8,
     /// Version of the object in Graph; none while it is deleted.
     object: Option<u8>,
