@@ -1,4 +1,4 @@
-//! Keeping the fleet in step: Graph's limits are shared by all replicas, and so is the news that Graph is to be left alone.
+//! State shared by the replicas: their number, by which the rate limits of Graph are divided, and the pauses that Graph asked for.
 
 use std::time::Duration;
 
@@ -9,14 +9,12 @@ use tracing::debug;
 use crate::graph::{GraphClient, PauseNotice};
 use crate::store::{Store, StoreError};
 
-/// How often a replica says that it lives.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
-/// After so long without a sign it is not counted any more.
-const SILENT_AFTER: Duration = Duration::from_secs(50);
-/// How often the gates that others have closed are looked at.
-const LOOK_AT_GATES: Duration = Duration::from_secs(3);
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
+/// Age of a heartbeat from which its replica does not count any more.
+const HEARTBEAT_EXPIRES_AFTER: Duration = Duration::from_secs(50);
+const PAUSE_POLL_INTERVAL: Duration = Duration::from_secs(3);
 
-/// Tells the other replicas what this one learns of Graph's limits, and the other way round.
+/// Exchanges heartbeats and pauses with the other replicas.
 #[derive(Debug)]
 pub struct Fleet {
     store: Store,
@@ -31,44 +29,44 @@ impl Fleet {
         Self { store, graph, replica: replica.to_owned() }
     }
 
-    /// Works until `stop`. A database that is away costs nothing but the sharing: each replica goes on by itself.
+    /// Works until `stop`. While the database is unavailable each replica uses its own pauses and the last known number.
     pub async fn run(self, stop: &CancellationToken) {
-        let mut changes = self.graph.pause_notices();
-        let mut sign_of_life = tokio::time::interval(SIGN_OF_LIFE);
-        let mut look_at_gates = tokio::time::interval(LOOK_AT_GATES);
+        let mut notices = self.graph.pause_notices();
+        let mut heartbeat = tokio::time::interval(HEARTBEAT_INTERVAL);
+        let mut pause_poll = tokio::time::interval(PAUSE_POLL_INTERVAL);
         loop {
             let done = tokio::select! {
                 () = stop.cancelled() => break,
-                change = changes.recv() => self.announce(change).await,
-                _ = sign_of_life.tick() => self.count().await,
-                _ = look_at_gates.tick() => self.heed().await,
+                notice = notices.recv() => self.announce(notice).await,
+                _ = heartbeat.tick() => self.count_replicas().await,
+                _ = pause_poll.tick() => self.apply_pauses().await,
             };
             if let Err(error) = done {
-                debug!(%error, "the fleet is not in step");
+                debug!(%error, "state of the replicas not exchanged");
             }
         }
         if let Err(error) = self.store.leave_fleet(&self.replica).await {
-            debug!(%error, "the fleet forgets this replica by itself");
+            debug!(%error, "the heartbeat of this replica was not removed; it expires");
         }
     }
 
-    async fn announce(&self, change: Result<PauseNotice, RecvError>) -> Result<(), StoreError> {
-        match change {
-            Ok(change) => self.store.announce_pause(change.tenant_id, change.family, change.duration).await,
-            // The newest matter, and they are still there.
+    async fn announce(&self, notice: Result<PauseNotice, RecvError>) -> Result<(), StoreError> {
+        match notice {
+            Ok(notice) => self.store.announce_pause(notice.tenant_id, notice.family, notice.duration).await,
+            // Some were dropped: the newest ones matter, and are still in the channel.
             Err(_) => Ok(()),
         }
     }
 
-    async fn count(&self) -> Result<(), StoreError> {
-        let replicas = self.store.count_replicas(&self.replica, SILENT_AFTER).await?;
+    async fn count_replicas(&self) -> Result<(), StoreError> {
+        let replicas = self.store.count_replicas(&self.replica, HEARTBEAT_EXPIRES_AFTER).await?;
         self.graph.set_replicas(u32::try_from(replicas).unwrap_or(1));
         Ok(())
     }
 
-    async fn heed(&self) -> Result<(), StoreError> {
-        for gate in self.store.pauses().await? {
-            self.graph.pause(gate.tenant_id, &gate.family, Duration::from_secs_f64(gate.left_s.max(0.0)));
+    async fn apply_pauses(&self) -> Result<(), StoreError> {
+        for pause in self.store.pauses().await? {
+            self.graph.pause(pause.tenant_id, &pause.family, Duration::from_secs_f64(pause.left_s.max(0.0)));
         }
         Ok(())
     }

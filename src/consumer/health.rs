@@ -2,7 +2,7 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -42,7 +42,7 @@ impl Paused {
 #[derive(Debug, Default)]
 pub struct ConsumerHealth {
     heartbeat: Arc<Heartbeat>,
-    subscribed_since: Mutex<Option<Instant>>,
+    subscribed: AtomicBool,
     in_flight: AtomicUsize,
     paused: Mutex<Option<Paused>>,
     problem: Mutex<Option<String>>,
@@ -58,13 +58,7 @@ impl ConsumerHealth {
     /// True while a live subscription takes requests.
     #[must_use]
     pub fn subscribed(&self) -> bool {
-        self.subscribed_since.lock().is_some()
-    }
-
-    /// Time since the queue has been consumed without interruption.
-    #[must_use]
-    pub fn reading_for(&self) -> Duration {
-        self.subscribed_since.lock().map_or(Duration::ZERO, |since| since.elapsed())
+        self.subscribed.load(Ordering::Relaxed)
     }
 
     /// Deliveries in flight.
@@ -103,9 +97,7 @@ impl ConsumerHealth {
     }
 
     pub(super) fn set_subscribed(&self, yes: bool) {
-        let mut since = self.subscribed_since.lock();
-        *since = yes.then(|| since.unwrap_or_else(Instant::now));
-        drop(since);
+        self.subscribed.store(yes, Ordering::Relaxed);
         telemetry::subscribed(yes);
         if yes {
             *self.problem.lock() = None;

@@ -33,6 +33,7 @@ mod logs;
 mod long_history;
 mod lost_workers;
 mod messages;
+mod migrations;
 mod missing;
 mod not_applicable;
 mod observations;
