@@ -312,7 +312,8 @@ begin
         elsif same_key.status <> 'running' then
             decision := 'duplicate';
         elsif same_key.lease_expires_at > decided_at then
-            decision := 'in_progress';
+            decision := case when same_key.lease_owner = in_owner then 'held_here' else 'in_progress' end;
+            attempt := same_key.attempt;
         elsif same_key.lease_owner is not null and same_key.attempt - same_key.interruptions >= in_max_attempts then
             decision := 'exhausted';
         else
@@ -398,7 +399,7 @@ begin
 end
 $$;
 comment on function inventory_admit is
-    'Decides about a request: admitted, skipped, deferred, duplicate, in_progress, exhausted (its run or the one of its selection has used up its attempts), idempotency_conflict or unknown_tenant.';
+    'Decides about a request: admitted, skipped, deferred, duplicate, in_progress, held_here (by in_owner), exhausted (its run or the one of its selection has used up its attempts), idempotency_conflict or unknown_tenant.';
 
 -- ------------------------------------------------------------------------------------ outcomes and the end
 

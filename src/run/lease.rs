@@ -58,6 +58,11 @@ impl LeaseKeeper {
         HeldLease { lease, keeper: self.clone(), until }
     }
 
+    /// True if a worker of this process works under the lease.
+    pub(super) fn holds(&self, lease: &Lease) -> bool {
+        self.held.lock().contains_key(lease)
+    }
+
     /// Renews every lease each third of its life, until `stop`.
     pub async fn keep(&self, stop: &CancellationToken) {
         let third = seconds(self.lease_s) / 3;

@@ -4,12 +4,15 @@ mod collect;
 mod lease;
 mod list;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
+use uuid::Uuid;
 
 pub use lease::LeaseKeeper;
 
@@ -25,6 +28,9 @@ use crate::store::{
 };
 use crate::telemetry::{self, spans};
 use collect::Collector;
+
+/// Limit of remembered admissions without a reply; without the memory of one its run waits for the end of its lease.
+const MAX_UNANSWERED: usize = 10_000;
 
 /// A message from the queue.
 #[derive(Debug, Clone, Copy)]
@@ -94,6 +100,8 @@ struct RunnerInner {
     settings: RunSettings,
     /// Runs that this process has ended, for the relay to publish their events.
     ended: mpsc::Sender<RunKey>,
+    /// Tenant and key of requests whose admission failed without a reply.
+    unanswered: Mutex<HashSet<(Uuid, String)>>,
 }
 
 /// Settings of every run of this process.
@@ -139,7 +147,16 @@ impl Runner {
                 event_due_s: config.outbox.claim_s,
             },
         };
-        Self(Arc::new(RunnerInner { store, graph, catalog, leases, rules, settings, ended }))
+        Self(Arc::new(RunnerInner {
+            store,
+            graph,
+            catalog,
+            leases,
+            rules,
+            settings,
+            ended,
+            unanswered: Mutex::default(),
+        }))
     }
 
     /// Keeper of the leases of this process; it has to run beside the runs.
@@ -188,18 +205,38 @@ impl RunnerInner {
         }
     }
 
-    /// Admits a request. A run that has used up its attempts is failed on the way, and the request decided about again.
+    /// Admits a request. A run that has used up its attempts is failed on the way, and a lease whose admission got no reply is
+    /// handed back; then the request is decided about again.
     async fn admit(&self, request: &AdmissionRequest<'_>, scope: &Scope) -> Result<Admission, StoreError> {
-        let admission = self.store.admit(&self.rules, request).await?;
-        let Admission::Exhausted(run) = admission else { return Ok(admission) };
-        // The selection is the same, and so are its types.
+        let key = (request.request.tenant_id, request.request.idempotency_key.clone());
+        let admission = self.store.admit(&self.rules, request).await.inspect_err(|_| {
+            // It may be committed all the same. Bounded: messages that another replica gets leave their keys behind.
+            let mut unanswered = self.unanswered.lock();
+            if unanswered.len() >= MAX_UNANSWERED {
+                unanswered.clear();
+            }
+            unanswered.insert(key.clone());
+        })?;
+        let was_unanswered = self.unanswered.lock().remove(&key);
+        match admission {
+            Admission::Exhausted(run) => self.fail_lost_run(run, scope).await?,
+            Admission::HeldHere(lease) if was_unanswered && !self.leases.holds(&lease) => {
+                self.leases.hand_back(&lease).await;
+            }
+            decided => return Ok(decided),
+        }
+        self.store.admit(&self.rules, request).await
+    }
+
+    /// Fails a run that has used up its attempts. Its selection is that of the request, and so are its types.
+    async fn fail_lost_run(&self, run: RunKey, scope: &Scope) -> Result<(), StoreError> {
         if self.store.fail_lost_run(run, &scope.policy_types()).await? {
             warn!(run_id = %run.run_id, "run failed: it lost its worker too often");
             telemetry::run_ended(RunStatus::Failed);
             telemetry::run_error(ErrorCode::WorkerLost);
             self.report_end(run);
         }
-        self.store.admit(&self.rules, request).await
+        Ok(())
     }
 
     /// Works under a lease until the run ends, the lease is lost or this process stops.
@@ -270,7 +307,9 @@ impl RunnerInner {
             }
             Admission::Duplicate => Disposition::Duplicate,
             // An exhausted run that could not be failed is being taken over or ended at this moment.
-            Admission::InProgress | Admission::Exhausted(_) => Disposition::InProgressElsewhere,
+            Admission::InProgress | Admission::HeldHere(_) | Admission::Exhausted(_) => {
+                Disposition::InProgressElsewhere
+            }
             Admission::Deferred(code) => Disposition::Deferred(*code),
             Admission::UnknownTenant => Disposition::Rejected(Rejection::new(
                 DeadReason::UnknownTenant,

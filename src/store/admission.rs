@@ -58,6 +58,8 @@ pub enum Admission {
     Duplicate,
     /// Another worker has the run of the key.
     InProgress,
+    /// This replica has a lease on the run of the key.
+    HeldHere(Lease),
     /// A limit is reached, and the request may be retried later.
     Deferred(ErrorCode),
     /// The tenant is not registered.
@@ -172,6 +174,10 @@ impl Decision {
             "exhausted" => Admission::Exhausted(run()?),
             "duplicate" => Admission::Duplicate,
             "in_progress" => Admission::InProgress,
+            "held_here" => {
+                let attempt = self.attempt.ok_or_else(missing)?;
+                Admission::HeldHere(Lease { tenant_id, run_id: run()?.run_id, attempt })
+            }
             "deferred" => Admission::Deferred(code()?),
             "unknown_tenant" => Admission::UnknownTenant,
             "idempotency_conflict" => Admission::IdempotencyConflict,

@@ -21,8 +21,8 @@ use crate::support::servers::{self, Private, Server};
 use crate::support::world::World;
 use crate::support::{eventually, invariants, within};
 
-/// Rounds of four admissions that are cancelled at a random moment.
-const ROUNDS: usize = 600;
+/// Admissions that are cancelled somewhere on their way.
+const CANCELLED: usize = 600;
 
 fn slow(delay_ms: u64) -> Rule {
     serde_json::from_value(json!({ "action": { "kind": "slow", "delay_ms": delay_ms } })).unwrap()
@@ -259,13 +259,16 @@ async fn a_cancelled_transaction_leaves_no_connection_in_a_transaction() {
         "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'inventoryd'
                 and state like 'idle in transaction%'";
     let mut done: Vec<String> = Vec::new();
-    for round in 0..ROUNDS {
+    // How many admissions are cancelled depends on the machine; enough are needed, whatever the number of rounds.
+    let mut started = 0;
+    while started - done.len() < CANCELLED {
         let mut storm = JoinSet::new();
         for (number, tenant) in tenants.iter().copied().enumerate() {
-            let (store, key) = (store.clone(), format!("storm-{round}-{number}"));
+            let (store, key) = (store.clone(), format!("storm-{started}-{number}"));
             let limit = one.mul_f64(rand::random());
             storm.spawn(async move { timeout(limit, admit(&store, tenant, &key)).await.is_ok().then_some(key) });
         }
+        started += storm.len();
         while let Some(key) = storm.join_next().await {
             done.extend(key.unwrap());
         }
@@ -275,8 +278,6 @@ async fn a_cancelled_transaction_leaves_no_connection_in_a_transaction() {
         })
         .await;
     }
-    let cancelled = ROUNDS * 4 - done.len();
-    assert!(cancelled > ROUNDS, "too few admissions were cancelled to prove anything: {cancelled}");
     // Another connection must see every admission that was reported as done.
     let committed = world.rows("select idempotency_key from inventory_sync_runs").await;
     let committed: BTreeSet<&str> = committed.iter().filter_map(|row| row["idempotency_key"].as_str()).collect();

@@ -24,9 +24,13 @@ async fn every_line_of_a_run_names_the_run_its_tenant_and_its_correlation_id() {
     let at = |text: &str| lines.iter().position(|line| line["message"] == text).expect(text);
     let of_the_run = &lines[at("run started")..=at("run ended")];
     let said = |text: &str| of_the_run.iter().any(|line| line["message"] == text);
-    for text in
-        ["Graph answered", "Graph refused", "Graph asks to be left alone", "list not read to the end", "type ended"]
-    {
+    for text in [
+        "Graph request succeeded",
+        "Graph request failed",
+        "Graph throttled the tenant; pausing requests",
+        "list not read to the end",
+        "type ended",
+    ] {
         assert!(said(text), "{text}: {log}");
     }
     for line in of_the_run {

@@ -66,8 +66,8 @@ async fn amqps_wants_the_right_authority_the_right_name_and_our_certificate() {
         (but("BROKER__CA_FILE", ""), "UnknownIssuer"),
         (but("BROKER__SERVER_NAME", "other.test"), "not valid for name \"other.test\""),
         (but("BROKER__SERVER_NAME", ""), "not valid for name \"127.0.0.1\""),
-        (nobody, "see broker.client_certificate_file"),
-        (stranger, "see broker.client_certificate_file"),
+        (nobody, "set broker.client_certificate_file"),
+        (stranger, "set broker.client_certificate_file"),
         (but("BROKER__CA_FILE", &key), "broker.ca_file: "),
         (but("BROKER__CLIENT_KEY_FILE", &client), "broker.client_key_file: "),
         (

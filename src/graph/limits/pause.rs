@@ -222,7 +222,7 @@ impl TenantLimits {
             return;
         }
         let (tenant_id, family) = (self.tenant_id, self.family.as_str());
-        tracing::info!(%tenant_id, family, pause_ms = duration.as_millis(), "Graph throttled the tenant; pausing requests");
+        tracing::info!(family, pause_ms = duration.as_millis(), "Graph throttled the tenant; pausing requests");
         // Fails only while nothing receives notices.
         let _ = self.notices.send(PauseNotice { tenant_id, family, duration });
     }
