@@ -144,6 +144,10 @@ pub struct GraphConfig {
     pub authority: String,
     #[serde(deserialize_with = "path_or_none")]
     pub ca_file: Option<PathBuf>,
+    pub proxy: String,
+    pub no_proxy: String,
+    #[serde(deserialize_with = "path_or_none")]
+    pub proxy_credential_file: Option<PathBuf>,
     #[serde(deserialize_with = "path_or_none")]
     pub policy_types_file: Option<PathBuf>,
     pub request_timeout_s: u64,

@@ -55,6 +55,7 @@ struct ProbeContext<'a> {
     tenant_id: Uuid,
     credential: &'a str,
     consent_link: Option<String>,
+    proxy: &'a str,
 }
 
 pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
@@ -80,7 +81,13 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
         }
     }
     let consent_link = consent_link(config.graph.authority(), args.tenant, &config.graph.credentials[&credential]);
-    let probe = ProbeContext { graph: &graph, tenant_id: args.tenant, credential: &credential, consent_link };
+    let probe = ProbeContext {
+        graph: &graph,
+        tenant_id: args.tenant,
+        credential: &credential,
+        consent_link,
+        proxy: &config.graph.proxy,
+    };
     let roles = match graph.token_roles(args.tenant, &credential).await {
         Ok(roles) => roles,
         Err(failure) => return no_token(&probe, &failure, context),
@@ -115,7 +122,7 @@ fn no_token(probe: &ProbeContext<'_>, failed: &TokenFailure, context: &mut Conte
     let (cause, cure) = explain(probe.credential, failed);
     if context.out.is_json() {
         context.out.json(&json!({
-            "tenant_id": probe.tenant_id, "credential": probe.credential, "granted_permissions": null,
+            "tenant_id": probe.tenant_id, "credential": probe.credential, "proxy": probe.proxy, "granted_permissions": null,
             "missing_permissions": [], "consent_link": probe.consent_link, "working": 0, "types": [],
             "token": { "failure": failed.failure, "cause": cause, "cure": cure,
                        "retry_after_s": failed.retry_after.map(|wait| wait.as_secs()) } }))?;
@@ -196,9 +203,12 @@ fn report(
     }
     if context.out.is_json() {
         return context.out.json(&json!({
-            "tenant_id": probe.tenant_id, "credential": probe.credential, "granted_permissions": roles,
+            "tenant_id": probe.tenant_id, "credential": probe.credential, "proxy": probe.proxy, "granted_permissions": roles,
             "missing_permissions": to_grant, "consent_link": probe.consent_link, "working": working, "readable_types": readable(findings),
             "types": findings }));
+    }
+    if !probe.proxy.is_empty() {
+        context.out.line(format_args!("through the proxy {}", probe.proxy))?;
     }
     let header = ["type", "readable", "problem", "grant", "remedy"];
     context.out.line(table(header, findings.iter().map(row)))?;

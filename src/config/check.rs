@@ -109,6 +109,20 @@ fn check_graph(config: &Config, require: &mut dyn FnMut(bool, &str)) {
             &format!("{key}: must be an https:// address; a token never travels in the clear"),
         );
     }
+    let proxy = url::Url::parse(&graph.proxy);
+    require(
+        graph.proxy.is_empty()
+            || proxy.is_ok_and(|url| {
+                ["http", "https"].contains(&url.scheme()) && url.host().is_some() && url.username().is_empty()
+            }),
+        "graph.proxy: must be http://HOST:PORT; graph.proxy_credential_file names the file with its user and password",
+    );
+    require(
+        graph.proxy_credential_file.is_none() || !graph.proxy.is_empty(),
+        "graph.proxy_credential_file: needs graph.proxy",
+    );
+    let has_path = url::Url::parse(graph.base_url()).is_ok_and(|url| url.path() != "/" || url.query().is_some());
+    require(!has_path, "graph.base_url: must have no path; the API version is part of each policy type");
     require((1..=20).contains(&graph.max_tries), "graph.max_tries: must be 1 to 20");
     require(graph.request_timeout_s > 0, "graph.request_timeout_s: must be at least 1");
     require(

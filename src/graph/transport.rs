@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use reqwest::header::{ACCEPT, AUTHORIZATION, DATE, HeaderMap, HeaderValue, RETRY_AFTER};
-use reqwest::{Certificate, Client, ClientBuilder, Response, Url, redirect};
+use reqwest::{Certificate, Client, ClientBuilder, NoProxy, Proxy, Response, Url, redirect};
 use uuid::Uuid;
 
 use crate::config::{GraphConfig, seconds};
@@ -33,6 +33,9 @@ pub enum GraphError {
     /// The root of Graph is not a URL.
     #[error("graph.base_url: {0} is not a valid URL")]
     BaseUrl(String),
+    /// The proxy, or the file with its credential, cannot be used.
+    #[error("graph.{0}: {1}")]
+    Proxy(&'static str, String),
     /// TLS setup failed.
     #[error("graph: cannot create the HTTPS client: {0}")]
     Client(#[source] reqwest::Error),
@@ -42,6 +45,8 @@ pub enum GraphError {
 #[derive(Debug)]
 pub(super) struct HttpTransport {
     ca: Vec<Certificate>,
+    proxy: Option<Proxy>,
+    proxy_url: String,
     timeout: Duration,
     max_body_bytes: usize,
     current: Mutex<Current>,
@@ -92,10 +97,17 @@ impl HttpTransport {
             Some(path) => certificates(path)?,
             None => Vec::new(),
         };
-        let timeout = seconds(config.request_timeout_s);
-        let client = build_client(&ca, timeout).map_err(GraphError::Client)?;
+        let (proxy, timeout) = (proxy(config)?, seconds(config.request_timeout_s));
+        let client = build_client(&ca, proxy.as_ref(), timeout).map_err(GraphError::Client)?;
         let current = Current { client, generation: 0, renewable_from: Deadline::after(Duration::ZERO) };
-        Ok(Self { ca, timeout, max_body_bytes: config.max_page_bytes, current: Mutex::new(current) })
+        Ok(Self {
+            ca,
+            proxy,
+            proxy_url: config.proxy.clone(),
+            timeout,
+            max_body_bytes: config.max_page_bytes,
+            current: Mutex::new(current),
+        })
     }
 
     /// Client in use, with its generation.
@@ -110,7 +122,7 @@ impl HttpTransport {
         if current.generation != generation || !current.renewable_from.passed() {
             return;
         }
-        match build_client(&self.ca, self.timeout) {
+        match build_client(&self.ca, self.proxy.as_ref(), self.timeout) {
             Ok(client) => {
                 let renewable_from = Deadline::after(MIN_RENEWAL_INTERVAL);
                 *current = Current { client, generation: generation + 1, renewable_from };
@@ -130,18 +142,18 @@ impl HttpTransport {
             .timeout(get.timeout.min(self.timeout))
             .send()
             .await
-            .map_err(transport_error)?;
+            .map_err(|error| transport_error(&error, &self.proxy_url))?;
         let status = response.status().as_u16();
         let (request_id, retry_after) = (text(response.headers(), "request-id"), retry_after_of(response.headers()));
         let body = match status {
-            200 => read(response, self.max_body_bytes).await?,
-            _ => read(response, MAX_ERROR_BYTES).await.unwrap_or_default(),
+            200 => read(response, self.max_body_bytes, &self.proxy_url).await?,
+            _ => read(response, MAX_ERROR_BYTES, &self.proxy_url).await.unwrap_or_default(),
         };
         Ok(HttpResponse { status, request_id, retry_after, body })
     }
 }
 
-fn build_client(ca: &[Certificate], timeout: Duration) -> reqwest::Result<Client> {
+fn build_client(ca: &[Certificate], proxy: Option<&Proxy>, timeout: Duration) -> reqwest::Result<Client> {
     let builder: ClientBuilder = Client::builder()
         .user_agent(USER_AGENT)
         // A redirect would carry the token to another host; Graph's lists never redirect.
@@ -159,7 +171,25 @@ fn build_client(ca: &[Certificate], timeout: Duration) -> reqwest::Result<Client
         .http2_keep_alive_timeout(PING_TIMEOUT)
         // Retries are made in listing/retry.rs, within the run's budget.
         .retry(reqwest::retry::never());
+    let builder = match proxy {
+        Some(proxy) => builder.proxy(proxy.clone()),
+        None => builder,
+    };
     builder.tls_certs_merge(ca.iter().cloned()).build()
+}
+
+/// Configured proxy, with its credential.
+fn proxy(config: &GraphConfig) -> Result<Option<Proxy>, GraphError> {
+    if config.proxy.is_empty() {
+        return Ok(None);
+    }
+    let proxy = Proxy::all(&config.proxy).map_err(|_| GraphError::Proxy("proxy", "not a valid URL".to_owned()))?;
+    let proxy = proxy.no_proxy(NoProxy::from_string(&config.no_proxy));
+    let Some(file) = &config.proxy_credential_file else { return Ok(Some(proxy)) };
+    let problem = |problem: &str| GraphError::Proxy("proxy_credential_file", format!("{}: {problem}", file.display()));
+    let text = std::fs::read_to_string(file).map_err(|error| problem(&error.to_string()))?;
+    let (user, password) = text.trim().split_once(':').ok_or_else(|| problem("the file must contain user:password"))?;
+    Ok(Some(proxy.basic_auth(user, password)))
 }
 
 /// Client for the metadata service of this machine: plain HTTP, no redirects, no proxy.
@@ -177,9 +207,9 @@ fn certificates(path: &std::path::Path) -> Result<Vec<Certificate>, GraphError> 
     Ok(certificates)
 }
 
-async fn read(mut response: Response, max_bytes: usize) -> Result<Vec<u8>, TransportError> {
+async fn read(mut response: Response, max_bytes: usize, proxy: &str) -> Result<Vec<u8>, TransportError> {
     let (mut chunks, mut bytes) = (Vec::new(), 0);
-    while let Some(chunk) = response.chunk().await.map_err(transport_error)? {
+    while let Some(chunk) = response.chunk().await.map_err(|error| transport_error(&error, proxy))? {
         bytes += chunk.len();
         if bytes > max_bytes {
             return Err(TransportError::TooLarge);
@@ -191,13 +221,18 @@ async fn read(mut response: Response, max_bytes: usize) -> Result<Vec<u8>, Trans
 }
 
 /// Class of an error. The text is dropped: it may contain the requested link, and with it names of the tenant.
-fn transport_error(error: reqwest::Error) -> TransportError {
-    if error.is_timeout() { TransportError::TimedOut } else { TransportError::Broken(describe(&error)) }
+fn transport_error(error: &reqwest::Error, proxy: &str) -> TransportError {
+    if error.is_timeout() { TransportError::TimedOut } else { TransportError::Broken(describe(error, proxy)) }
 }
 
 /// Describes a failed request by its class and, if it is known, the reason: name resolution, refused connection, TLS,
 /// time limit. The error's own text may contain the link.
-pub(super) fn describe(error: &reqwest::Error) -> String {
+pub(super) fn describe(error: &reqwest::Error, proxy: &str) -> String {
+    let reason = reason(error);
+    if proxy.is_empty() { reason } else { format!("{reason}, through the proxy {proxy}") }
+}
+
+fn reason(error: &reqwest::Error) -> String {
     let host = error.url().and_then(Url::host_str).unwrap_or("the host");
     if error.is_timeout() {
         return format!("{host} did not respond within the time limit");

@@ -24,6 +24,7 @@ mod graph_client;
 mod graph_credentials;
 mod graph_facts;
 mod graph_limits;
+mod graph_proxy;
 mod graph_tolerance;
 mod growth;
 mod hostile_messages;

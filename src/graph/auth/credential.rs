@@ -24,6 +24,7 @@ use crate::graph::transport::metadata_client;
 pub(super) struct Credentials {
     configs: BTreeMap<String, CredentialConfig>,
     authority: String,
+    proxy: String,
     cloud: Arc<CloudConfiguration>,
 }
 
@@ -32,7 +33,12 @@ impl Credentials {
         let mut cloud = CustomConfiguration::default();
         config.authority().clone_into(&mut cloud.authority_host);
         let authority = config.authority().to_owned();
-        Self { configs: config.credentials.clone(), authority, cloud: Arc::new(cloud.into()) }
+        Self {
+            configs: config.credentials.clone(),
+            authority,
+            proxy: config.proxy.clone(),
+            cloud: Arc::new(cloud.into()),
+        }
     }
 
     /// Creates the named credential for a tenant from the current content of its files. Errors are in our own words:
@@ -57,7 +63,10 @@ impl Credentials {
     pub(in crate::graph) fn client(&self, name: &str, http: &Client) -> Result<TokenServiceClient, String> {
         let is_local = self.configs.get(name).is_some_and(|config| config.kind == CredentialKind::ManagedIdentity);
         let metadata = || metadata_client().map_err(|_| "cannot create an HTTP client".to_owned());
-        Ok(TokenServiceClient::new(if is_local { metadata()? } else { http.clone() }))
+        if is_local {
+            return Ok(TokenServiceClient::new(metadata()?, ""));
+        }
+        Ok(TokenServiceClient::new(http.clone(), &self.proxy))
     }
 
     /// Problems of every credential that show without a network, each with the key of its credential.
@@ -74,7 +83,7 @@ impl Credentials {
             let unreadable = token_file.and_then(|file| {
                 std::fs::read(file).err().map(|error| format!("cannot read {}: {error}", file.display()))
             });
-            let created = self.create(Uuid::nil(), name, &TokenServiceClient::new(http.clone()));
+            let created = self.create(Uuid::nil(), name, &TokenServiceClient::new(http.clone(), &self.proxy));
             unreadable.or(created.err()).map(|problem| format!("graph.credentials.{name}: {problem}"))
         };
         self.configs.iter().filter_map(problem).collect()

@@ -26,13 +26,14 @@ const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 #[derive(Debug, Clone)]
 pub(super) struct TokenServiceClient {
     http: Client,
+    proxy: String,
     /// Problem of the last request, in our own words.
     problem: Arc<Mutex<Option<String>>>,
 }
 
 impl TokenServiceClient {
-    pub(super) fn new(http: Client) -> Self {
-        Self { http, problem: Arc::default() }
+    pub(super) fn new(http: Client, proxy: &str) -> Self {
+        Self { http, proxy: proxy.to_owned(), problem: Arc::default() }
     }
 
     /// Problem of the last request: no connection, or a response that is not the token service's.
@@ -55,7 +56,7 @@ impl TokenServiceClient {
         for (name, value) in request.headers().iter().filter(|(name, _)| name.as_str() != "user-agent") {
             builder = builder.header(name.as_str(), value.as_str());
         }
-        let response = builder.send().await.map_err(|error| self.fail(transport::describe(&error)))?;
+        let response = builder.send().await.map_err(|error| self.fail(transport::describe(&error, &self.proxy)))?;
         let (status, headers) = (response.status().as_u16(), headers_of(&response));
         let body = self.read(response).await?;
         Ok(AsyncRawResponse::from_bytes(status.into(), headers, body))
@@ -63,7 +64,9 @@ impl TokenServiceClient {
 
     async fn read(&self, mut response: Response) -> azure_core::Result<Vec<u8>> {
         let (status, mut body) = (response.status().as_u16(), Vec::new());
-        while let Some(chunk) = response.chunk().await.map_err(|error| self.fail(transport::describe(&error)))? {
+        while let Some(chunk) =
+            response.chunk().await.map_err(|error| self.fail(transport::describe(&error, &self.proxy)))?
+        {
             body.extend_from_slice(&chunk);
             if body.len() > MAX_BODY_BYTES {
                 return Err(self.fail(format!("the response is larger than {MAX_BODY_BYTES} bytes")));
