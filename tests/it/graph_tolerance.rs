@@ -134,6 +134,15 @@ async fn refused_query_options_are_dropped_one_after_the_other_and_remembered() 
 }
 
 #[tokio::test]
+async fn the_response_without_options_counts() {
+    let world = World::start().await;
+    let action = Action::RefuseOption { option: "$select".to_owned(), status: 400, code: "BadRequest".to_owned() };
+    world.rule(Rule::new(action).path(SINGLETON).times(1));
+    world.rule(Rule::status(404, None).path(SINGLETON));
+    assert!(world.read(SINGLETON).await.unwrap().is_empty(), "the 404 of the second request proves absence");
+}
+
+#[tokio::test]
 async fn an_expired_page_token_restarts_the_list() {
     let expired = r#"{"error":{"code":"Directory_ExpiredPageToken","message":"The page token has expired."}}"#;
     let world = with_pages(PLAIN).await;

@@ -144,10 +144,11 @@ impl Pager {
                     }
                     return Ok(fetched);
                 }
+                // Without the options Graph says what is really wrong.
+                Err(error) if error.recovery != Recovery::WithoutOptions => return Err(error),
                 Err(error) => {
-                    let is_final = error.recovery != Recovery::WithoutOptions;
                     let error = first_error.unwrap_or(error);
-                    match options.reduced().filter(|_| !is_final) {
+                    match options.reduced() {
                         Some(reduced) => options = reduced,
                         None => return Err(error),
                     }
