@@ -11,10 +11,12 @@ use secrecy::SecretString;
 use serde::Deserialize;
 
 mod check;
+mod cloud;
 mod credential;
 mod load;
 mod settings;
 
+pub use cloud::Cloud;
 pub use credential::{CredentialConfig, CredentialKind};
 pub use settings::{Origin, Setting};
 
@@ -162,47 +164,6 @@ pub struct GraphConfig {
     pub devices_per_20s: u32,
     pub conditional_access_per_s: u32,
     pub credentials: BTreeMap<String, CredentialConfig>,
-}
-
-/// A national cloud of Microsoft.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Cloud {
-    /// Worldwide, and Microsoft 365 GCC.
-    Global,
-    /// US Government L4 (GCC High).
-    UsgovL4,
-    /// US Government L5 (DoD).
-    UsgovL5,
-    /// China, operated by 21Vianet.
-    China,
-    /// Whatever `base_url` and `authority` say.
-    Custom,
-}
-
-impl Cloud {
-    /// The root of Microsoft Graph, as Microsoft documents it; none for a custom cloud.
-    #[must_use]
-    pub const fn base_url(self) -> Option<&'static str> {
-        match self {
-            Self::Global => Some("https://graph.microsoft.com"),
-            Self::UsgovL4 => Some("https://graph.microsoft.us"),
-            Self::UsgovL5 => Some("https://dod-graph.microsoft.us"),
-            Self::China => Some("https://microsoftgraph.chinacloudapi.cn"),
-            Self::Custom => None,
-        }
-    }
-
-    /// The root of the token service, as Microsoft documents it; none for a custom cloud.
-    #[must_use]
-    pub const fn authority(self) -> Option<&'static str> {
-        match self {
-            Self::Global => Some("https://login.microsoftonline.com"),
-            Self::UsgovL4 | Self::UsgovL5 => Some("https://login.microsoftonline.us"),
-            Self::China => Some("https://login.chinacloudapi.cn"),
-            Self::Custom => None,
-        }
-    }
 }
 
 impl GraphConfig {
