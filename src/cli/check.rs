@@ -1,14 +1,14 @@
-//! `inventoryd check`: the configuration that the daemon would run with.
+//! `inventoryd check`: validates and prints the effective configuration.
 
 use super::{CliError, Context, Outcome, note};
 use crate::broker::Broker;
 use crate::config::{Config, Origin};
 use crate::graph::GraphClient;
 
-/// Check the configuration and print every key, its value and where that comes from; secrets are not shown
+/// Validate the configuration and print every key with its value and origin; secrets are redacted
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Only the keys whose value is not the default
+    /// Only keys whose value is not the default
     #[arg(long)]
     changed: bool,
 }
@@ -22,7 +22,7 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
         let value = if setting.value.is_empty() { "\"\"".to_owned() } else { setting.value.clone() };
         [setting.key.clone(), value, setting.origin.to_string()]
     })?;
-    // Shown first, judged then: where a value comes from is what one wants to know about a bad one.
+    // Printed before the validation result, because the origin of an invalid value is needed to correct it.
     let config = loaded?;
     if let Some(warning) = config.warning() {
         note(format_args!("warning: {warning}"));
@@ -31,7 +31,7 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
     if problems.is_empty() { Ok(Outcome::Done) } else { Err(CliError::Failed(problems.join("\n"))) }
 }
 
-/// What `serve` would refuse before it connects anywhere.
+/// Problems that would stop `serve` before it connects.
 fn problems(config: &Config) -> Vec<String> {
     let catalog = config.graph.catalog().err().map(|error| error.to_string());
     let graph = match GraphClient::new(&config.graph) {
@@ -47,7 +47,7 @@ mod tests {
     use super::super::tests::call;
 
     #[test]
-    fn the_configuration_is_shown_with_its_origins_and_without_secrets() {
+    fn settings_are_shown_with_origin_and_without_secrets() {
         let path = std::env::temp_dir().join(format!("inventoryd-check-{}.toml", std::process::id()));
         std::fs::write(&path, "[http]\ntoken = \"hunter2\"\n[consumer]\nprefetch = 3\n").unwrap();
         let file = path.to_str().unwrap();
@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_not_there_are_problems_one_line_each() {
+    fn each_missing_file_is_one_problem() {
         let mut config = crate::config::Config::load_with(None, std::collections::BTreeMap::new()).unwrap();
         assert_eq!(super::problems(&config), [""; 0]);
         config.graph.ca_file = Some("/no/such/file".into());

@@ -1,4 +1,4 @@
-//! `inventoryd dead`: messages that no daemon could accept, and what to do with them.
+//! `inventoryd dead`: lists, shows, replays and drops dead letters.
 
 use std::str::FromStr;
 
@@ -10,7 +10,7 @@ use super::{CliError, Context, Outcome};
 use crate::broker::{Broker, BrokerError, DeadLetter, DeadLetters};
 use crate::domain::failure::DeadReason;
 
-/// Look at dead letters, replay them or drop them
+/// List, show, replay or drop dead letters
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -21,37 +21,37 @@ pub(super) struct Args {
 enum Action {
     /// List dead letters, oldest first
     List(List),
-    /// Show a dead letter with its bytes, and what to do about it
+    /// Show a dead letter with its body, cause and remedy
     Show(Show),
-    /// Publish the request of dead letters anew, and take them away
+    /// Publish dead letters to the request queue again and remove them
     Replay(Which),
-    /// Take dead letters away for good
+    /// Remove dead letters permanently
     Drop(Which),
 }
 
 #[derive(Debug, clap::Args)]
 struct List {
-    /// So many at most
+    /// Maximum number of dead letters
     #[arg(long, default_value_t = 100, value_name = "COUNT")]
     limit: usize,
 }
 
 #[derive(Debug, clap::Args)]
 struct Show {
-    /// Its id, or the beginning of it
+    /// Id, or a unique prefix
     id: String,
 }
 
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct Which {
-    /// Their ids, or the beginnings of them
+    /// Ids, or unique prefixes
     #[arg(value_name = "ID")]
     ids: Vec<String>,
-    /// All with this reason
+    /// All dead letters with this reason
     #[arg(long)]
     reason: Option<String>,
-    /// All of them
+    /// All dead letters
     #[arg(long)]
     all: bool,
 }
@@ -59,7 +59,7 @@ struct Which {
 pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let config = context.config()?;
     let broker = Broker::new(&config.broker, &config.topology, "inventoryd dead")?;
-    // Before the first daemon has started there is no queue to look into.
+    // The queue does not exist before the first daemon has started.
     broker.ensure_topology().await?;
     let mut letters = broker.dead_letters().await?;
     let done = match args.action {
@@ -68,7 +68,7 @@ pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome
         Action::Replay(which) => replay(&which, &mut letters, context).await,
         Action::Drop(which) => discard(&which, &mut letters, context).await,
     };
-    // In any case: what was only looked at goes back.
+    // In all cases, to return unchanged messages to the queue.
     letters.close().await;
     done.map(|()| Outcome::Done)
 }
@@ -91,7 +91,7 @@ async fn list(args: &List, letters: &mut DeadLetters, context: &mut Context<'_>)
     };
     context.out.line(table(["id", "reason", "detail", "since", "by", "bytes"], found.iter().map(row)))?;
     if (found.len() as u64) < u64::from(all) {
-        context.out.line(format_args!("{} of {all}; --limit shows more", found.len()))?;
+        context.out.line(format_args!("{} of {all} shown; use --limit for more", found.len()))?;
     }
     Ok(())
 }
@@ -132,7 +132,7 @@ async fn discard(which: &Which, letters: &mut DeadLetters, context: &mut Context
     one_by_one("dropped", &chosen, context, async |letter| letters.discard(letter).await).await
 }
 
-/// Does it to each, and says to which it was done, also when the next one fails.
+/// Applies an action to each letter, and reports the completed ones even if a later one fails.
 async fn one_by_one(
     what: &str,
     chosen: &[DeadLetter],
@@ -149,7 +149,7 @@ async fn one_by_one(
     sum_up(what, chosen, context)
 }
 
-/// The letters that are meant; nothing is done to any of them unless all that are named are there.
+/// Selects the letters. An unknown or ambiguous id is an error, so that nothing is done by halves.
 async fn choose(which: &Which, letters: &mut DeadLetters) -> Result<Vec<DeadLetter>, CliError> {
     let found = letters.list(usize::MAX).await?;
     let ids: Vec<&str> = found.iter().map(|letter| letter.id.as_str()).collect();
@@ -158,7 +158,7 @@ async fn choose(which: &Which, letters: &mut DeadLetters) -> Result<Vec<DeadLett
         match meant.as_slice() {
             [] => return Err(unknown(name)),
             [_] => {}
-            _ => return Err(CliError::Failed(format!("{name:?} begins several ids: {}", meant.join(", ")))),
+            _ => return Err(CliError::Failed(format!("id {name:?} is ambiguous: {}", meant.join(", ")))),
         }
     }
     let wanted = |letter: &DeadLetter| {
@@ -181,7 +181,7 @@ fn sum_up(what: &str, chosen: &[DeadLetter], context: &mut Context<'_>) -> Resul
         let ids: Vec<&str> = chosen.iter().map(|letter| letter.id.as_str()).collect();
         return context.out.json(&json!({ what: ids }));
     }
-    if chosen.is_empty() { context.out.line("no such dead letters") } else { Ok(()) }
+    if chosen.is_empty() { context.out.line("no matching dead letters") } else { Ok(()) }
 }
 
 fn facts(letter: &DeadLetter) -> Value {
@@ -192,7 +192,7 @@ fn facts(letter: &DeadLetter) -> Value {
 }
 
 fn unknown(id: &str) -> CliError {
-    CliError::Failed(format!("no dead letter {id:?}; `inventoryd dead list` lists them"))
+    CliError::Failed(format!("dead letter {id:?} not found; `inventoryd dead list` lists dead letters"))
 }
 
 #[cfg(test)]
@@ -202,7 +202,7 @@ mod tests {
     use super::super::Cli;
 
     #[test]
-    fn what_is_replayed_or_dropped_must_be_named() {
+    fn replay_and_drop_require_a_selection() {
         let parse = |line: &[&str]| Cli::try_parse_from([&["inventoryd", "dead"], line].concat()).is_ok();
         assert!(
             parse(&["drop", "a1", "b2"]) && parse(&["replay", "--all"]) && parse(&["drop", "--reason", "invalid_json"])

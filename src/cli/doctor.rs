@@ -1,4 +1,4 @@
-//! `inventoryd doctor`: which policy types of a tenant could be read, and what is missing for the others.
+//! `inventoryd doctor`: tests which policy types of a tenant can be read, and reports the missing permissions.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -19,25 +19,25 @@ use crate::domain::policy_type::PolicyType;
 use crate::domain::selection::Selection;
 use crate::graph::{GraphClient, ProbeFailure, TokenFailure, token_advice};
 
-/// Lists that are tried at the same time; a tenant's limits are shared with everyone else.
+/// Number of concurrent probes; small, because the tenant's limits are shared.
 const AT_ONCE: usize = 4;
 
-/// Try which policy types of a tenant can be read, and name the permissions that are missing
+/// Test which policy types of a tenant can be read, and report missing permissions
 ///
 /// Reads one page of every selected list. Exit code 0 if all of them can be read.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The tenant
+    /// Tenant id
     #[arg(long, value_name = "GUID")]
     tenant: Uuid,
-    /// Credential to try in place of the one that the tenant is registered with; it need not be registered then
+    /// Credential to test instead of the registered one; the tenant need not be registered then
     #[arg(long, value_name = "NAME")]
     credential: Option<String>,
     #[command(flatten)]
     selection: SelectionArgs,
 }
 
-/// How one policy type fared.
+/// Result for one policy type.
 #[derive(Debug, Clone, Serialize)]
 struct Finding {
     policy_type: String,
@@ -69,7 +69,9 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
         }
     };
     if !config.graph.credentials.contains_key(&credential) {
-        return Err(CliError::Failed(format!("graph.credentials.{credential}: is not in the configuration")));
+        return Err(CliError::Failed(format!(
+            "graph.credentials.{credential}: not found in the configuration; add it, or choose another with --credential"
+        )));
     }
     let scope = scope(&args.selection, &config.graph.catalog()?)?;
     let graph = GraphClient::new(&config.graph).map_err(|error| CliError::Failed(error.to_string()))?;
@@ -100,23 +102,23 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
     Ok(if findings.iter().all(|finding| finding.works) { Outcome::Done } else { Outcome::Unsuccessful })
 }
 
-/// Where an administrator of the tenant grants what the application asks for; none for an identity that is no application of
-/// the configuration's.
+/// Admin consent link for the application; none for an identity that has no configured client id.
 fn consent_link(authority: &str, tenant_id: Uuid, credential: &CredentialConfig) -> Option<String> {
     let is_application = credential.kind != CredentialKind::ManagedIdentity && !credential.client_id.is_empty();
     is_application.then(|| format!("{authority}/{tenant_id}/adminconsent?client_id={}", credential.client_id))
 }
 
-/// Every type unless told otherwise.
+/// Selected types; all types by default.
 fn scope(flags: &SelectionArgs, catalog: &Catalog) -> Result<Scope, CliError> {
     let selection = if flags.is_absent() { Selection::everything() } else { flags.to_selection()? };
     let scope = catalog.resolve(&selection);
     match scope.unsupported.as_slice() {
         [] => Ok(scope),
-        unknown => Err(CliError::Usage(format!("not known: {}; `inventoryd types` lists all", unknown.join(", ")))),
+        unknown => Err(CliError::Usage(format!("unknown: {}; `inventoryd types` lists all types", unknown.join(", ")))),
     }
 }
 
+<<<<<<< HEAD
 /// Reports why there is no token: by the number of the token service, else by the local reason.
 fn no_token(probe: &ProbeContext<'_>, failed: &TokenFailure, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let (cause, cure) = explain(probe.credential, failed);
@@ -143,11 +145,20 @@ fn explain(credential: &str, failed: &TokenFailure) -> (String, String) {
         _ => code.remedy().to_owned(),
     };
     (cause, cure)
+=======
+fn no_token(credential: &str, failure: &Failure) -> CliError {
+    let said = failure.graph_code.as_deref().map(|code| format!(" (Entra: {code})")).unwrap_or_default();
+    CliError::Failed(format!(
+        "{}{said}: no token for the tenant; check graph.credentials.{credential}: wrong client id, expired secret, \
+         missing admin consent, or unreachable authority",
+        failure.code
+    ))
+>>>>>>> 9950cea (cli: state help, notes and errors in standard terms)
 }
 
 async fn examine(probe: &ProbeContext<'_>, scope: Scope, roles: Option<&[String]>) -> Vec<Finding> {
     let count = scope.listings.len();
-    let waiting = spinner(format!("trying {count} lists"));
+    let waiting = spinner(format!("testing {count} lists"));
     let tries = stream::iter(scope.listings).map(async |listing: Listing| {
         let tried = probe.graph.probe(probe.tenant_id, probe.credential, &listing.collection).await;
         findings_of(&listing, tried.err().as_ref(), roles)
@@ -170,8 +181,8 @@ fn findings_of(listing: &Listing, refused: Option<&ProbeFailure>, roles: Option<
     listing.selected.iter().map(|policy_type| finding(policy_type)).collect()
 }
 
-/// What to grant. Graph's own word counts most; it often says nothing, and then a permission that the token has is
-/// not what is missing.
+/// Permissions to grant. Those named by Graph take precedence; if Graph names none, the contract's permission is
+/// suggested unless the token already has it.
 fn missing(policy_type: &PolicyType, refused: &ProbeFailure, roles: Option<&[String]>) -> Vec<String> {
     if !refused.missing_permissions.is_empty() {
         return refused.missing_permissions.clone();
@@ -182,7 +193,7 @@ fn missing(policy_type: &PolicyType, refused: &ProbeFailure, roles: Option<&[Str
     wanted.map(str::to_owned).collect()
 }
 
-/// Whoever may write may read as well.
+/// True if a role includes a permission; write access includes read access.
 fn grants(role: &str, wanted: &str) -> bool {
     role == wanted || role.replace(".ReadWrite.", ".Read.") == wanted
 }
@@ -199,7 +210,10 @@ fn report(
     let writing: Vec<&str> =
         roles.unwrap_or_default().iter().map(String::as_str).filter(|role| role.contains("Write")).collect();
     if !writing.is_empty() {
-        note(format_args!("note: the application may also write, which is not needed: {}", writing.join(", ")));
+        note(format_args!(
+            "note: the application has write permissions, which inventoryd does not need: {}",
+            writing.join(", ")
+        ));
     }
     if context.out.is_json() {
         return context.out.json(&json!({
@@ -222,7 +236,9 @@ fn report(
     let to_grant: Vec<&str> = to_grant.into_iter().collect();
     context.out.line(format_args!("grant with admin consent: {}", to_grant.join(", ")))?;
     match &probe.consent_link {
-        Some(link) => context.out.line(format_args!("once the application asks for that: {link}")),
+        Some(link) => {
+            context.out.line(format_args!("consent link, after adding the permissions to the application: {link}"))
+        }
         None => Ok(()),
     }
 }
@@ -233,7 +249,7 @@ fn readable(findings: &[Finding]) -> Vec<&str> {
 
 fn row(finding: &Finding) -> [String; 5] {
     let code = finding.failure.as_ref().map(|failure| failure.code);
-    // The permission says it all.
+    // A missing permission is remedy enough.
     let remedy = code.filter(|_| finding.missing_permissions.is_empty()).map(ErrorCode::remedy);
     [
         finding.policy_type.clone(),
@@ -254,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn the_permission_to_grant_is_graphs_word_or_the_contracts() {
+    fn missing_permissions_come_from_graph_or_the_contract() {
         let catalog = Catalog::built_in();
         let app = catalog.get("mobileApp").unwrap();
         let forbidden = refused(ErrorCode::GraphForbidden, &[]);
@@ -267,6 +283,7 @@ mod tests {
     }
 
     #[test]
+<<<<<<< HEAD
     fn a_missing_token_is_explained_by_its_number_or_its_local_reason() {
         let numbered = Failure::from_graph(ErrorCode::CredentialUnavailable, 401, Some("AADSTS7000222"), None);
         let failed = TokenFailure { failure: numbered, ..ErrorCode::CredentialUnavailable.into() };
@@ -281,6 +298,9 @@ mod tests {
 
     #[test]
     fn consent_is_granted_to_an_application_of_ours_and_to_no_other() {
+=======
+    fn consent_link_requires_a_configured_application() {
+>>>>>>> 9950cea (cli: state help, notes and errors in standard terms)
         let mut credential = CredentialConfig { client_id: "app".to_owned(), ..CredentialConfig::default() };
         let link = consent_link("https://login.example", Uuid::nil(), &credential);
         let expected = "https://login.example/00000000-0000-0000-0000-000000000000/adminconsent?client_id=app";
@@ -290,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn every_type_of_a_shared_list_has_its_row() {
+    fn every_type_of_a_shared_list_has_a_row() {
         let catalog = Catalog::built_in();
         let scope = scope(&SelectionArgs::default(), &catalog).unwrap();
         let rows: usize = scope.listings.iter().map(|listing| findings_of(listing, None, None).len()).sum();

@@ -1,4 +1,4 @@
-//! `inventoryd events`: run-completed events, as they are published or published again.
+//! `inventoryd events`: prints run-completed events as they are published or published again.
 
 use std::time::Duration;
 
@@ -33,13 +33,13 @@ enum Action {
 
 #[derive(Debug, clap::Args)]
 struct Tail {
-    /// Which: run.completed.STATUS.TENANT with * for one word and # for any, such as 'run.completed.failed.*'
+    /// Binding pattern run.completed.STATUS.TENANT with * for one word and # for any, such as 'run.completed.failed.*'
     #[arg(long, value_name = "PATTERN", default_value = "#")]
     binding: String,
-    /// Stop after so many
+    /// Stop after this number of events
     #[arg(long, value_name = "COUNT")]
     max: Option<u64>,
-    /// Stop after so many seconds; exit code 1 if --max had not been reached by then
+    /// Stop after this number of seconds; exit code 1 if --max was not reached
     #[arg(long, value_name = "SECONDS")]
     timeout_s: Option<u64>,
 }
@@ -133,9 +133,9 @@ async fn tail_to_end(args: &Tail, tail: &mut EventTail, context: &mut Context<'_
                 Err(_) => return Ok(if args.max.is_some() { Outcome::Unsuccessful } else { Outcome::Done }),
             },
         };
-        let event =
-            next.ok_or_else(|| CliError::Failed("the broker has ended the subscription; try again".to_owned()))??;
-        let line = if context.out.is_json() { json_line(&event) } else { people_line(&event) };
+        let event = next
+            .ok_or_else(|| CliError::Failed("the broker ended the subscription; run the command again".to_owned()))??;
+        let line = if context.out.is_json() { json_line(&event) } else { text_line(&event) };
         context.out.line(line)?;
         context.out.flush()?;
         seen += 1;
@@ -143,13 +143,13 @@ async fn tail_to_end(args: &Tail, tail: &mut EventTail, context: &mut Context<'_
     Ok(Outcome::Done)
 }
 
-/// The envelope on one line, whatever layout it came in.
+/// Envelope as one line of JSON.
 fn json_line(event: &TailedEvent) -> String {
     serde_json::from_slice::<Value>(&event.body)
         .map_or_else(|_| String::from_utf8_lossy(&event.body).replace('\n', " "), |value| value.to_string())
 }
 
-fn people_line(event: &TailedEvent) -> String {
+fn text_line(event: &TailedEvent) -> String {
     let Ok(CloudEvent { data, .. }) = serde_json::from_slice::<CloudEvent>(&event.body) else {
         return printable(&format!("{}: {}", event.routing_key, json_line(event)));
     };
@@ -176,13 +176,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_event_of_ours_is_still_shown_on_one_line() {
+    fn an_unknown_event_is_shown_on_one_line() {
         let event = TailedEvent {
             routing_key: "run.completed.x".to_owned(),
             message_id: None,
             body: b"{\n \"a\": 1\n}".to_vec(),
         };
-        assert_eq!(people_line(&event), "run.completed.x: {\"a\":1}");
+        assert_eq!(text_line(&event), "run.completed.x: {\"a\":1}");
         assert_eq!(json_line(&event), "{\"a\":1}");
     }
 }

@@ -1,4 +1,4 @@
-//! `inventoryd explain`: what a code means and what to do about it.
+//! `inventoryd explain`: cause and remedy of error codes and dead-letter reasons.
 
 use std::str::FromStr;
 
@@ -14,7 +14,7 @@ use crate::telemetry::METRICS;
 pub(super) struct Args {
     /// The code, such as graph_forbidden
     code: Option<String>,
-    /// Print the tables that stand in README.md: those of the codes, or with =metrics that of the metrics
+    /// Print Markdown: config/ERRORS.md, or with =metrics the table of metrics
     #[arg(long, value_name = "TABLE", conflicts_with = "code", num_args = 0..=1, require_equals = true,
           default_missing_value = "codes")]
     markdown: Option<Tables>,
@@ -67,7 +67,7 @@ fn one(code: &str, context: &mut Context<'_>) -> Result<(), CliError> {
     let meaning = ErrorCode::from_str(code)
         .map(Meaning::from)
         .or_else(|_| DeadReason::from_str(code).map(Meaning::from))
-        .map_err(|_| CliError::Usage(format!("no code {code:?}; `inventoryd explain` lists them all")))?;
+        .map_err(|_| CliError::Usage(format!("unknown code {code:?}; `inventoryd explain` lists all codes")))?;
     if context.out.is_json() {
         return context.out.json(&meaning);
     }
@@ -92,7 +92,7 @@ fn meanings() -> Vec<Meaning> {
     codes.chain(DeadReason::ALL.iter().map(|reason| Meaning::from(*reason))).collect()
 }
 
-/// The two tables of README.md.
+/// Tables of error codes and dead-letter reasons.
 fn markdown() -> String {
     let mut text = String::new();
     for (heading, kind) in [("Error code", Kind::ErrorCode), ("Reason", Kind::DeadReason)] {
@@ -106,7 +106,7 @@ fn markdown() -> String {
 }
 
 fn markdown_of_metrics() -> String {
-    let mut text = "| Metric | Kind | Labels | What it says |\n|---|---|---|---|\n".to_owned();
+    let mut text = "| Metric | Kind | Labels | Meaning |\n|---|---|---|---|\n".to_owned();
     for metric in METRICS {
         let kind = format!("{:?}", metric.kind).to_lowercase();
         let labels: Vec<String> = metric.labels.iter().map(|label| format!("`{label}`")).collect();

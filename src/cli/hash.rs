@@ -1,4 +1,4 @@
-//! `inventoryd hash`: what a selection comes to.
+//! `inventoryd hash`: prints the canonical form and hash of a selection.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ use super::{CliError, Context, Outcome};
 pub(super) struct Args {
     #[command(flatten)]
     selection: SelectionArgs,
-    /// JSON file with a selection or a whole sync request in place of flags; - for standard input
+    /// JSON file with a selection or a sync request instead of flags; - for standard input
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
 }
@@ -20,7 +20,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let selection = match &args.file {
         Some(_) if !args.selection.is_absent() => {
-            return Err(CliError::Usage("give either a file or flags, not both".to_owned()));
+            return Err(CliError::Usage("use either a file or flags, not both".to_owned()));
         }
         Some(path) => from_json(&read_file(path)?)
             .map_err(|problem| CliError::Failed(format!("{}: {problem}", path.display())))?,
@@ -41,7 +41,7 @@ mod tests {
     use super::super::tests::call;
 
     #[test]
-    fn the_published_vector_comes_out() {
+    fn published_test_vector_matches() {
         let (code, text) = call(&["hash", "--types", "settingsCatalogPolicy,deviceConfiguration"]);
         let expected = "1bccf37db3f8e2b3ded5ac4c16d5a332050dfc7a7734d87ec089b7d1b9457b21";
         assert_eq!((code, text.lines().last()), (0, Some(expected)));

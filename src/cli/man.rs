@@ -1,4 +1,4 @@
-//! `inventoryd man`: the manual pages.
+//! `inventoryd man`: manual pages.
 
 use std::path::PathBuf;
 
@@ -6,10 +6,10 @@ use clap::CommandFactory;
 
 use super::{Cli, CliError, Context, Outcome};
 
-/// Print the manual page of inventoryd, or write those of all commands into a folder
+/// Print the manual page of inventoryd, or write the pages of all commands to a folder
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Folder to write inventoryd.1, inventoryd-check.1 and so on into
+    /// Folder for inventoryd.1, inventoryd-check.1 and so on
     #[arg(long, value_name = "FOLDER")]
     dir: Option<PathBuf>,
 }
@@ -32,7 +32,7 @@ mod tests {
     use super::super::tests::call;
 
     #[test]
-    fn every_command_has_its_page() {
+    fn every_command_has_a_page() {
         assert!(call(&["man"]).1.contains(".TH inventoryd 1"));
         let folder = std::env::temp_dir().join(format!("inventoryd-man-{}", std::process::id()));
         assert_eq!(call(&["man", "--dir", folder.to_str().unwrap()]).0, 0);

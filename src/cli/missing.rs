@@ -1,4 +1,4 @@
-//! `inventoryd missing`: what the latest completed run of a selection did not observe any more.
+//! `inventoryd missing`: items that the latest completed run of a selection no longer observed.
 
 use serde_json::json;
 use uuid::Uuid;
@@ -11,10 +11,10 @@ use crate::store::{MissingItem, Run};
 /// List the items of a tenant that are missing, relative to the latest completed run of a selection
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The tenant
+    /// Tenant id
     #[arg(long, value_name = "GUID")]
     tenant: Uuid,
-    /// The selection by its hash [default: the only one of the tenant]
+    /// Selection hash [default: the tenant's only selection]
     #[arg(long, value_name = "HASH", conflicts_with_all = ["types", "category", "all", "no_foundations", "foundations_only"])]
     selection_hash: Option<String>,
     #[command(flatten)]
@@ -37,16 +37,16 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
     Ok(Outcome::Done)
 }
 
-/// The run that "missing" refers to. No run and nothing missing must not look alike.
+/// Run that "missing" refers to. The absence of a run is an error, to distinguish it from an empty result.
 fn choose(mut latest: Vec<Run>, wanted: Option<&str>) -> Result<Run, String> {
     if let Some(hash) = wanted {
         latest.retain(|run| run.selection_hash == hash);
         return latest
             .pop()
-            .ok_or_else(|| format!("no run of selection {hash} has completed yet: nothing can be missing"));
+            .ok_or_else(|| format!("no completed run of selection {hash}; request one with `inventoryd request`"));
     }
     match latest.len() {
-        0 => Err("no run of this tenant has completed yet: nothing can be missing".to_owned()),
+        0 => Err("no completed run of this tenant; request one with `inventoryd request`".to_owned()),
         1 => Ok(latest.remove(0)),
         _ => {
             let each =
@@ -79,7 +79,7 @@ fn print(latest: &Run, items: &[MissingItem], context: &mut Context<'_>) -> Resu
         })?;
     }
     context.out.line(format_args!(
-        "{} missing ({high} for sure, {} perhaps), relative to run {} of {}, {}",
+        "{} missing ({high} high confidence, {} low), relative to run {} of {}, {}",
         items.len(),
         items.len() - high,
         latest.run_id,

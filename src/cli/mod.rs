@@ -1,7 +1,7 @@
 //! The command line: one file per subcommand, each with its arguments and its `run`.
 //!
-//! What was asked for goes to standard output, as tables for people and with `--json` for programs; everything else
-//! goes to standard error. Exit codes: 0 done, 1 failed, 2 used wrongly.
+//! Results go to standard output, as tables or with `--json` as JSON; everything else goes to standard error.
+//! Exit codes: 0 success, 1 failure, 2 usage error.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -39,10 +39,10 @@ use output::Out;
 #[derive(Debug, Parser)]
 #[command(name = "inventoryd", version, max_term_width = 100, propagate_version = true)]
 pub struct Cli {
-    /// Configuration file; the environment (INVENTORYD__SECTION__KEY) stands above it
+    /// Configuration file; environment variables (INVENTORYD__SECTION__KEY) override it
     #[arg(long, global = true, value_name = "FILE", env = "INVENTORYD_CONFIG", hide_env_values = true)]
     config: Option<PathBuf>,
-    /// Print JSON for programs instead of tables for people
+    /// Print JSON instead of tables
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -69,25 +69,25 @@ enum Command {
     Man(man::Args),
 }
 
-/// How a command came out that ran to its end.
+/// Result of a command that completed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
-    /// It did what was asked.
+    /// The command succeeded.
     Done,
-    /// It did, and what it found is bad; it has said so itself.
+    /// The command completed, and the state that it reported is a failure.
     Unsuccessful,
 }
 
-/// Why a command did not run to its end.
+/// Error that ended a command.
 #[derive(Debug, thiserror::Error)]
 enum CliError {
-    /// One line or more, each saying what is wrong and what to do.
+    /// One or more lines, each with cause and remedy.
     #[error("{0}")]
     Failed(String),
-    /// The arguments don't fit together.
+    /// Invalid combination of arguments.
     #[error("{0}")]
     Usage(String),
-    /// Nobody reads standard output any more: no reason to complain.
+    /// The reader of standard output has closed it; not reported as an error.
     #[error("standard output was closed")]
     BrokenPipe,
 }
@@ -111,7 +111,7 @@ impl From<StoreError> for CliError {
     fn from(error: StoreError) -> Self {
         let hint = match &error {
             StoreError::Database(_) if !error.is_data_rejected() => {
-                "; see that PostgreSQL runs and that database.url is right (`inventoryd check` shows it)"
+                "; check that PostgreSQL is running and that database.url is correct (`inventoryd check` shows it)"
             }
             _ => "",
         };
@@ -123,7 +123,7 @@ impl From<BrokerError> for CliError {
     fn from(error: BrokerError) -> Self {
         let hint = match &error {
             BrokerError::Unreachable(_) => {
-                "; see that RabbitMQ runs and that broker.url is right (`inventoryd check` shows it)"
+                "; check that RabbitMQ is running and that broker.url is correct (`inventoryd check` shows it)"
             }
             _ => "",
         };
@@ -131,7 +131,7 @@ impl From<BrokerError> for CliError {
     }
 }
 
-/// What every command is given.
+/// Configuration file and output shared by all commands.
 struct Context<'a> {
     config_file: Option<PathBuf>,
     out: Out<'a>,
@@ -142,7 +142,7 @@ impl Context<'_> {
         Ok(Config::load(self.config_file.as_deref())?)
     }
 
-    /// The database, once its schema is known to be the one of this version.
+    /// Connects to the database and verifies the schema version.
     async fn store(&self) -> Result<Store, CliError> {
         let config = self.config()?;
         let store = Store::connect(&config.database)?;
@@ -151,36 +151,34 @@ impl Context<'_> {
     }
 }
 
-/// Runs a command that waits for others.
-fn wait_for(command: impl Future<Output = Result<Outcome, CliError>>) -> Result<Outcome, CliError> {
-    wait_on(tokio::runtime::Builder::new_current_thread(), command)
+/// Runs an asynchronous command on one thread.
+fn block_on(command: impl Future<Output = Result<Outcome, CliError>>) -> Result<Outcome, CliError> {
+    run_to_completion(tokio::runtime::Builder::new_current_thread(), command)
 }
 
-fn wait_with_all_cores_for(command: impl Future<Output = Result<Outcome, CliError>>) -> Result<Outcome, CliError> {
-    wait_on(tokio::runtime::Builder::new_multi_thread(), command)
+fn block_on_all_cores(command: impl Future<Output = Result<Outcome, CliError>>) -> Result<Outcome, CliError> {
+    run_to_completion(tokio::runtime::Builder::new_multi_thread(), command)
 }
 
-fn wait_on(
+fn run_to_completion(
     mut threads: tokio::runtime::Builder,
     command: impl Future<Output = Result<Outcome, CliError>>,
 ) -> Result<Outcome, CliError> {
-    let runtime = threads
-        .enable_all()
-        .build()
-        .map_err(|error| CliError::Failed(format!("no threads could be started: {error}")))?;
+    let runtime =
+        threads.enable_all().build().map_err(|error| CliError::Failed(format!("can't start the runtime: {error}")))?;
     let ended = runtime.block_on(command);
-    // A name that is still being looked up must not hold the end back.
+    // A pending DNS lookup must not delay the exit.
     runtime.shutdown_background();
     ended
 }
 
-/// Says something to the person at the terminal, beside what was asked for.
+/// Prints a note to standard error.
 fn note(text: impl std::fmt::Display) {
-    // Where standard error is gone, there is nobody left to tell.
+    // There is no place left to report a closed standard error.
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-/// Reads the arguments of this process, does what they say, and gives the exit code.
+/// Parses the arguments of this process, runs the command, and returns the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -199,16 +197,16 @@ fn run(cli: Cli, stdout: &mut dyn Write) -> Result<Outcome, CliError> {
 
 fn dispatch(command: Command, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     match command {
-        Command::Serve(args) => wait_with_all_cores_for(serve::run(&args, context)),
-        Command::Migrate(args) => wait_for(migrate::run(&args, context)),
+        Command::Serve(args) => block_on_all_cores(serve::run(&args, context)),
+        Command::Migrate(args) => block_on(migrate::run(&args, context)),
         Command::Check(args) => check::run(&args, context),
-        Command::Doctor(args) => wait_for(doctor::run(&args, context)),
-        Command::Tenant(args) => wait_for(tenant::run(args, context)),
-        Command::Request(args) => wait_for(request::run(&args, context)),
-        Command::Runs(args) => wait_for(runs::run(args, context)),
-        Command::Missing(args) => wait_for(missing::run(&args, context)),
-        Command::Dead(args) => wait_for(dead::run(args, context)),
-        Command::Events(args) => wait_for(events::run(args, context)),
+        Command::Doctor(args) => block_on(doctor::run(&args, context)),
+        Command::Tenant(args) => block_on(tenant::run(args, context)),
+        Command::Request(args) => block_on(request::run(&args, context)),
+        Command::Runs(args) => block_on(runs::run(args, context)),
+        Command::Missing(args) => block_on(missing::run(&args, context)),
+        Command::Dead(args) => block_on(dead::run(args, context)),
+        Command::Events(args) => block_on(events::run(args, context)),
         Command::Types(args) => types::run(&args, context),
         Command::Hash(args) => hash::run(&args, context),
         Command::Explain(args) => explain::run(&args, context),
@@ -224,7 +222,7 @@ fn report(ended: &Result<Outcome, CliError>) {
     if matches!(error, CliError::Usage(_)) {
         lines.push_str("For more information, try '--help'.\n");
     }
-    // Where standard error is gone, there is nobody left to tell.
+    // There is no place left to report a closed standard error.
     let _ = std::io::stderr().write_all(lines.as_bytes());
 }
 
@@ -242,7 +240,7 @@ mod tests {
 
     use super::*;
 
-    /// The exit code and the standard output of a command line.
+    /// Runs a command line; returns exit code and standard output.
     pub(super) fn call(arguments: &[&str]) -> (u8, String) {
         let cli = Cli::try_parse_from(std::iter::once(&"inventoryd").chain(arguments)).unwrap();
         let mut stdout = Vec::new();
@@ -262,12 +260,12 @@ mod tests {
     }
 
     #[test]
-    fn the_arguments_fit_together() {
+    fn command_definitions_are_valid() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn exit_codes_say_done_failed_or_used_wrongly() {
+    fn exit_codes_are_0_success_1_failure_2_usage() {
         assert_eq!(call(&["explain", "worker_lost"]).0, 0);
         assert_eq!(call(&["explain", "no_such_code"]).0, 2);
         assert_eq!(call(&["--config", "/no/such/file", "check"]).0, 1);
@@ -276,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_pipe_is_no_failure() {
+    fn a_closed_pipe_exits_0() {
         let cli = Cli::try_parse_from(["inventoryd", "types"]).unwrap();
         let ended = run(cli, &mut Closed);
         assert!(matches!(ended, Err(CliError::BrokenPipe)));

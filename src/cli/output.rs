@@ -1,4 +1,4 @@
-//! Standard output: tables for people, JSON for programs.
+//! Standard output: tables, or JSON with `--json`.
 
 use std::fmt::Display;
 use std::io::Write;
@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::CliError;
 
-/// Words up to the length of a GUID are not broken over lines: ids are there to be copied.
+/// Longest word that is never broken over lines, the length of a GUID, so that ids can be copied.
 const WHOLE_WORD: u16 = 36;
 const PADDING: u16 = 2;
 const STYLE: TableStyle = TableStyle::new()
@@ -20,7 +20,7 @@ const STYLE: TableStyle = TableStyle::new()
     .content_lines(ContentLineStyle::new('│', '│', '│'))
     .bottom_border(LineStyle::new('╰', '─', '┴', '╯'));
 
-/// Where a command writes what was asked for.
+/// Destination of a command's result.
 pub(super) struct Out<'a> {
     sink: &'a mut dyn Write,
     json: bool,
@@ -31,28 +31,28 @@ impl<'a> Out<'a> {
         Self { sink, json }
     }
 
-    /// Whether a program reads it.
+    /// True with `--json`.
     pub(super) fn is_json(&self) -> bool {
         self.json
     }
 
-    /// One line.
+    /// Writes one line.
     pub(super) fn line(&mut self, text: impl Display) -> Result<(), CliError> {
         Ok(writeln!(self.sink, "{text}")?)
     }
 
-    /// Bytes as they are.
+    /// Writes bytes unchanged.
     pub(super) fn bytes(&mut self, bytes: &[u8]) -> Result<(), CliError> {
         Ok(self.sink.write_all(bytes)?)
     }
 
-    /// One document, laid out over several lines.
+    /// Writes a JSON document, indented.
     pub(super) fn json(&mut self, value: &impl Serialize) -> Result<(), CliError> {
         let text = serde_json::to_string_pretty(value).map_err(|error| CliError::Failed(error.to_string()))?;
         self.line(text)
     }
 
-    /// The rows as a table, or as a JSON array of what they stand for.
+    /// Writes rows as a table, or as a JSON array.
     pub(super) fn rows<T: Serialize, const N: usize>(
         &mut self,
         header: [&str; N],
@@ -97,27 +97,27 @@ fn is_number(text: &str) -> bool {
     text == "-" || !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// Names come from tenants: what would steer the terminal is made visible instead.
+/// Replaces control characters: names come from tenants and must not control the terminal.
 pub(super) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
 }
 
-/// A value that may be absent.
+/// Text of an optional value; a dash if absent.
 pub(super) fn or_dash(value: Option<&impl Display>) -> String {
     value.map_or_else(|| "-".to_owned(), ToString::to_string)
 }
 
-/// `yes` or nothing, which is easier to see in a column than `true` and `false`.
+/// `yes`, or nothing for false, which is easier to scan in a column.
 pub(super) fn yes(value: bool) -> String {
     if value { "yes".to_owned() } else { String::new() }
 }
 
-/// A moment for people: RFC 3339 cut down to the second. All moments are UTC.
+/// Formats an RFC 3339 UTC timestamp to the second.
 pub(super) fn second(rfc3339: &str) -> String {
     rfc3339.get(..19).unwrap_or(rfc3339).replace('T', " ")
 }
 
-/// A duration for people.
+/// Formats a duration.
 pub(super) fn seconds(count: f64) -> String {
     match count {
         ..10.0 => format!("{count:.1}s"),
@@ -131,13 +131,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_from_a_tenant_does_not_steer_the_terminal() {
+    fn control_characters_in_names_are_replaced() {
         let table = table(["name"], [["a\u{1b}[2Jb".to_owned()]]).to_string();
         assert!(!table.contains('\u{1b}') && table.contains("a\u{fffd}[2Jb"), "{table}");
     }
 
     #[test]
-    fn moments_and_durations_are_short() {
+    fn timestamps_and_durations_are_short() {
         assert_eq!(second("2026-11-24T06:30:12.123456Z"), "2026-11-24 06:30:12");
         assert_eq!(["1.3s", "15s", "5min"], [1.26, 15.2, 300.0].map(seconds));
     }

@@ -1,4 +1,4 @@
-//! Following a run: live bars on a terminal, one line for each type that ends elsewhere.
+//! Progress of a run: live bars on a terminal, otherwise one line per completed type.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
@@ -13,16 +13,16 @@ use crate::domain::run::{RunStatus, TypeOutcome, TypeStatus};
 use crate::domain::selection::Selection;
 use crate::store::{RunDetails, Store, TenantPause};
 
-/// How often the database is asked. What a run has observed so far is counted there, which is not free.
+/// Polling interval; each poll counts the observed items in the database.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Where a run is followed.
+/// Sources of a run's progress.
 pub(super) struct Follow<'a> {
     pub(super) store: &'a Store,
     pub(super) catalog: &'a Catalog,
 }
 
-/// Shows a run's progress on standard error until it has ended, and gives its end; nothing if there is no such run.
+/// Shows a run's progress on standard error until it ends, and returns its details; none if the run does not exist.
 pub(super) async fn follow(at: &Follow<'_>, run_id: Uuid) -> Result<Option<RunDetails>, CliError> {
     let Some(mut details) = at.store.show_run(run_id).await? else { return Ok(None) };
     let mut bars = Bars::new(&details.run.selection, at.catalog);
@@ -37,7 +37,7 @@ pub(super) async fn follow(at: &Follow<'_>, run_id: Uuid) -> Result<Option<RunDe
     Ok(Some(details))
 }
 
-/// A spinner to look at while something is waited for.
+/// Spinner shown during a wait.
 pub(super) fn spinner(text: String) -> ProgressBar {
     let bar = ProgressBar::new_spinner().with_message(text).with_style(style("{spinner} {msg}"));
     bar.enable_steady_tick(Duration::from_millis(120));
@@ -48,7 +48,7 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).expect("the templates of this file are well formed")
 }
 
-/// One bar for the run, and one below it for each type that is being read: a run of every type would not fit.
+/// Progress bars: one for the run, and one for each type in progress; bars for all types would not fit.
 struct Bars {
     all: MultiProgress,
     total: ProgressBar,
@@ -86,12 +86,12 @@ impl Bars {
             "{} objects  attempt {} on {}{}",
             HumanCount(unsigned(observed)),
             run.attempt,
-            run.lease_owner.as_deref().unwrap_or("nobody"),
+            run.lease_owner.as_deref().unwrap_or("no worker"),
             throttled.unwrap_or_default()
         ));
     }
 
-    /// The end of a type is told once, above the bars.
+    /// Prints each completed type once, above the bars.
     fn end_types(&mut self, details: &RunDetails) {
         for outcome in &details.types {
             if !self.ended.insert(outcome.policy_type.clone()) {
@@ -105,7 +105,7 @@ impl Bars {
             if self.quiet {
                 note(line);
             } else {
-                // Only a terminal that is gone refuses, and then nobody is left to tell.
+                // Fails only if the terminal is gone.
                 let _ = self.all.println(line);
             }
         }
@@ -121,7 +121,7 @@ impl Bars {
     }
 }
 
-/// Whether Graph has asked for patience with the tenant, and for how long.
+/// Longest remaining pause of the tenant, if Graph throttles it.
 fn throttled(gates: &[TenantPause], tenant_id: Uuid) -> Option<String> {
     let longest = gates.iter().filter(|gate| gate.tenant_id == tenant_id).map(|gate| gate.left_s).reduce(f64::max)?;
     Some(format!("  throttled for {longest:.0} s"))
@@ -155,7 +155,7 @@ mod tests {
     use crate::domain::run::TypeCounters;
 
     #[test]
-    fn a_line_says_how_a_type_ended() {
+    fn a_type_line_shows_the_outcome() {
         let counters = TypeCounters { items_observed_count: 12_345, ..TypeCounters::default() };
         let failed = TypeOutcome::failed("mobileApp", counters, ErrorCode::GraphThrottled.into());
         let line = type_line(&failed);
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bar_is_as_long_as_the_scope() {
+    fn bar_length_equals_the_number_of_types() {
         let selection = Selection {
             categories: BTreeSet::new(),
             include_foundations: false,

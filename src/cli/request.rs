@@ -1,4 +1,4 @@
-//! `inventoryd request`: publishes a sync request, and waits for its run if asked to.
+//! `inventoryd request`: publishes a sync request, and with `--wait` follows its run.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,41 +15,41 @@ use crate::domain::failure::Rejection;
 use crate::domain::request::{CLOUDEVENTS_CONTENT_TYPE, SCHEMA_VERSION, SyncRequest};
 use crate::store::Store;
 
-const LOOK_EVERY: Duration = Duration::from_millis(300);
+const POLL_INTERVAL: Duration = Duration::from_millis(300);
 
-/// Ask for a tenant to be observed: publish a sync request
+/// Publish a sync request for a tenant
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The tenant
+    /// Tenant id
     #[arg(long, value_name = "GUID", required_unless_present = "from_file")]
     tenant: Option<Uuid>,
     #[command(flatten)]
     selection: SelectionArgs,
-    /// Idempotency key: the same key and tenant never make a second run [default: a new one]
+    /// Idempotency key: a repeated key of a tenant never starts a second run [default: a new key]
     #[arg(long)]
     key: Option<String>,
-    /// Handed through to the run and its event
+    /// Correlation id, copied to the run and its event
     #[arg(long, value_name = "ID")]
     correlation_id: Option<String>,
-    /// Who asks, for the record
+    /// Requester, recorded with the run
     #[arg(long, value_name = "NAME", default_value = "inventoryd request")]
     requested_by: String,
-    /// Publish the bytes of this file as they are, good or bad; - for standard input
+    /// Publish the bytes of this file without validation; - for standard input
     #[arg(long, alias = "raw", value_name = "FILE",
           conflicts_with_all = ["tenant", "types", "category", "all", "no_foundations", "foundations_only", "key", "correlation_id"])]
     from_file: Option<PathBuf>,
-    /// Print the message and the hash of its selection, and publish nothing
+    /// Print the message and its selection hash without publishing
     #[arg(long, conflicts_with = "wait")]
     dry_run: bool,
     /// Follow the run to its end; exit code 0 if it succeeds
     #[arg(long)]
     wait: bool,
-    /// Seconds to wait at most
+    /// Maximum seconds to wait
     #[arg(long, value_name = "SECONDS", default_value_t = 3600, requires = "wait")]
     timeout_s: u64,
 }
 
-/// What is to be published, and what the daemon will make of it.
+/// Message to publish, and the daemon's reading of it.
 struct Message {
     body: Vec<u8>,
     content_type: &'static str,
@@ -64,7 +64,7 @@ impl Message {
         }
     }
 
-    /// An envelope is told by its `specversion`; only with its content type does the daemon open it.
+    /// Sets the content type: the daemon unwraps an envelope, recognised here by `specversion`, only with its content type.
     fn from_bytes(body: Vec<u8>) -> Self {
         let is_envelope = serde_json::from_slice::<Value>(&body).is_ok_and(|value| value.get("specversion").is_some());
         let content_type = if is_envelope { CLOUDEVENTS_CONTENT_TYPE } else { "application/json" };
@@ -74,7 +74,7 @@ impl Message {
     fn from_flags(args: &Args) -> Result<Self, CliError> {
         let request = SyncRequest {
             schema_version: SCHEMA_VERSION,
-            tenant_id: args.tenant.ok_or_else(|| CliError::Usage("--tenant is missing".to_owned()))?,
+            tenant_id: args.tenant.ok_or_else(|| CliError::Usage("--tenant is required".to_owned()))?,
             idempotency_key: args.key.clone().unwrap_or_else(|| Uuid::new_v4().to_string()),
             selection: args.selection.to_selection()?,
             correlation_id: args.correlation_id.clone(),
@@ -127,7 +127,7 @@ async fn publish(message: &Message, context: &Context<'_>) -> Result<(), CliErro
         let unknown = config.graph.catalog()?.resolve(&request.selection).unsupported;
         if !unknown.is_empty() {
             note(format_args!(
-                "note: not known here, and an error in the run if the daemon agrees: {}",
+                "note: unknown to this version, and an error in the run if unknown to the daemon: {}",
                 unknown.join(", ")
             ));
         }
@@ -135,7 +135,7 @@ async fn publish(message: &Message, context: &Context<'_>) -> Result<(), CliErro
     let broker = Broker::new(&config.broker, &config.topology, "inventoryd request")?;
     let send = || broker.publish_request(message.body.clone(), message.content_type, None);
     match send().await {
-        // No queue is there to take it before the first daemon has started. Twice published is once run.
+        // Before the first daemon has started the queue may not exist. The idempotency key makes a second publish safe.
         Err(BrokerError::NotTaken(_) | BrokerError::Lost { .. }) => {
             broker.ensure_topology().await?;
             Ok(send().await?)
@@ -174,28 +174,30 @@ fn print_published(message: &Message, context: &mut Context<'_>) -> Result<(), C
 
 async fn publish_and_wait(
     message: &Message,
-    patience: Duration,
+    timeout: Duration,
     context: &mut Context<'_>,
 ) -> Result<Outcome, CliError> {
-    let deadline = Deadline::after(patience);
+    let deadline = Deadline::after(timeout);
     let request = message.request()?;
     let (store, catalog) = (context.store().await?, context.config()?.graph.catalog()?);
-    refuse_what_ends_as_a_dead_letter(request, &store).await?;
+    refuse_dead_letter(request, &store).await?;
     publish(message, context).await?;
     let run_id = wait_for_run(request, &store, deadline).await?;
     let at = Follow { store: &store, catalog: &catalog };
     let followed = tokio::time::timeout(deadline.remaining(), follow(&at, run_id)).await;
     let details = followed
         .map_err(|_| {
-            CliError::Failed(format!("run {run_id} has not ended in time; `inventoryd runs watch {run_id}` follows it"))
+            CliError::Failed(format!(
+                "run {run_id} did not end within --timeout-s; follow it with `inventoryd runs watch {run_id}`"
+            ))
         })??
-        .ok_or_else(|| CliError::Failed(format!("run {run_id} is gone")))?;
+        .ok_or_else(|| CliError::Failed(format!("run {run_id} no longer exists")))?;
     runs::print(&details, context)?;
     Ok(runs::by_status(details.run.status))
 }
 
-/// Of a dead letter nobody would ever hear who only waits for a run.
-async fn refuse_what_ends_as_a_dead_letter(request: &SyncRequest, store: &Store) -> Result<(), CliError> {
+/// Refuses a request that the daemon would dead-letter, because no run would ever start for it.
+async fn refuse_dead_letter(request: &SyncRequest, store: &Store) -> Result<(), CliError> {
     if store.tenant_credential(request.tenant_id).await?.is_none() {
         return Err(tenant::unknown(request.tenant_id));
     }
@@ -203,26 +205,26 @@ async fn refuse_what_ends_as_a_dead_letter(request: &SyncRequest, store: &Store)
     let Some(earlier) = store.show_run(run_id).await? else { return Ok(()) };
     if earlier.run.selection_hash != request.selection.hash() {
         return Err(CliError::Failed(format!(
-            "key {:?} was used before for another selection (run {run_id}); give new work a new key",
+            "key {:?} was already used for another selection (run {run_id}); use a new key",
             request.idempotency_key
         )));
     }
-    note(format_args!("note: the key was used before; this is the run that it made"));
+    note(format_args!("note: the key was already used; showing the existing run"));
     Ok(())
 }
 
 async fn wait_for_run(request: &SyncRequest, store: &Store, deadline: Deadline) -> Result<Uuid, CliError> {
-    let waiting = spinner("published; waiting for a daemon to take it".to_owned());
+    let waiting = spinner("published; waiting for a daemon to accept it".to_owned());
     let run_id = loop {
         if let Some(run_id) = store.find_run(request.tenant_id, &request.idempotency_key).await? {
             break run_id;
         }
         if deadline.passed() {
             return Err(CliError::Failed(
-                "no daemon has taken the request in time; see that one runs, and `inventoryd dead list`".to_owned(),
+                "no daemon accepted the request within --timeout-s; check that a daemon is running, and `inventoryd dead list`".to_owned(),
             ));
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     };
     waiting.finish_and_clear();
     Ok(run_id)
@@ -249,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_become_the_request_that_the_daemon_reads() {
+    fn flags_form_a_valid_request() {
         let flags =
             ["--types", "b,a", "--category", "Compliance", "--no-foundations", "--key", "k:1", "--correlation-id", "c"];
         let message = message(&flags).unwrap();
@@ -265,13 +267,13 @@ mod tests {
     }
 
     #[test]
-    fn every_request_has_a_key_of_its_own_unless_told() {
+    fn default_keys_are_unique() {
         let keys = [(); 2].map(|()| message(&["--all"]).unwrap().request().unwrap().idempotency_key.clone());
         assert!(Uuid::try_parse(&keys[0]).is_ok() && keys[0] != keys[1]);
     }
 
     #[test]
-    fn what_the_daemon_would_reject_is_a_usage_error() {
+    fn an_invalid_request_is_a_usage_error() {
         for flags in [&["--all", "--key", "two words"][..], &["--all", "--correlation-id", ""], &[]] {
             assert!(matches!(message(flags), Err(CliError::Usage(_))), "{flags:?}");
         }
@@ -280,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_published_as_it_is_and_an_envelope_is_recognised() {
+    fn a_file_is_published_unchanged_with_its_content_type() {
         let bad = Message::from_bytes(b"{ nope".to_vec());
         assert_eq!((bad.body.as_slice(), bad.content_type), (&b"{ nope"[..], "application/json"));
         assert!(matches!(bad.request(), Err(CliError::Failed(text)) if text.contains("invalid_json")));

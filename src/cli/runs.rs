@@ -1,4 +1,4 @@
-//! `inventoryd runs`: what was observed when, and how that went.
+//! `inventoryd runs`: lists, shows and follows runs.
 
 use clap::Subcommand;
 use uuid::Uuid;
@@ -28,30 +28,30 @@ enum Action {
 
 #[derive(Debug, clap::Args)]
 struct List {
-    /// Only of this tenant
+    /// Only runs of this tenant
     #[arg(long, value_name = "GUID")]
     tenant: Option<Uuid>,
-    /// Only in this state: running, success, partial, failed or skipped
+    /// Only runs with this status: running, success, partial, failed or skipped
     #[arg(long)]
     status: Option<RunStatus>,
-    /// So many at most
+    /// Maximum number of runs
     #[arg(long, default_value_t = 20, value_name = "COUNT")]
     limit: u32,
 }
 
 #[derive(Debug, clap::Args)]
 struct Show {
-    /// The run's id
+    /// Run id
     #[arg(value_name = "RUN")]
     run_id: Uuid,
 }
 
 #[derive(Debug, clap::Args)]
 struct Watch {
-    /// The run's id [default: the newest running one]
+    /// Run id [default: the newest running run]
     #[arg(value_name = "RUN")]
     run_id: Option<Uuid>,
-    /// Of this tenant, if no run is named
+    /// Tenant of the run, if no run id is given
     #[arg(long, value_name = "GUID", conflicts_with = "run_id")]
     tenant: Option<Uuid>,
 }
@@ -99,7 +99,7 @@ async fn watch(args: &Watch, context: &mut Context<'_>) -> Result<Outcome, CliEr
             let filter = RunFilter { tenant_id: args.tenant, status: Some(RunStatus::Running), limit: 1 };
             let newest = store.list_runs(&filter).await?.pop();
             newest
-                .ok_or_else(|| CliError::Failed("no run is running; `inventoryd runs list` lists them".to_owned()))?
+                .ok_or_else(|| CliError::Failed("no run is in progress; `inventoryd runs list` lists runs".to_owned()))?
                 .run_id
         }
     };
@@ -108,16 +108,16 @@ async fn watch(args: &Watch, context: &mut Context<'_>) -> Result<Outcome, CliEr
     Ok(by_status(details.run.status))
 }
 
-/// What the state of a run means for the exit code of who waited for it.
+/// Maps the status of a run to the result of a command that waited for it.
 pub(super) fn by_status(status: RunStatus) -> Outcome {
     if status == RunStatus::Success { Outcome::Done } else { Outcome::Unsuccessful }
 }
 
 fn unknown(run_id: Uuid) -> CliError {
-    CliError::Failed(format!("no run {run_id}; `inventoryd runs list` lists them"))
+    CliError::Failed(format!("run {run_id} not found; `inventoryd runs list` lists runs"))
 }
 
-/// A run and its types.
+/// Prints a run and its types.
 pub(super) fn print(details: &RunDetails, context: &mut Context<'_>) -> Result<(), CliError> {
     if context.out.is_json() {
         return context.out.json(details);
@@ -149,7 +149,7 @@ fn facts(run: &Run) -> Vec<[String; 2]> {
         ("errors", Some(format!("{} {}", counters.errors_count, run.error_codes.join(" ")))),
         ("items", Some(items)),
         ("graph", Some(throttled)),
-        ("ask again after", run.retry_after_s.map(|s| format!("{s}s"))),
+        ("retry after", run.retry_after_s.map(|s| format!("{s}s"))),
         ("selection", Some(run.selection.canonical_json())),
         ("selection hash", Some(run.selection_hash.clone())),
         ("key", Some(run.idempotency_key.clone())),
@@ -158,7 +158,7 @@ fn facts(run: &Run) -> Vec<[String; 2]> {
         ("started", Some(second(&run.started_at))),
         ("finished", run.finished_at.as_deref().map(second)),
         ("took", Some(seconds(run.duration_s))),
-        ("held by", lease.map(|(owner, left)| format!("{owner}, for another {}", seconds(left)))),
+        ("lease", lease.map(|(owner, left)| format!("{owner}, expires in {}", seconds(left)))),
         ("attempt", Some(run.attempt.to_string())),
         ("daemon", Some(run.daemon_version.clone())),
     ];
@@ -194,7 +194,7 @@ mod tests {
     use crate::domain::run::TypeCounters;
 
     #[test]
-    fn only_success_is_a_good_end() {
+    fn only_success_exits_0() {
         assert_eq!(by_status(RunStatus::Success), Outcome::Done);
         for status in [RunStatus::Partial, RunStatus::Failed, RunStatus::Skipped, RunStatus::Running] {
             assert_eq!(by_status(status), Outcome::Unsuccessful);
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_type_tells_what_a_support_case_needs() {
+    fn a_failed_type_shows_status_code_and_request_id() {
         let id = "8b6f3b4c-0000-4000-8000-000000000001";
         let failure = Failure::from_graph(ErrorCode::GraphForbidden, 403, Some("Forbidden"), Some(id));
         let row = type_row(&TypeOutcome::failed("mobileApp", TypeCounters::default(), failure));

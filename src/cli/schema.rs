@@ -1,4 +1,4 @@
-//! `inventoryd schema`: the JSON Schemas of the messages, generated from their types.
+//! `inventoryd schema`: JSON Schemas of the messages, generated from the types.
 
 use clap::ValueEnum;
 use schemars::generate::SchemaSettings;
@@ -18,11 +18,11 @@ pub(super) struct Args {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Message {
-    /// What a scheduler publishes
+    /// Sync request, published by a scheduler
     Request,
-    /// What a subscriber receives
+    /// Run-completed event, received by a subscriber
     Event,
-    /// What stands in the dead-letter queue
+    /// Message in the dead-letter queue
     DeadLetter,
 }
 
@@ -31,8 +31,8 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
     Ok(Outcome::Done)
 }
 
-/// A request is described as the daemon reads it, so that what has a default may be left out; an event and a dead letter as
-/// they are written, so that a subscriber may rely on what is always there.
+/// Schema of a message. Requests use the deserialisation form, in which fields with a default are optional; events and
+/// dead letters use the serialisation form, in which fields that are always present are required.
 fn schema(message: Message) -> Schema {
     fn of<T: JsonSchema>(settings: SchemaSettings) -> Schema {
         settings.into_generator().into_root_schema_for::<T>()
@@ -49,7 +49,7 @@ fn schema(message: Message) -> Schema {
     schema
 }
 
-/// The source's line breaks mean nothing to a reader of the schema.
+/// Joins the lines of a description; line breaks of the source are not significant.
 fn join_lines(schema: &mut Schema) {
     if let Some(text) = schema.get("description").and_then(|text| text.as_str()) {
         let paragraphs: Vec<String> = text.split("\n\n").map(|one| one.replace('\n', " ")).collect();
@@ -57,7 +57,7 @@ fn join_lines(schema: &mut Schema) {
     }
 }
 
-/// The daemon drops repeated names; a scheduler need not.
+/// Permits repeated names, which the daemon removes.
 fn allow_repeats(schema: &mut Schema) {
     schema.remove("uniqueItems");
 }
@@ -67,7 +67,7 @@ mod tests {
     use super::super::tests::call;
 
     #[test]
-    fn the_published_schemas_are_not_stale() {
+    fn published_schemas_are_up_to_date() {
         for (message, published) in [
             ("request", include_str!("../../config/schemas/request.json")),
             ("event", include_str!("../../config/schemas/event.json")),
@@ -77,7 +77,7 @@ mod tests {
             assert_eq!(code, 0);
             assert!(
                 generated == published,
-                "stale: run `cargo run -- schema {message} > config/schemas/{message}.json` and look at the difference"
+                "stale: run `cargo run -- schema {message} > config/schemas/{message}.json` and review the difference"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! The flags that say what to look at, shared by the commands that need a selection.
+//! Selection flags, shared by the commands that need a selection.
 
 use std::collections::BTreeSet;
 use std::io::Read;
@@ -11,36 +11,36 @@ use super::CliError;
 use crate::domain::request::{CLOUDEVENTS_CONTENT_TYPE, MAX_BODY_BYTES, SyncRequest};
 use crate::domain::selection::{EVERY_TYPE, Selection};
 
-const NOTHING: &str = "say what to look at: --types, --category, --all or --foundations-only";
+const NOTHING: &str = "select policy types with --types, --category, --all or --foundations-only";
 
-/// What to look at.
+/// Selection flags.
 #[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "What to look at")]
+#[command(next_help_heading = "Selection")]
 pub(super) struct SelectionArgs {
     /// Policy types, separated by commas (`inventoryd types` lists them)
     #[arg(long, value_name = "TYPE", value_delimiter = ',')]
     types: Vec<String>,
-    /// Categories, separated by commas: every type of each
+    /// Categories, separated by commas; each selects all of its types
     #[arg(long, value_name = "CATEGORY", value_delimiter = ',')]
     category: Vec<String>,
     /// Every supported type
     #[arg(long, conflicts_with_all = ["types", "category"])]
     all: bool,
-    /// Leave the foundations (scope tags, filters, templates, roles) out
+    /// Exclude the foundations (scope tags, filters, templates, roles)
     #[arg(long)]
     no_foundations: bool,
-    /// The foundations and nothing else
+    /// Only the foundations
     #[arg(long, conflicts_with_all = ["types", "category", "all", "no_foundations"])]
     foundations_only: bool,
 }
 
 impl SelectionArgs {
-    /// Whether none of the flags was given.
+    /// True if no flag was given.
     pub(super) fn is_absent(&self) -> bool {
         !(self.all || self.no_foundations || self.foundations_only) && self.types.is_empty() && self.category.is_empty()
     }
 
-    /// The selection that the flags describe.
+    /// Selection described by the flags.
     pub(super) fn to_selection(&self) -> Result<Selection, CliError> {
         if self.types.is_empty() && self.category.is_empty() && !self.all && !self.foundations_only {
             return Err(CliError::Usage(NOTHING.to_owned()));
@@ -56,7 +56,7 @@ impl SelectionArgs {
     }
 }
 
-/// The selection in a JSON document: a selection by itself, or a whole sync request with one in it.
+/// Selection in a JSON document: a bare selection, or that of a sync request.
 pub(super) fn from_json(text: &[u8]) -> Result<Selection, String> {
     let value: Value = serde_json::from_slice(text).map_err(|error| format!("not JSON: {error}"))?;
     if value.get("specversion").is_some() {
@@ -67,7 +67,7 @@ pub(super) fn from_json(text: &[u8]) -> Result<Selection, String> {
     checked(value.get("selection").unwrap_or(&value))
 }
 
-/// Reads `selection` by the rules of the message, so that this command and the daemon can't disagree.
+/// Validates a selection by the rules of the message, so that this command and the daemon agree.
 fn checked(selection: &Value) -> Result<Selection, String> {
     let request = json!({ "schema_version": 1, "tenant_id": "6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d",
                           "idempotency_key": "-", "selection": selection });
@@ -76,7 +76,7 @@ fn checked(selection: &Value) -> Result<Selection, String> {
         .map_err(|rejection| rejection.detail)
 }
 
-/// The bytes of a file, or of standard input for `-`; no more than a message may have, and one to show the excess.
+/// Bytes of a file, or of standard input for `-`; reads one byte more than a message may have, to detect excess.
 pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, CliError> {
     let limit = MAX_BODY_BYTES as u64 + 1;
     let mut bytes = Vec::new();
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_come_to_the_selection_of_the_message() {
+    fn flags_form_the_selection_of_the_message() {
         let cases: [(&[&str], &str); 4] = [
             (
                 &["--types", "b,a, c", "--types", "a"],

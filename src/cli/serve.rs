@@ -1,4 +1,4 @@
-//! `inventoryd serve`: the daemon, until it is told to stop.
+//! `inventoryd serve`: runs the daemon until it is stopped.
 
 use std::pin::pin;
 
@@ -10,10 +10,11 @@ use crate::daemon::Daemon;
 use crate::run::Stop;
 use crate::telemetry;
 
-/// Run the daemon: take requests from the queue until told to stop
+/// Run the daemon: process requests from the queue until stopped
 ///
-/// SIGTERM or SIGINT: take nothing new, give what is in hand consumer.drain_s seconds, hand the rest back, end with 0.
-/// The second one hands back at once, the third ends the process. SIGUSR1 takes nothing new until it is sent again.
+/// SIGTERM or SIGINT drains: no new requests are accepted, runs in flight have consumer.drain_s seconds to finish, the
+/// rest is requeued, and the exit code is 0. A second signal requeues at once; a third ends the process immediately.
+/// SIGUSR1 pauses and resumes the acceptance of requests.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {}
 
@@ -21,62 +22,62 @@ pub(super) async fn run(_: &Args, context: &mut Context<'_>) -> Result<Outcome, 
     let config = context.config()?;
     let traces = telemetry::init_logs_and_traces(&config.telemetry).map_err(CliError::Failed)?;
     let metrics = config.http.listen.map(|_| telemetry::init_metrics()).transpose().map_err(CliError::Failed)?;
-    // Before anything is started: a signal that comes early must not kill it half way.
+    // Registered before startup, so that an early signal stops the daemon in order.
     let mut signals = Signals::new()?;
     let daemon = tokio::select! {
         started = Daemon::start(config, metrics) => started.map_err(|error| CliError::Failed(error.to_string()))?,
         () = signals.stop() => {
-            info!("told to stop before everything had started");
+            info!("stopped during startup");
             return Ok(Outcome::Done);
         }
     };
     let stop = daemon.stop();
     let mut ended = pin!(daemon.stopped());
-    let mut told = 0;
+    let mut count = 0;
     loop {
         tokio::select! {
             () = &mut ended => break,
-            asked = signals.next() => {
-                told += u32::from(asked == Asked::Stop);
-                if !obey(asked, told, &stop) {
-                    let what = "ended at the third signal; the broker hands out again what was in hand";
-                    return Err(CliError::Failed(what.to_owned()));
+            received = signals.next() => {
+                count += u32::from(received == SignalAction::Stop);
+                if !apply(received, count, &stop) {
+                    let message = "ended at the third signal; the broker redelivers the messages in flight";
+                    return Err(CliError::Failed(message.to_owned()));
                 }
             }
         }
     }
     traces.flush().await;
-    if told > 0 {
+    if count > 0 {
         Ok(Outcome::Done)
     } else {
-        Err(CliError::Failed("the daemon ended by itself; its log says why".to_owned()))
+        Err(CliError::Failed("the daemon ended unexpectedly; see its log for the cause".to_owned()))
     }
 }
 
-/// Does what a signal asks for, the `told`th to stop; false if that is to end at once.
-fn obey(asked: Asked, told: u32, stop: &Stop) -> bool {
-    match (asked, told) {
-        (Asked::Quiet, _) => {
+/// Applies a signal; `count` is the number of stop signals so far. Returns false if the process must end at once.
+fn apply(received: SignalAction, count: u32, stop: &Stop) -> bool {
+    match (received, count) {
+        (SignalAction::TogglePause, _) => {
             stop.quiet.send_modify(|quiet| *quiet = !*quiet);
-            info!(quiet = *stop.quiet.borrow(), "told to take nothing new, or to go on");
+            info!(paused = *stop.quiet.borrow(), "SIGUSR1 received: consumption paused or resumed");
         }
-        (Asked::Stop, 1) => {
-            info!("stopping: nothing new is taken, what is in hand may end");
+        (SignalAction::Stop, 1) => {
+            info!("draining: no new requests are accepted; runs in flight may finish");
             stop.drain.cancel();
         }
-        (Asked::Stop, 2) => {
-            info!("stopping now: what is in hand is handed back");
+        (SignalAction::Stop, 2) => {
+            info!("aborting: runs in flight are stopped and requeued");
             stop.abort.cancel();
         }
-        (Asked::Stop, _) => return false,
+        (SignalAction::Stop, _) => return false,
     }
     true
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Asked {
+enum SignalAction {
     Stop,
-    Quiet,
+    TogglePause,
 }
 
 struct Signals {
@@ -88,7 +89,7 @@ struct Signals {
 impl Signals {
     fn new() -> Result<Self, CliError> {
         let listen =
-            |kind| signal(kind).map_err(|error| CliError::Failed(format!("can't listen for signals: {error}")));
+            |kind| signal(kind).map_err(|error| CliError::Failed(format!("can't install signal handlers: {error}")));
         Ok(Self {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
@@ -96,16 +97,16 @@ impl Signals {
         })
     }
 
-    async fn next(&mut self) -> Asked {
+    async fn next(&mut self) -> SignalAction {
         tokio::select! {
-            _ = self.terminate.recv() => Asked::Stop,
-            _ = self.interrupt.recv() => Asked::Stop,
-            _ = self.user.recv() => Asked::Quiet,
+            _ = self.terminate.recv() => SignalAction::Stop,
+            _ = self.interrupt.recv() => SignalAction::Stop,
+            _ = self.user.recv() => SignalAction::TogglePause,
         }
     }
 
     async fn stop(&mut self) {
-        while self.next().await != Asked::Stop {}
+        while self.next().await != SignalAction::Stop {}
     }
 }
 
@@ -114,18 +115,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_signal_is_more_urgent_than_the_one_before() {
+    fn first_signal_drains_second_aborts_third_ends() {
         let stop = Stop::default();
-        assert!(obey(Asked::Stop, 1, &stop) && stop.drain.is_cancelled() && !stop.abort.is_cancelled());
-        assert!(obey(Asked::Stop, 2, &stop) && stop.abort.is_cancelled());
-        assert!(!obey(Asked::Stop, 3, &stop));
+        assert!(apply(SignalAction::Stop, 1, &stop) && stop.drain.is_cancelled() && !stop.abort.is_cancelled());
+        assert!(apply(SignalAction::Stop, 2, &stop) && stop.abort.is_cancelled());
+        assert!(!apply(SignalAction::Stop, 3, &stop));
     }
 
     #[test]
-    fn quiet_is_switched_on_and_off_and_stops_nothing() {
+    fn sigusr1_toggles_pause_without_stopping() {
         let stop = Stop::default();
         for expected in [true, false] {
-            assert!(obey(Asked::Quiet, 0, &stop));
+            assert!(apply(SignalAction::TogglePause, 0, &stop));
             assert_eq!(*stop.quiet.borrow(), expected);
         }
         assert!(!stop.drain.is_cancelled());

@@ -1,4 +1,4 @@
-//! `inventoryd tenant`: which tenants may be asked for.
+//! `inventoryd tenant`: registers tenants and enables or disables them.
 
 use clap::Subcommand;
 use serde_json::json;
@@ -17,33 +17,33 @@ pub(super) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Register a tenant; of a registered one, change what is given
+    /// Register a tenant, or change the given values of a registered one
     Add(Add),
     /// List the tenants
     List,
-    /// Let requests for a tenant run
+    /// Enable requests for a tenant
     Enable(Which),
-    /// Skip requests for a tenant, and say so in their events
+    /// Disable a tenant: its requests are recorded as skipped, with an event
     Disable(Which),
 }
 
 #[derive(Debug, clap::Args)]
 struct Add {
-    /// Entra directory id
+    /// Tenant id (Entra directory id)
     #[arg(value_name = "GUID")]
     tenant_id: Uuid,
-    /// Name for people [default: the id]
+    /// Display name [default: the id]
     #[arg(long, value_parser = label::<200>)]
     name: Option<String>,
-    /// Credential that reads it, one of graph.credentials [default: default]
+    /// Name of a credential in graph.credentials [default: default]
     #[arg(long, value_name = "NAME", value_parser = label::<100>)]
     credential: Option<String>,
-    /// Running runs that it may have [default: limits.tenant_max_runs]
+    /// Maximum concurrent runs [default: limits.tenant_max_runs]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(i32).range(1..))]
     max_runs: Option<i32>,
 }
 
-/// A text that its column takes.
+/// Validates a text for its database column.
 fn label<const MOST: usize>(text: &str) -> Result<String, String> {
     let fits = (1..=MOST).contains(&text.chars().count()) && !text.chars().any(char::is_control);
     if fits { Ok(text.to_owned()) } else { Err(format!("1 to {MOST} characters without control characters")) }
@@ -51,7 +51,7 @@ fn label<const MOST: usize>(text: &str) -> Result<String, String> {
 
 #[derive(Debug, clap::Args)]
 struct Which {
-    /// Entra directory id
+    /// Tenant id (Entra directory id)
     #[arg(value_name = "GUID")]
     tenant_id: Uuid,
 }
@@ -74,7 +74,7 @@ async fn add(args: Add, store: &Store, context: &mut Context<'_>) -> Result<(), 
     let tenant = merge(args, registered);
     if !credentials.contains_key(&tenant.credential) {
         note(format_args!(
-            "note: graph.credentials.{} is not in this configuration; see that the daemon's has it",
+            "note: graph.credentials.{} is not in this configuration; make sure that it is in the daemon's",
             tenant.credential
         ));
     }
@@ -88,7 +88,7 @@ async fn add(args: Add, store: &Store, context: &mut Context<'_>) -> Result<(), 
     context.out.line(format_args!("{what} {} ({})", tenant.tenant_id, tenant.display_name))
 }
 
-/// What was not given stays as it was.
+/// Applies the given values; the others keep their current values.
 fn merge(args: Add, registered: Option<Tenant>) -> NewTenant {
     let (name, credential, max_runs) = match registered {
         Some(tenant) => (tenant.display_name, tenant.credential, tenant.max_concurrent_runs),
@@ -128,9 +128,11 @@ async fn set_enabled(id: Uuid, enabled: bool, store: &Store, context: &mut Conte
     context.out.line(format_args!("{} {id}", if enabled { "enabled" } else { "disabled" }))
 }
 
-/// The complaint about a tenant that is not registered.
+/// Error for a tenant that is not registered.
 pub(super) fn unknown(tenant_id: Uuid) -> CliError {
-    CliError::Failed(format!("tenant {tenant_id} is not registered; `inventoryd tenant add {tenant_id}` does it"))
+    CliError::Failed(format!(
+        "tenant {tenant_id} is not registered; register it with `inventoryd tenant add {tenant_id}`"
+    ))
 }
 
 #[cfg(test)]
@@ -138,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn adding_again_changes_only_what_is_given() {
+    fn adding_again_changes_only_given_values() {
         let args = |name: Option<&str>| Add {
             tenant_id: Uuid::from_u128(7),
             name: name.map(str::to_owned),

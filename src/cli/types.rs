@@ -1,4 +1,4 @@
-//! `inventoryd types`: the policy types that this daemon knows.
+//! `inventoryd types`: lists the supported policy types.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use super::output::yes;
 use super::{CliError, Context, Outcome};
 use crate::domain::policy_type::PolicyType;
 
-/// List the policy types: where they are read from and the permission that each needs
+/// List the policy types with their Graph path and required permission
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Only the types of these categories, separated by commas
@@ -46,7 +46,7 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
     let known: BTreeSet<&str> = catalog.types().map(|one| one.category.as_str()).collect();
     if let Some(unknown) = args.category.iter().find(|name| !known.contains(name.as_str())) {
         let known: Vec<&str> = known.into_iter().collect();
-        return Err(CliError::Usage(format!("no category {unknown:?}; there are {}", known.join(", "))));
+        return Err(CliError::Usage(format!("unknown category {unknown:?}; use one of {}", known.join(", "))));
     }
     let wanted = |one: &&PolicyType| args.category.is_empty() || args.category.contains(&one.category);
     let rows: Vec<Row<'_>> = catalog.types().map(AsRef::as_ref).filter(wanted).map(Row::from).collect();
