@@ -1,6 +1,6 @@
-//! Configuration: the compiled-in defaults, then a file, then the environment; checked as a whole.
+//! Configuration: compiled-in defaults, overridden by a file, overridden by the environment; validated as a whole.
 //!
-//! `config/default.toml` is the reference of every key. This is the only place that reads the environment.
+//! `config/default.toml` is the reference of every key. Only this module reads the environment.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -13,24 +13,26 @@ use serde::Deserialize;
 mod check;
 mod cloud;
 mod credential;
+mod layers;
 mod load;
+mod schema;
 mod settings;
 
 pub use cloud::Cloud;
 pub use credential::{CredentialConfig, CredentialKind};
 pub use settings::{Origin, Setting};
 
-/// The defaults, with their documentation.
+/// Default values, with their documentation.
 pub const DEFAULTS: &str = include_str!("../config/default.toml");
-/// What the variables of the environment begin with.
+/// Prefix of the environment variables.
 pub const ENVIRONMENT_PREFIX: &str = "INVENTORYD";
 
-/// Why a configuration is refused: one line for each problem, each naming its key and the cure.
+/// Reasons that a configuration is invalid: one line per problem, with key and remedy.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(pub String);
 
-/// The whole configuration. Every field is described in `config/default.toml`.
+/// Complete configuration. `config/default.toml` documents every field.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
@@ -78,13 +80,13 @@ pub struct TopologyConfig {
     pub delivery_limit: u32,
 }
 
-/// Whether exchanges and queues are made or only checked.
+/// Handling of exchanges and queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TopologyMode {
-    /// Make what is missing.
+    /// Declare missing objects.
     Declare,
-    /// Only check.
+    /// Only verify that they exist.
     Verify,
 }
 
@@ -126,13 +128,13 @@ pub struct LimitsConfig {
     pub defer_max_s: u64,
 }
 
-/// What happens to a request that is over a limit.
+/// Handling of a request above a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WhenFull {
     /// Record a skipped run.
     Skip,
-    /// Ask again later.
+    /// Retry later.
     Defer,
 }
 
@@ -167,13 +169,13 @@ pub struct GraphConfig {
 }
 
 impl GraphConfig {
-    /// The root of Microsoft Graph, without a slash at its end.
+    /// Root of Microsoft Graph, without a trailing slash.
     #[must_use]
     pub fn base_url(&self) -> &str {
         or_cloud(&self.base_url, self.cloud.base_url())
     }
 
-    /// The root of the token service, without a slash at its end.
+    /// Root of the token service, without a trailing slash.
     #[must_use]
     pub fn authority(&self) -> &str {
         or_cloud(&self.authority, self.cloud.authority())
@@ -226,6 +228,7 @@ pub struct HttpConfig {
     #[serde(deserialize_with = "address_or_none")]
     pub listen: Option<SocketAddr>,
     pub token: SecretString,
+    #[serde(default, deserialize_with = "path_or_none")]
     pub token_file: Option<PathBuf>,
 }
 
@@ -240,13 +243,13 @@ pub struct TelemetryConfig {
     pub otlp_endpoint: String,
 }
 
-/// How log lines are written.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LogFormat {
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
-    /// For people.
+    /// Human-readable text.
     Pretty,
 }
 
@@ -260,10 +263,12 @@ fn address_or_none<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<
     if text.is_empty() {
         return Ok(None);
     }
-    text.parse().map(Some).map_err(|_| serde::de::Error::custom("expected IP:PORT, such as 127.0.0.1:9464, or nothing"))
+    text.parse()
+        .map(Some)
+        .map_err(|_| serde::de::Error::custom("expected IP:PORT, such as 127.0.0.1:9464, or an empty value"))
 }
 
-/// Seconds as a duration.
+/// Converts seconds to a duration.
 #[must_use]
 pub fn seconds(count: u64) -> Duration {
     Duration::from_secs(count)
@@ -285,14 +290,15 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_hold_and_the_environment_stands_above_them() {
+    fn environment_overrides_defaults() {
         let defaults = load(&[]).unwrap();
         assert_eq!(defaults.consumer.prefetch, 8);
-        assert!(defaults.http.listen.unwrap().ip().is_loopback(), "whoever opens it to others does so knowingly");
+        assert!(defaults.http.listen.unwrap().ip().is_loopback(), "only loopback by default");
         let secret = "007";
         let config = load(&[
             ("INVENTORYD__CONSUMER__PREFETCH", "3"),
             ("INVENTORYD__GRAPH__CREDENTIALS__DEFAULT__CLIENT_SECRET", secret),
+            ("INVENTORYD__GRAPH__CREDENTIALS__DEFAULT__CLIENT_ID", "app"),
             ("INVENTORYD__GRAPH__CREDENTIALS__EMEA__CLIENT_ID", "x"),
             ("INVENTORYD__HTTP__LISTEN", ""),
         ])
@@ -304,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_refused_by_the_name_of_its_key() {
+    fn invalid_values_are_refused_by_key() {
         for (variable, value, expected) in [
             ("INVENTORYD__CONSUMER__PREFETCH", "0", "consumer.prefetch"),
             ("INVENTORYD__CONSUMER__PREFETCH", "many", "prefetch"),
@@ -320,11 +326,20 @@ mod tests {
             ("INVENTORYD__TELEMETRY__OTLP_ENDPOINT", "127.0.0.1:4318", "telemetry.otlp_endpoint"),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://me:hunter2@collector:4318", "telemetry.otlp_endpoint"),
             ("INVENTORYD__DATABASE__URL_FILE", "/no/such/file", "database.url_file"),
-            ("INVENTORYD__DATABASE__URL", "postgres://u@h/d?passwrod=hunter2", "database.url: there is no parameter"),
+            ("INVENTORYD__DATABASE__URL", "postgres://u@h/d?passwrod=hunter2", "database.url: unknown query parameter"),
             ("INVENTORYD__DATABASE__URL", "h/d", "database.url"),
             ("INVENTORYD__RUN__RESTART_AFTER_S", "0", "run.restart_after_s"),
             ("INVENTORYD__RETENTION__RUNS_DAYS", "9999999", "retention.runs_days"),
             ("INVENTORYD__CONSUMER__WATCHDOG_S", "0", "consumer.watchdog_s"),
+            ("INVENTORYD__RUN__MAX_ATTEMPTS", "0", "run.max_attempts"),
+            ("INVENTORYD__RUN__DEADLINE_S", "18446744073709551615", "run.deadline_s"),
+            ("INVENTORYD__CONSUMER__DRAIN_S", "18446744073709551615", "consumer.drain_s"),
+            ("INVENTORYD__DATABASE__URL", "postgres://u@h/d?sslmode=bogus", "invalid value of sslmode"),
+            ("INVENTORYD__DATABASE__URL", "postgres://u@h/d?sslrootcert=/no/such/file", "the file of sslrootcert"),
+            ("INVENTORYD__GRAPH__BASE_URL", "https://graph.example/beta", "graph.base_url"),
+            ("INVENTORYD__GRAPH__CREDENTIALS__DEFAULT__CLIENT_ID", "app\n", "client_id: must not contain"),
+            ("INVENTORYD__GRAPH__CREDENTIALS__DEFAULT__CLIENT_SECRET", "hunter2", "client_id: must be"),
+            ("INVENTORYD__HTTP__TOKEN", "hunter2 x", "http.token"),
             ("INVENTORYD__CONSUMER__BROKER_TIMEOUT_S", "1500", "consumer.broker_timeout_s"),
             ("INVENTORYD__GRAPH__BACKOFF_MAX_S", "inf", "graph.backoff_max_s"),
         ] {
@@ -348,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn the_collector_that_every_program_is_told_of_is_ours_unless_we_are_told_of_another() {
+    fn otel_endpoint_variable_is_the_default_endpoint() {
         let standard = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://every:4318");
         let endpoint = |variables: &[_]| load(variables).unwrap().telemetry.otlp_endpoint;
         assert_eq!(endpoint(&[]), "");

@@ -4,6 +4,7 @@ use super::{CliError, Context, Outcome, note};
 use crate::broker::Broker;
 use crate::config::{Config, Origin};
 use crate::graph::GraphClient;
+use crate::telemetry;
 
 /// Validate the configuration and print every key with its value and origin; secrets are redacted
 #[derive(Debug, clap::Args)]
@@ -39,7 +40,8 @@ fn problems(config: &Config) -> Vec<String> {
         Err(error) => vec![error.to_string()],
     };
     let broker = Broker::new(&config.broker, &config.topology, "inventoryd check").err().map(|error| error.to_string());
-    catalog.into_iter().chain(graph).chain(broker).collect()
+    let log = telemetry::check_log_directives(&config.telemetry).err();
+    catalog.into_iter().chain(graph).chain(broker).chain(log).collect()
 }
 
 #[cfg(test)]

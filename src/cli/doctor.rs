@@ -118,7 +118,6 @@ fn scope(flags: &SelectionArgs, catalog: &Catalog) -> Result<Scope, CliError> {
     }
 }
 
-<<<<<<< HEAD
 /// Reports why there is no token: by the number of the token service, else by the local reason.
 fn no_token(probe: &ProbeContext<'_>, failed: &TokenFailure, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let (cause, cure) = explain(probe.credential, failed);
@@ -145,15 +144,6 @@ fn explain(credential: &str, failed: &TokenFailure) -> (String, String) {
         _ => code.remedy().to_owned(),
     };
     (cause, cure)
-=======
-fn no_token(credential: &str, failure: &Failure) -> CliError {
-    let said = failure.graph_code.as_deref().map(|code| format!(" (Entra: {code})")).unwrap_or_default();
-    CliError::Failed(format!(
-        "{}{said}: no token for the tenant; check graph.credentials.{credential}: wrong client id, expired secret, \
-         missing admin consent, or unreachable authority",
-        failure.code
-    ))
->>>>>>> 9950cea (cli: state help, notes and errors in standard terms)
 }
 
 async fn examine(probe: &ProbeContext<'_>, scope: Scope, roles: Option<&[String]>) -> Vec<Finding> {
@@ -283,7 +273,6 @@ mod tests {
     }
 
     #[test]
-<<<<<<< HEAD
     fn a_missing_token_is_explained_by_its_number_or_its_local_reason() {
         let numbered = Failure::from_graph(ErrorCode::CredentialUnavailable, 401, Some("AADSTS7000222"), None);
         let failed = TokenFailure { failure: numbered, ..ErrorCode::CredentialUnavailable.into() };
@@ -297,10 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn consent_is_granted_to_an_application_of_ours_and_to_no_other() {
-=======
     fn consent_link_requires_a_configured_application() {
->>>>>>> 9950cea (cli: state help, notes and errors in standard terms)
         let mut credential = CredentialConfig { client_id: "app".to_owned(), ..CredentialConfig::default() };
         let link = consent_link("https://login.example", Uuid::nil(), &credential);
         let expected = "https://login.example/00000000-0000-0000-0000-000000000000/adminconsent?client_id=app";

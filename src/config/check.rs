@@ -1,10 +1,10 @@
-//! What a configuration must fulfil as a whole: each rule names its key and the cure.
+//! Validation of a whole configuration: each rule names its key and the remedy, and never quotes a value.
 
 use secrecy::ExposeSecret;
 
 use super::{Cloud, Config, ConfigError};
 
-/// Refuses values and combinations that would break a promise to the users.
+/// Rejects invalid values and combinations.
 pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     let mut problems = Vec::new();
     let mut require = |holds: bool, problem: &str| {
@@ -15,7 +15,9 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     check_broker(config, &mut require);
     check_run(config, &mut require);
     check_graph(config, &mut require);
-    check_store(config, &mut require);
+    check_database(config, &mut require);
+    check_outbox(config, &mut require);
+    check_http(config, &mut require);
     check_telemetry(config, &mut require);
     check_durations(config, &mut require);
     if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems.join("\n"))) }
@@ -44,28 +46,25 @@ fn check_broker(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     require(schemes_fit, "broker.url: every address must begin with amqp:// or amqps://");
     require(
         (5..=60).contains(&config.broker.heartbeat_s),
-        "broker.heartbeat_s: must be 5 to 60; under 5 a busy host looks dead",
+        "broker.heartbeat_s: must be 5 to 60; below 5 a busy host appears dead",
     );
     require(
         config.broker.client_key_file.is_none() || config.broker.client_certificate_file.is_some(),
-        "broker.client_key_file: needs broker.client_certificate_file, the certificate that it is the key of",
+        "broker.client_key_file: requires broker.client_certificate_file, the certificate of that key",
     );
     require(config.broker.connect_timeout_s > 0, "broker.connect_timeout_s: must be at least 1");
     require(config.broker.operation_timeout_s > 0, "broker.operation_timeout_s: must be at least 1");
-    require(config.consumer.prefetch > 0, "consumer.prefetch: must be 1 to 2000; AMQP reads 0 as no cap at all");
-    require(
-        config.consumer.prefetch <= 2000,
-        "consumer.prefetch: must be 1 to 2000, the most that a quorum queue hands out",
-    );
-    require(config.consumer.watchdog_s >= 5, "consumer.watchdog_s: must be at least 5; the broker is asked each time");
+    require(config.consumer.prefetch > 0, "consumer.prefetch: must be 1 to 2000; AMQP treats 0 as unlimited");
+    require(config.consumer.prefetch <= 2000, "consumer.prefetch: must be 1 to 2000, the maximum of a quorum queue");
+    require(config.consumer.watchdog_s >= 5, "consumer.watchdog_s: must be at least 5; each check queries the broker");
     require(
         config.topology.delivery_limit >= 3,
-        "topology.delivery_limit: must be at least 3; a lost connection counts as a delivery of everything in hand",
+        "topology.delivery_limit: must be at least 3; a lost connection counts as a delivery of every message in flight",
     );
     let name_fits = config.topology.prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
     require(
         name_fits && config.topology.prefix.len() <= 64,
-        "topology.prefix: up to 64 letters, digits, dots, dashes and underscores",
+        "topology.prefix: must be at most 64 letters, digits, dots, dashes and underscores",
     );
 }
 
@@ -73,18 +72,18 @@ fn check_run(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     let run = &config.run;
     require(
         run.lease_s >= 3 * u64::from(config.broker.heartbeat_s),
-        "run.lease_s: must be at least three times broker.heartbeat_s, or a run is given away before the loss of its worker is noticed",
+        "run.lease_s: must be at least three times broker.heartbeat_s, so that a lost connection is detected before the lease expires",
     );
     require(
         run.deadline_s.saturating_mul(5) <= config.consumer.broker_timeout_s.saturating_mul(4),
-        "run.deadline_s: must stay under 80 % of consumer.broker_timeout_s, or the broker takes the message back mid-run",
+        "run.deadline_s: must be at most 80 % of consumer.broker_timeout_s, or the broker redelivers the message during the run",
     );
     require(run.deadline_s > 0, "run.deadline_s: must be at least 1");
     require(run.max_attempts > 0, "run.max_attempts: must be at least 1");
     require(run.restart_after_s > 0, "run.restart_after_s: must be at least 1");
     require(
         run.give_up_after_s > run.restart_after_s,
-        "run.give_up_after_s: must be over run.restart_after_s, or a run ends before its request was published again",
+        "run.give_up_after_s: must exceed run.restart_after_s, or a run ends before its request is published again",
     );
     require((1..=64).contains(&run.concurrent_lists), "run.concurrent_lists: must be 1 to 64");
     require((1..=5000).contains(&run.batch_rows), "run.batch_rows: must be 1 to 5000");
@@ -100,13 +99,13 @@ fn check_graph(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     let custom = graph.cloud == Cloud::Custom;
     require(
         !custom || (!graph.base_url.is_empty() && !graph.authority.is_empty()),
-        "graph.cloud: \"custom\" needs graph.base_url and graph.authority",
+        "graph.cloud: \"custom\" requires graph.base_url and graph.authority",
     );
     for (key, url) in [("graph.base_url", graph.base_url()), ("graph.authority", graph.authority())] {
-        let fits = url::Url::parse(url).is_ok_and(|url| url.scheme() == "https" && url.host().is_some());
+        let fits = is_bare_address(url, &["https"]);
         require(
             fits || url.is_empty() && custom,
-            &format!("{key}: must be an https:// address; a token never travels in the clear"),
+            &format!("{key}: must be https://HOST without user, path and query; tokens are sent over TLS only"),
         );
     }
     let proxy = url::Url::parse(&graph.proxy);
@@ -135,7 +134,7 @@ fn check_graph(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     require(graph.max_page_bytes >= 65536, "graph.max_page_bytes: must be at least 65536");
     require(
         graph.credentials.contains_key("default"),
-        "graph.credentials.default: must be there; tenants use it unless told otherwise",
+        "graph.credentials.default: is missing; tenants use it by default",
     );
     for (name, credential) in &graph.credentials {
         for problem in credential.problems() {
@@ -144,7 +143,20 @@ fn check_graph(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     }
 }
 
-/// What the PostgreSQL client takes behind the question mark of an address.
+/// Address of a server alone: no user, path, query or fragment. A secret in one of these would be sent and logged.
+fn is_bare_address(text: &str, schemes: &[&str]) -> bool {
+    url::Url::parse(text).is_ok_and(|url| {
+        schemes.contains(&url.scheme())
+            && url.host().is_some()
+            && url.username().is_empty()
+            && url.password().is_none()
+            && url.query().is_none()
+            && url.fragment().is_none()
+            && url.path().trim_end_matches('/').is_empty()
+    })
+}
+
+/// Query parameters that the PostgreSQL client supports.
 const DATABASE_PARAMETERS: [&str; 18] = [
     "sslmode",
     "ssl-mode",
@@ -166,41 +178,86 @@ const DATABASE_PARAMETERS: [&str; 18] = [
     "options",
 ];
 
-fn check_store(config: &Config, require: &mut dyn FnMut(bool, &str)) {
+fn check_database(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     let url = config.database.url.expose_secret();
     let address = url::Url::parse(url).ok().filter(|url| ["postgres", "postgresql"].contains(&url.scheme()));
+    let stray = |part: &str| part.contains('@');
+    let is_split = address
+        .as_ref()
+        .is_some_and(|url| stray(url.path()) || url.query().is_some_and(stray) || url.fragment().is_some());
     require(address.is_some(), "database.url: must be postgres://USER:PASSWORD@HOST:PORT/DATABASE");
-    for (parameter, _) in address.iter().flat_map(url::Url::query_pairs) {
-        let known = DATABASE_PARAMETERS.contains(&&*parameter) || parameter.starts_with("options[");
-        // The client would log it, with its value: a password perhaps, misspelt.
-        require(known, &format!("database.url: there is no parameter {parameter:?}"));
+    require(!is_split, "database.url: percent-encode the characters / ? # @ in user and password (%2F %3F %23 %40)");
+    for (name, value) in address.iter().filter(|_| !is_split).flat_map(url::Url::query_pairs) {
+        if let Err(problem) = check_parameter(&name, &value) {
+            require(false, &format!("database.url: {problem}"));
+        }
     }
-    require(config.database.max_connections > 0, "database.max_connections: must be at least 1");
+    let database = &config.database;
+    require(database.max_connections > 0, "database.max_connections: must be at least 1");
     require(
-        config.database.control_connections >= 2,
-        "database.control_connections: must be at least 2: health must not wait for the outbox",
+        database.control_connections >= 2,
+        "database.control_connections: must be at least 2, so that health checks do not wait for the outbox",
     );
-    require(config.database.acquire_timeout_s > 0, "database.acquire_timeout_s: must be at least 1");
-    require(config.database.statement_timeout_s > 0, "database.statement_timeout_s: must be at least 1");
+    require(database.acquire_timeout_s > 0, "database.acquire_timeout_s: must be at least 1");
+    require(database.statement_timeout_s > 0, "database.statement_timeout_s: must be at least 1");
+}
+
+/// Validates a query parameter of the database address. Names are not quoted: one may be part of a password.
+fn check_parameter(name: &str, value: &str) -> Result<(), String> {
+    const MODES: [&str; 6] = ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"];
+    let is_known = DATABASE_PARAMETERS.contains(&name) || name.starts_with("options[");
+    if !is_known {
+        return Err("unknown query parameter; check its spelling, and percent-encode ? in a password as %3F".to_owned());
+    }
+    let is_file = name.ends_with("cert") || name.ends_with("key") || name == "ssl-ca";
+    let is_valid = match name {
+        "sslmode" | "ssl-mode" => MODES.contains(&value.to_ascii_lowercase().as_str()),
+        "port" => value.parse::<u16>().is_ok(),
+        "hostaddr" => value.parse::<std::net::IpAddr>().is_ok(),
+        "statement-cache-capacity" => value.parse::<usize>().is_ok(),
+        _ if is_file => std::fs::File::open(value).is_ok(),
+        _ => true,
+    };
+    if is_valid {
+        Ok(())
+    } else if is_file {
+        Err(format!("can't read the file of {name}"))
+    } else {
+        Err(format!("invalid value of {name}"))
+    }
+}
+
+fn check_outbox(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     require(config.outbox.batch > 0 && config.outbox.batch <= 1000, "outbox.batch: must be 1 to 1000");
     require(config.outbox.poll_ms >= 10, "outbox.poll_ms: must be at least 10");
     require(
         config.outbox.claim_s > config.broker.operation_timeout_s,
-        "outbox.claim_s: must be longer than broker.operation_timeout_s, or two replicas publish the same events",
+        "outbox.claim_s: must exceed broker.operation_timeout_s, or two replicas publish the same events",
     );
     require(config.outbox.high_water > 0, "outbox.high_water: must be at least 1");
     require((1..=36_500).contains(&config.retention.runs_days), "retention.runs_days: must be 1 to 36500");
     require(config.retention.interval_s > 0, "retention.interval_s: must be at least 1");
 }
 
+/// A token that no `Authorization` header can carry would lock everybody out.
+fn check_http(config: &Config, require: &mut dyn FnMut(bool, &str)) {
+    let fits = config.http.token.expose_secret().bytes().all(|byte| byte.is_ascii_graphic());
+    require(fits, "http.token: must be visible ASCII without blanks, as an Authorization header carries it");
+}
+
 fn check_telemetry(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     let endpoint = &config.telemetry.otlp_endpoint;
-    let fits = url::Url::parse(endpoint).is_ok_and(|url| {
-        ["http", "https"].contains(&url.scheme()) && url.host().is_some() && url.username().is_empty()
+    let address = url::Url::parse(endpoint).ok();
+    let has_query = address.as_ref().is_some_and(|url| url.query().is_some() || url.fragment().is_some());
+    let fits = address.is_some_and(|url| {
+        ["http", "https"].contains(&url.scheme())
+            && url.host().is_some()
+            && url.username().is_empty()
+            && url.password().is_none()
     });
     require(
-        fits || endpoint.is_empty(),
-        "telemetry.otlp_endpoint: must be an http:// or https:// address without user and password; a collector's token goes into OTEL_EXPORTER_OTLP_HEADERS",
+        endpoint.is_empty() || fits && !has_query,
+        "telemetry.otlp_endpoint: must be an http:// or https:// address without user and query; set a collector's token in OTEL_EXPORTER_OTLP_HEADERS",
     );
 }
 

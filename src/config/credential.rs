@@ -1,8 +1,8 @@
-//! How this daemon proves to the token service who it is.
+//! Credentials for the token service.
 
 use std::path::PathBuf;
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 use super::load::read_secret;
@@ -16,6 +16,7 @@ pub struct CredentialConfig {
     pub kind: CredentialKind,
     pub client_id: String,
     pub client_secret: SecretString,
+    #[serde(deserialize_with = "path_or_none")]
     pub client_secret_file: Option<PathBuf>,
     #[serde(deserialize_with = "path_or_none")]
     pub client_certificate_file: Option<PathBuf>,
@@ -25,33 +26,33 @@ pub struct CredentialConfig {
     pub token_file: Option<PathBuf>,
 }
 
-/// What a credential rests on.
+/// Kind of a credential.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CredentialKind {
-    /// A secret that the application shares with the token service.
+    /// Client secret of the application.
     #[default]
     ClientSecret,
-    /// A certificate of the application, whose key signs an assertion.
+    /// Client certificate, whose key signs an assertion.
     ClientCertificate,
-    /// A token of another issuer that the application trusts, such as Kubernetes.
+    /// Federated token of a trusted issuer, such as Kubernetes.
     WorkloadIdentity,
-    /// The identity of the Azure machine that this runs on.
+    /// Managed identity of the Azure host.
     ManagedIdentity,
 }
 
 impl CredentialConfig {
-    /// The client secret as it is now: a file is read again each time, because secrets are replaced while we run.
+    /// Reads the current client secret. The file is read on each call, so that secrets can be rotated.
     ///
     /// # Errors
-    /// If the file can't be read.
+    /// If the file can't be read or is empty.
     pub fn read_client_secret(&self) -> Result<SecretString, ConfigError> {
         let mut secret = self.client_secret.clone();
         read_secret("client_secret_file", self.client_secret_file.as_deref(), &mut secret)?;
         Ok(secret)
     }
 
-    /// What is missing or does not fit, after the name of its key.
+    /// Invalid or missing values; each starts with the name of its key.
     pub(super) fn problems(&self) -> Vec<&'static str> {
         let is_certificate = self.kind == CredentialKind::ClientCertificate;
         let has_certificate = self.client_certificate_file.is_some();
@@ -67,6 +68,13 @@ impl CredentialConfig {
         }
         if self.token_file.is_some() && self.kind != CredentialKind::WorkloadIdentity {
             problems.push("kind: must be \"workload_identity\" for token_file to be used");
+        }
+        if self.client_id.chars().any(|c| c.is_whitespace() || c.is_control()) {
+            problems.push("client_id: must not contain blanks or line ends");
+        }
+        let has_secret = !self.client_secret.expose_secret().is_empty();
+        if self.kind == CredentialKind::ClientSecret && has_secret && self.client_id.is_empty() {
+            problems.push("client_id: must be the application's id, because client_secret is set");
         }
         problems
     }

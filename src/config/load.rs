@@ -1,53 +1,48 @@
-//! How a configuration is put together: defaults, file, environment, secret files, and then the checks.
+//! Loading of a configuration: defaults, file, environment, secret files, and validation.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use config::{Environment, File, FileFormat, Source};
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 
+use super::layers::{self, Layers, Variables};
 use super::settings::{self, Setting};
-use super::{Config, ConfigError, DEFAULTS, ENVIRONMENT_PREFIX, GraphConfig, check};
+use super::{Config, ConfigError, GraphConfig, check};
 use crate::domain::catalog::Catalog;
 
-const OTLP_PREFIX: &str = "OTEL_EXPORTER_OTLP";
-
 impl Config {
-    /// Reads the configuration that this process is to run with.
+    /// Loads the configuration of this process.
     ///
     /// # Errors
-    /// One line for each problem: an unknown key, a value of the wrong kind, a risky combination, an unreadable file.
+    /// One line per problem: an unknown key, an invalid value, an invalid combination, an unreadable file.
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
-        finish(layers(file, None)?)
+        finish(layers::read(file, &process_variables())?)
     }
 
-    /// Like [`Config::load`], with variables given by the caller in place of the process's own environment.
+    /// Loads a configuration with the given variables instead of the process environment.
     ///
     /// # Errors
     /// As [`Config::load`].
     pub fn load_with(file: Option<&Path>, variables: BTreeMap<String, String>) -> Result<Self, ConfigError> {
-        finish(layers(file, Some(variables))?)
+        finish(layers::read(file, &os_strings(variables))?)
     }
 
-    /// Every key with its value and where that comes from, and beside it what [`Config::load`] says.
+    /// Every key with value and origin, and the result of [`Config::load`].
     ///
     /// # Errors
-    /// If the layers can't be read at all.
+    /// If the layers can't be read.
     pub fn explain(file: Option<&Path>) -> Result<(Vec<Setting>, Result<Self, ConfigError>), ConfigError> {
-        let layers = layers(file, None)?;
-        Ok((settings::of(&layers.cache), finish(layers)))
+        let layers = layers::read(file, &process_variables())?;
+        Ok((settings::of(&layers.merged.cache), finish(layers)))
     }
 
-    /// Like [`Config::explain`], with variables given by the caller.
-    ///
-    /// # Errors
-    /// As [`Config::explain`].
+    /// Every key with value and origin, for the given variables.
     #[cfg(test)]
     pub(super) fn explain_with(
         file: Option<&Path>,
         variables: BTreeMap<String, String>,
     ) -> Result<Vec<Setting>, ConfigError> {
-        Ok(settings::of(&layers(file, Some(variables))?.cache))
+        Ok(settings::of(&layers::read(file, &os_strings(variables))?.merged.cache))
     }
 
     fn read_secret_files(&mut self) -> Result<(), ConfigError> {
@@ -63,10 +58,10 @@ impl Config {
 }
 
 impl GraphConfig {
-    /// The policy types to run with: those of `policy_types_file`, or the compiled-in ones.
+    /// Loads the policy types from `policy_types_file`, or the compiled-in ones.
     ///
     /// # Errors
-    /// If the file can't be read, or a contract in it does not hold.
+    /// If the file can't be read or contains an invalid contract.
     pub fn catalog(&self) -> Result<Catalog, ConfigError> {
         let Some(path) = &self.policy_types_file else { return Ok(Catalog::built_in()) };
         let refuse = |problem: String| ConfigError(format!("graph.policy_types_file: {}: {problem}", path.display()));
@@ -75,58 +70,63 @@ impl GraphConfig {
     }
 }
 
-/// The defaults, the file and the variables: those given, or those of this process.
-fn layers(file: Option<&Path>, variables: Option<BTreeMap<String, String>>) -> Result<config::Config, ConfigError> {
-    let variables = variables.map(|given| given.into_iter().collect::<config::Map<_, _>>());
-    let environment = Environment::with_prefix(ENVIRONMENT_PREFIX).prefix_separator("__").separator("__");
-    let collector = collector(variables.clone()).map_err(|error| refuse(&error))?;
-    let mut builder =
-        config::Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml)).add_source(collector);
-    if let Some(path) = file {
-        check_syntax(path).map_err(|problem| ConfigError(format!("--config {}: {problem}", path.display())))?;
-        builder = builder.add_source(File::from(path).format(FileFormat::Toml));
-    }
-    builder.add_source(environment.source(variables)).build().map_err(|error| refuse(&error))
+fn process_variables() -> Variables {
+    std::env::vars_os().collect()
 }
 
-/// The variable that names a collector to every program of a host, as a layer with our name for it.
-fn collector(variables: Option<config::Map<String, String>>) -> Result<config::Config, config::ConfigError> {
-    let standard = Environment::with_prefix(OTLP_PREFIX).prefix_separator("_").source(variables).collect()?;
-    let builder = config::Config::builder();
-    match standard.get("endpoint") {
-        Some(endpoint) => builder.set_override("telemetry.otlp_endpoint", endpoint.clone())?.build(),
-        None => builder.build(),
-    }
+fn os_strings(variables: BTreeMap<String, String>) -> Variables {
+    variables.into_iter().map(|(name, value)| (name.into(), value.into())).collect()
 }
 
-/// Looks at the file before the layers do: their error would quote the line, and with it a secret.
-fn check_syntax(path: &Path) -> Result<(), String> {
-    let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
-    let at = |error: &toml::de::Error| {
-        let before = text.get(..error.span().map_or(0, |span| span.start)).unwrap_or(&text);
-        before.matches('\n').count() + 1
+fn finish(layers: Layers) -> Result<Config, ConfigError> {
+    let Layers { merged, mut problems } = layers;
+    let mut config: Config = match merged.try_deserialize() {
+        Ok(config) => config,
+        Err(error) => {
+            problems.push(describe(&error));
+            return Err(ConfigError(problems.join("\n")));
+        }
     };
-    toml::from_str::<toml::Table>(&text)
-        .map(drop)
-        .map_err(|error| format!("not TOML: line {}: {}", at(&error), error.message()))
-}
-
-fn finish(layers: config::Config) -> Result<Config, ConfigError> {
-    let mut config: Config = layers.try_deserialize().map_err(|error| refuse(&error))?;
+    if !problems.is_empty() {
+        return Err(ConfigError(problems.join("\n")));
+    }
     config.read_secret_files()?;
     check::check(&config)?;
     Ok(config)
 }
 
-fn refuse(error: &config::ConfigError) -> ConfigError {
-    ConfigError(format!("configuration: {error}; config/default.toml lists every key"))
+/// Key and expected value of a deserialisation error. The text of the error is not used, because it quotes the value.
+fn describe(error: &config::ConfigError) -> String {
+    match error {
+        config::ConfigError::At { error, key: Some(key), .. } => format!("{key}: {}", expected(error)),
+        config::ConfigError::Type { key: Some(key), .. } => format!("{key}: {}", expected(error)),
+        other => format!("configuration: {}; config/default.toml lists every key", expected(other)),
+    }
 }
 
+fn expected(error: &config::ConfigError) -> String {
+    match error {
+        config::ConfigError::Type { expected, .. } => format!("expected {expected}"),
+        config::ConfigError::At { error, .. } => expected(error),
+        // Serde ends its messages with the values that it knows; the value found is in front of them.
+        config::ConfigError::Message(text) => {
+            let known = text.rsplit_once("expected ").map(|(_, known)| known);
+            known.map_or_else(|| "invalid value".to_owned(), |known| format!("expected {known}"))
+        }
+        _ => "invalid value".to_owned(),
+    }
+}
+
+/// Replaces a secret by the content of the file, without a byte order mark and surrounding blanks.
 pub(super) fn read_secret(key: &str, file: Option<&Path>, secret: &mut SecretString) -> Result<(), ConfigError> {
     let Some(path) = file else { return Ok(()) };
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| ConfigError(format!("{key}: can't read {}: {error}", path.display())))?;
-    *secret = text.trim_end_matches(['\r', '\n']).into();
+    let refuse = |problem: &str| ConfigError(format!("{key}: {}: {problem}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| refuse(&format!("can't read the file: {error}")))?;
+    *secret = text.trim_start_matches('\u{feff}').trim().into();
+    // An empty secret would mean none, and open what it protects.
+    if secret.expose_secret().is_empty() {
+        return Err(refuse("the file is empty; write the secret to it, or remove the key"));
+    }
     Ok(())
 }
 
@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_broken_file_is_refused_without_quoting_it() {
+    fn a_syntax_error_is_reported_without_quoting_the_file() {
         let path = std::env::temp_dir().join(format!("inventoryd-broken-{}.toml", std::process::id()));
         std::fs::write(&path, "[http]\ntoken = \"hunter2\n").unwrap();
         let problem = Config::load(Some(&path)).unwrap_err().to_string();

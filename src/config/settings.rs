@@ -1,4 +1,4 @@
-//! What a configuration says key by key, and which layer said it; secrets never leave this file.
+//! Effective value and origin of every key; secret values never leave this module.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,32 +6,33 @@ use std::fmt;
 use config::{Value, ValueKind};
 use serde::Serialize;
 
-/// The last parts of the keys that hold a secret.
-const SECRET_KEYS: [&str; 3] = ["client_secret", "token", "url"];
+use super::layers::ENVIRONMENT;
+use super::schema::{self, Key, SECRETS};
+
 const REDACTED: &str = "[redacted]";
 
 /// One key of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Setting {
-    /// The key, such as `consumer.prefetch`.
+    /// Key, such as `consumer.prefetch`.
     pub key: String,
-    /// Its value as text; of a secret, only what may be shown.
+    /// Value as text; redacted for a secret.
     pub value: String,
-    /// The layer that it comes from.
+    /// Layer that set the value.
     pub origin: Origin,
 }
 
-/// Where the value of a key comes from.
+/// Origin of a value.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Origin {
     /// `config/default.toml`, compiled in.
     Default,
-    /// The file given with `--config`.
+    /// File given with `--config`.
     File(String),
-    /// A variable of the environment.
+    /// Environment variable.
     Environment,
-    /// The file that another key names.
+    /// File named by another key.
     SecretFile(String),
 }
 
@@ -46,14 +47,14 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Every key below `root`, sorted.
+/// All known keys below `root`, sorted. Only known keys without a secret show their value.
 pub(super) fn of(root: &Value) -> Vec<Setting> {
     let mut found = BTreeMap::new();
-    collect("", root, &mut found);
-    let from_files: Vec<String> = found.keys().filter(|key| is_secret(key)).cloned().collect();
-    for key in from_files {
+    collect(&mut Vec::new(), root, &mut found);
+    let secrets: Vec<String> = found.keys().filter(|key| is_secret(key)).cloned().collect();
+    for key in secrets {
         let file_key = format!("{key}_file");
-        if found.contains_key(&file_key) {
+        if found.get(&file_key).is_some_and(|file: &Setting| !file.value.is_empty()) {
             let setting =
                 Setting { key: key.clone(), value: REDACTED.to_owned(), origin: Origin::SecretFile(file_key) };
             found.insert(key, setting);
@@ -62,56 +63,28 @@ pub(super) fn of(root: &Value) -> Vec<Setting> {
     found.into_values().collect()
 }
 
-fn collect(key: &str, value: &Value, found: &mut BTreeMap<String, Setting>) {
+fn collect(path: &mut Vec<String>, value: &Value, found: &mut BTreeMap<String, Setting>) {
     if let ValueKind::Table(table) = &value.kind {
         for (name, inner) in table {
-            let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
-            collect(&key, inner, found);
+            path.push(name.clone());
+            collect(path, inner, found);
+            path.pop();
         }
         return;
     }
-    let text = value.kind.to_string();
-    let value_shown = if is_secret(key) { redact(key, &text) } else { text };
+    let Key::Leaf(kind) = schema::find(path) else { return };
+    let key = path.join(".");
     let origin = match value.origin() {
         None => Origin::Default,
-        Some("the environment") => Origin::Environment,
+        Some(ENVIRONMENT) => Origin::Environment,
         Some(path) => Origin::File(path.to_owned()),
     };
-    found.insert(key.to_owned(), Setting { key: key.to_owned(), value: value_shown, origin });
+    let value = schema::shown(&key, kind, &value.kind.to_string());
+    found.insert(key.clone(), Setting { key, value, origin });
 }
 
 fn is_secret(key: &str) -> bool {
-    key.rsplit('.').next().is_some_and(|last| SECRET_KEYS.contains(&last))
-}
-
-/// What may be shown of a secret: of addresses all but the password, of others only that they are set.
-fn redact(key: &str, text: &str) -> String {
-    if text.is_empty() {
-        return String::new();
-    }
-    if !key.ends_with(".url") {
-        return REDACTED.to_owned();
-    }
-    let parts: Option<Vec<String>> = text.split(',').map(|one| redact_url(one.trim())).collect();
-    parts.map_or_else(|| REDACTED.to_owned(), |parts| parts.join(","))
-}
-
-/// None for what is not clearly an address: a password with an unescaped `/`, `,` or `@` must not slip through as a
-/// port or a path.
-fn redact_url(text: &str) -> Option<String> {
-    let url = url::Url::parse(text).ok()?;
-    let host = url.host_str().filter(|host| !host.is_empty())?;
-    if url.path().contains('@') || url.fragment().is_some() || text.matches('@').count() > 1 {
-        return None;
-    }
-    let user = match (url.username(), url.password()) {
-        ("", None) => String::new(),
-        (user, None) => format!("{user}@"),
-        (user, Some(_)) => format!("{user}:{REDACTED}@"),
-    };
-    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
-    let query = url.query().map(|_| format!("?{REDACTED}")).unwrap_or_default();
-    Some(format!("{}://{user}{host}{port}{}{query}", url.scheme(), url.path()))
+    key.rsplit('.').next().is_some_and(|last| SECRETS.contains(&last))
 }
 
 #[cfg(test)]
@@ -129,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_has_its_value_and_its_origin() {
+    fn every_key_has_value_and_origin() {
         let folder = std::env::temp_dir().join(format!("inventoryd-settings-{}", std::process::id()));
         std::fs::write(&folder, "[run]\nlease_s = 90\nbatch_rows = 100\n").unwrap();
         let variables = [("INVENTORYD__RUN__BATCH_ROWS".to_owned(), "200".to_owned())].into();
@@ -146,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_named_but_not_shown() {
+    fn secret_values_are_redacted() {
         let found = settings(&[
             ("INVENTORYD__BROKER__URL", "amqps://me:hunter2@one/%2f?x=hunter2,amqp://me:hunter2@two:99/v"),
             ("INVENTORYD__DATABASE__URL", "postgres://me:hun/ter2@h/db"),
@@ -161,7 +134,11 @@ mod tests {
         );
         assert_eq!(one(&found, "database.url").value, REDACTED);
         assert_eq!(one(&found, "graph.credentials.emea.client_secret").value, REDACTED);
-        assert_eq!(one(&found, "graph.credentials.default.client_secret").value, "", "not set is worth seeing");
+        assert_eq!(
+            one(&found, "graph.credentials.default.client_secret").value,
+            "",
+            "an unset secret is shown as empty"
+        );
         assert_eq!(one(&found, "http.token").origin, Origin::SecretFile("http.token_file".to_owned()));
         assert_eq!(one(&found, "graph.base_url").value, "", "no secret");
     }
@@ -174,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn every_secret_of_the_configuration_is_known_here() {
+    fn every_secret_field_is_redacted() {
         let fields = concat!(include_str!("../config.rs"), include_str!("credential.rs")).lines();
         let secrets: Vec<&str> = fields
             .filter_map(|line| line.trim().trim_start_matches("pub ").split_once(": "))
@@ -182,6 +159,6 @@ mod tests {
             .map(|(name, _)| name)
             .collect();
         assert!(secrets.len() >= 4, "{secrets:?}");
-        assert!(secrets.iter().all(|name| SECRET_KEYS.contains(name)), "{secrets:?}");
+        assert!(secrets.iter().all(|name| SECRETS.contains(name)), "{secrets:?}");
     }
 }
