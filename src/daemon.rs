@@ -1,9 +1,11 @@
-//! The daemon as a whole: builds its parts, starts them, and stops them in the order in which they need each other.
+//! The daemon: builds its components, starts them, and stops them in reverse order of dependency.
 
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
@@ -20,7 +22,7 @@ use crate::domain::catalog::Catalog;
 use crate::domain::clock::Heartbeat;
 use crate::fleet::Fleet;
 use crate::graph::{GraphClient, GraphError};
-use crate::http::{self, Consuming, Figures, HttpState};
+use crate::http::{self, Backlog, Consumption, HttpState};
 use crate::janitor::Janitor;
 use crate::relay::{self, Relay};
 use crate::run::{Runner, Stop};
@@ -28,29 +30,29 @@ use crate::store::{Store, StoreError};
 
 mod systemd;
 
-/// What the parts beside the consumer have to end in, and the connections to the database after them.
-const LAST_WORDS: Duration = Duration::from_secs(3);
-/// Longest wait between two looks for a database that is away at the start.
-const MOST_PATIENT: Duration = Duration::from_secs(15);
-/// Without a beat of the consumer's for so long, `/livez` calls this process stuck, and systemd is told nothing more.
+/// Shutdown timeout of the background components, and then of the database connections.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+/// Maximum backoff while the database is unreachable at startup.
+const MAX_STARTUP_BACKOFF: Duration = Duration::from_secs(15);
+/// Heartbeat age from which `/livez` fails and the systemd watchdog is no longer notified.
 const STUCK_AFTER: Duration = Duration::from_secs(30);
 
-/// Why the daemon did not start.
+/// Error that prevents the start of the daemon.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The contracts can't be used.
+    /// The policy types are invalid.
     #[error(transparent)]
     Contracts(#[from] ConfigError),
-    /// Graph's client can't be made.
+    /// The Graph client can't be created.
     #[error(transparent)]
     Graph(#[from] GraphError),
-    /// The broker's address or certificates can't be used.
+    /// The broker's address or certificates are invalid.
     #[error(transparent)]
     Broker(#[from] BrokerError),
-    /// The database refuses, or has another schema.
+    /// The database rejects the connection, or has a different schema version.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The HTTP address can't be had.
+    /// The HTTP address can't be bound.
     #[error("{0}")]
     Http(String),
 }
@@ -64,19 +66,17 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts everything. A database that is away is waited for; one that refuses is not.
+    /// Starts all components. Waits for an unreachable database, but not for one that rejects the connection.
     ///
     /// # Errors
-    /// If something is wrong that waiting does not mend; each names its key.
+    /// If a problem persists without intervention; the error names the configuration key.
     pub async fn start(config: Config, metrics: Option<PrometheusHandle>) -> Result<Self, StartError> {
-        // Two TLS providers in one process would panic at the first handshake; an installed one is kept by all.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         let owner = replica_name();
         let catalog = config.graph.catalog()?;
         let store = Store::connect(&config.database)?;
         let broker = Broker::new(&config.broker, &config.topology, &format!("inventoryd {owner}"))?;
         let graph = GraphClient::new(&config.graph)?;
-        // Keys of runs that this replica has ended: their events are published at once, without a poll.
+        // Keys of the runs that this replica has ended, whose events the relay publishes without waiting for its poll.
         let (ended, ended_runs) = mpsc::channel(relay::MAX_ENDED_RUNS);
         let fleet = Fleet::new(store.clone(), graph.clone(), &owner);
         let runner = Runner::new(&config, &owner, (store.clone(), graph), catalog.clone(), ended.clone());
@@ -87,47 +87,47 @@ impl Daemon {
         let consumer = Consumer::new(broker, publisher, runner.clone(), store.clone(), &config);
         let (stop, health) = (Stop::default(), consumer.health());
         let parts = Parts { consumer, relay, janitor, fleet, runner, store };
-        // Before the wait for the database: an orchestrator that gets no answers would start this again and again.
-        let answers = http_server(&config, metrics, &owner, &parts, &stop).await?;
-        let answers = AbortOnDropHandle::new(tokio::spawn(answers));
+        // Before the wait for the database: an orchestrator whose probes get no response would restart this process.
+        let http = http_server(&config, metrics, &owner, &parts, &stop).await?;
+        let http = AbortOnDropHandle::new(tokio::spawn(http));
         wait_for_schema(&parts.store, &catalog, health.heartbeat()).await?;
         info!(replica = owner, version = env!("CARGO_PKG_VERSION"), "started");
-        let ended = tokio::spawn(parts.run(stop.clone(), answers));
+        let ended = tokio::spawn(parts.run(stop.clone(), http));
         Ok(Self { stop, health, ended })
     }
 
-    /// Takes nothing new from now on; what is in hand has `consumer.drain_s` to end.
+    /// Drains: accepts no new requests; runs in flight have `consumer.drain_s` to finish.
     pub fn drain(&self) {
         self.stop.drain.cancel();
     }
 
-    /// Hands everything in hand back at once.
+    /// Stops the runs in flight and requeues their messages at once.
     pub fn abort(&self) {
         self.stop.drain.cancel();
         self.stop.abort.cancel();
     }
 
-    /// What tells it to stop, for whoever waits in [`Daemon::stopped`] meanwhile.
+    /// Stop signals, for use while [`Daemon::stopped`] is awaited.
     #[must_use]
     pub fn stop(&self) -> Stop {
         self.stop.clone()
     }
 
-    /// What the consumer does.
+    /// Health of the consumer.
     #[must_use]
     pub fn health(&self) -> &Arc<ConsumerHealth> {
         &self.health
     }
 
-    /// Returns once everything has ended.
+    /// Returns once all components have ended.
     pub async fn stopped(self) {
         if let Err(error) = self.ended.await {
-            warn!(%error, "the daemon did not end in order");
+            warn!(%error, "the daemon ended by a panic");
         }
     }
 }
 
-/// What a daemon is made of.
+/// Components of the daemon.
 struct Parts {
     consumer: Consumer,
     relay: Relay,
@@ -138,48 +138,48 @@ struct Parts {
 }
 
 impl Parts {
-    /// Runs until the consumer has stopped, then lets go of what it needed: leases are kept until the last run has
-    /// settled, events are published until the last one has left, and the answers over HTTP end last.
-    async fn run(self, stop: Stop, answers: AbortOnDropHandle<()>) {
+    /// Runs until the consumer has stopped, then stops the components that it needs: leases are renewed until the last run
+    /// has settled, the relay publishes what is left, and HTTP ends last.
+    async fn run(self, stop: Stop, http: AbortOnDropHandle<()>) {
         let (health, draining) = (self.consumer.health(), stop.drain.clone());
-        let tell = AbortOnDropHandle::new(tokio::spawn(async move { systemd::tell(&health, &draining).await }));
+        let tell = AbortOnDropHandle::new(tokio::spawn(async move { systemd::report(&health, &draining).await }));
         let late = CancellationToken::new();
-        let mut beside = JoinSet::new();
+        let mut background = JoinSet::new();
         let (leases, stopping) = (self.runner.leases(), late.clone());
-        beside.spawn(async move { leases.keep(&stopping).await });
+        background.spawn(async move { leases.keep(&stopping).await });
         let stopping = late.clone();
-        beside.spawn(async move { self.janitor.run(&stopping).await });
+        background.spawn(async move { self.janitor.run(&stopping).await });
         let stopping = late.clone();
-        beside.spawn(async move { self.fleet.run(&stopping).await });
+        background.spawn(async move { self.fleet.run(&stopping).await });
         let stopping = late.clone();
-        beside.spawn(async move { self.relay.run(&stopping).await });
+        background.spawn(async move { self.relay.run(&stopping).await });
 
         let mut consuming = pin!(self.consumer.run(stop.clone()));
         tokio::select! {
             () = &mut consuming => {}
-            // Without one of them the others would only seem to work.
-            Some(ended) = beside.join_next() => {
-                error!(panicked = ended.is_err(), "a part of the daemon has ended by itself; stopping");
+            // No component works correctly without the others.
+            Some(ended) = background.join_next() => {
+                error!(panicked = ended.is_err(), "a component ended unexpectedly; stopping the daemon");
                 stop.drain.cancel();
                 consuming.await;
             }
         }
-        info!("nothing is in hand any more");
+        info!("all in-flight deliveries are settled");
         late.cancel();
-        let last_words = async { while beside.join_next().await.is_some() {} };
-        if timeout(LAST_WORDS, last_words).await.is_err() {
-            warn!("some parts did not end in time; another replica, or the next start, carries on");
+        let ended = async { while background.join_next().await.is_some() {} };
+        if timeout(SHUTDOWN_TIMEOUT, ended).await.is_err() {
+            warn!("some components did not stop in time; another replica or the next start continues their work");
         }
-        drop((answers, tell));
-        // A connection whose server does not answer would be waited for.
-        if timeout(LAST_WORDS, self.store.close()).await.is_err() {
-            warn!("the connections to the database are left to close by themselves");
+        drop((http, tell));
+        // Closing waits for a server that does not respond.
+        if timeout(SHUTDOWN_TIMEOUT, self.store.close()).await.is_err() {
+            warn!("the database connections did not close in time");
         }
         info!("stopped");
     }
 }
 
-/// The name that this replica signs leases with.
+/// Name of this replica, recorded as owner of its leases.
 fn replica_name() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host = host.trim();
@@ -187,24 +187,24 @@ fn replica_name() -> String {
     format!("{}-{}-{}", if host.is_empty() { "replica" } else { host }, std::process::id(), &unique[..8])
 }
 
-/// Waits for a database that is away; one that refuses, or has another schema, does not get better by waiting.
+/// Waits for an unreachable database; fails if the database rejects the connection or has a different schema version.
 async fn wait_for_schema(store: &Store, catalog: &Catalog, heartbeat: &Heartbeat) -> Result<(), StoreError> {
-    let mut waits = Waits::new(seconds(1), MOST_PATIENT);
+    let mut waits = Waits::new(seconds(1), MAX_STARTUP_BACKOFF);
     loop {
         heartbeat.beat();
-        match timeout(MOST_PATIENT, prepare(store, catalog)).await {
+        match timeout(MAX_STARTUP_BACKOFF, prepare(store, catalog)).await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(error)) if error.is_refusal() => return Err(error),
-            Ok(Err(error)) => warn!(%error, "waiting for the database"),
-            Err(_) => warn!("waiting for the database: it does not answer"),
+            Ok(Err(error)) => warn!(%error, "the database is unreachable; retrying"),
+            Err(_) => warn!("the database does not respond; retrying"),
         }
         heartbeat.beat();
-        systemd::say("waiting for the database");
+        systemd::set_status("waiting for the database");
         tokio::time::sleep(full_jitter(waits.next_wait())).await;
     }
 }
 
-/// Checks the server and its schema, and publishes which types this daemon lists.
+/// Checks the server and its schema, and stores the catalog of types that this daemon lists.
 async fn prepare(store: &Store, catalog: &Catalog) -> Result<(), StoreError> {
     for warning in store.check_schema().await? {
         warn!("{warning}");
@@ -212,7 +212,7 @@ async fn prepare(store: &Store, catalog: &Catalog) -> Result<(), StoreError> {
     store.publish_catalog(catalog).await
 }
 
-/// The server behind `/livez` and the rest; nothing to be waited for if there is to be none.
+/// Binds the HTTP server; the returned future serves it, and ends at once if `http.listen` is empty.
 async fn http_server(
     config: &Config,
     metrics: Option<PrometheusHandle>,
@@ -224,7 +224,7 @@ async fn http_server(
         (Some(address), Some(metrics)) => Some((http::bind(address).await.map_err(StartError::Http)?, metrics)),
         _ => None,
     };
-    let (health, asked, pinged) = (parts.consumer.health(), parts.store.clone(), parts.store.clone());
+    let health = parts.consumer.health();
     let state = listening.map(|(listener, metrics)| {
         let state = HttpState {
             replica: owner.to_owned(),
@@ -234,20 +234,7 @@ async fn http_server(
             heartbeat: Arc::clone(health.heartbeat()),
             stuck_after: STUCK_AFTER,
             draining: stop.drain.clone(),
-            consuming: Arc::new(move || Consuming {
-                subscribed: health.subscribed(),
-                in_flight: health.in_flight(),
-                paused: health.paused().map(str::to_owned),
-                problem: health.problem(),
-            }),
-            ping: Arc::new(move || {
-                let store = pinged.clone();
-                Box::pin(async move { store.ping().await.map_err(|error| error.to_string()) })
-            }),
-            figures: Arc::new(move || {
-                let store = asked.clone();
-                Box::pin(async move { figures(&store).await.map_err(|error| error.to_string()) })
-            }),
+            source: Box::new(LiveState { store: parts.store.clone(), health }),
         };
         (listener, state)
     });
@@ -257,11 +244,38 @@ async fn http_server(
     })
 }
 
-async fn figures(store: &Store) -> Result<Figures, StoreError> {
-    let backlog = store.outbox_backlog().await?;
-    Ok(Figures {
-        outbox_unsent: backlog.unsent,
-        outbox_oldest_s: backlog.oldest_age_s,
-        running_runs: store.running_runs().await?,
-    })
+/// Source of the HTTP endpoints.
+struct LiveState {
+    store: Store,
+    health: Arc<ConsumerHealth>,
+}
+
+impl http::Source for LiveState {
+    fn consumption(&self) -> Consumption {
+        Consumption {
+            subscribed: self.health.subscribed(),
+            in_flight: self.health.in_flight(),
+            paused: self.health.paused().map(str::to_owned),
+            problem: self.health.problem(),
+        }
+    }
+
+    fn ping(&self) -> BoxFuture<'_, Result<(), String>> {
+        async { self.store.ping().await.map_err(|error| error.to_string()) }.boxed()
+    }
+
+    fn backlog(&self) -> BoxFuture<'_, Result<Backlog, String>> {
+        async { self.read_backlog().await.map_err(|error| error.to_string()) }.boxed()
+    }
+}
+
+impl LiveState {
+    async fn read_backlog(&self) -> Result<Backlog, StoreError> {
+        let outbox = self.store.outbox_backlog().await?;
+        Ok(Backlog {
+            outbox_unsent: outbox.unsent,
+            outbox_oldest_s: outbox.oldest_age_s,
+            running_runs: self.store.running_runs().await?,
+        })
+    }
 }

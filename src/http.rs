@@ -1,4 +1,4 @@
-//! What may be asked of this process over HTTP: whether it is stuck, whether it is ready, what it measures, what it does.
+//! HTTP endpoints of the daemon: `/livez`, `/readyz`, `/metrics` and `/status`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,7 +13,6 @@ use axum::routing::get;
 use futures_util::future::BoxFuture;
 use metrics_exporter_prometheus::PrometheusHandle;
 use secrecy::{ExposeSecret, SecretString};
-use serde::Serialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
@@ -21,176 +20,186 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::clock::Heartbeat;
 
-/// Longest wait for the database before a probe is answered without it: under the time that probes commonly allow.
-const DATABASE_PATIENCE: Duration = Duration::from_millis(800);
-/// Time that open connections have to end once the daemon stops.
-const LAST_CALL: Duration = Duration::from_secs(2);
-/// How often histograms are condensed, so that they don't grow where nobody scrapes.
-const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+mod server;
+mod status;
+
+pub use status::{Backlog, Component, Consumption, DatabaseState, Problem, Status};
+use status::{ProblemLog, Readiness};
+
+/// Longest wait for the database before a probe is answered without it; below common probe timeouts.
+const DATABASE_TIMEOUT: Duration = Duration::from_millis(800);
+/// Interval at which histograms are compacted and problems are dated, even if nobody asks.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// A question that is answered by another room; `Err` is one line that says why there is no answer.
-pub type Ask<T> = Arc<dyn Fn() -> BoxFuture<'static, Result<T, String>> + Send + Sync>;
+/// Live state of the daemon, as the endpoints report it. An error is one line that states the cause.
+pub trait Source: Send + Sync {
+    /// State of the consumer.
+    fn consumption(&self) -> Consumption;
+    /// Checks that the database responds.
+    fn ping(&self) -> BoxFuture<'_, Result<(), String>>;
+    /// Reads the backlog of all replicas from the database.
+    fn backlog(&self) -> BoxFuture<'_, Result<Backlog, String>>;
+}
 
-/// What is known of this process and whom to ask for the rest.
-#[derive(Clone)]
+/// Everything that the endpoints report on.
 pub struct HttpState {
-    /// The name of this replica.
+    /// Name of this replica.
     pub replica: String,
-    /// The metrics.
+    /// Recorded metrics.
     pub metrics: PrometheusHandle,
-    /// What `/metrics` and `/status` ask for; empty for nothing.
+    /// Bearer token required by `/metrics` and `/status`; none if empty.
     pub token: SecretString,
-    /// When it began.
+    /// Start of this process.
     pub started: Instant,
-    /// Beaten by the loop that takes requests.
+    /// Heartbeat of the consume loop.
     pub heartbeat: Arc<Heartbeat>,
-    /// Without a beat for so long, this process is stuck.
+    /// Age of the heartbeat from which this process counts as stuck.
     pub stuck_after: Duration,
-    /// Cancelled once nothing new is taken.
+    /// Cancelled once the daemon accepts no new requests.
     pub draining: CancellationToken,
-    /// What the consumer does.
-    pub consuming: Arc<dyn Fn() -> Consuming + Send + Sync>,
-    /// Whether the database answers.
-    pub ping: Ask<()>,
-    /// What the database says of all replicas.
-    pub figures: Ask<Figures>,
+    /// Live state of the daemon.
+    pub source: Box<dyn Source>,
 }
 
-/// What the consumer does at a moment.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Consuming {
-    /// Whether there is a live subscription.
-    pub subscribed: bool,
-    /// Deliveries in hand.
-    pub in_flight: usize,
-    /// Why nothing new is taken, if so.
-    pub paused: Option<String>,
-    /// Why there is no subscription, in words, if so.
-    pub problem: Option<String>,
-}
-
-/// What the database says of all replicas.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Figures {
-    /// Events waiting to be published.
-    pub outbox_unsent: i64,
-    /// Age of the oldest of them in seconds.
-    pub outbox_oldest_s: f64,
-    /// Runs that are running.
-    pub running_runs: i64,
-}
-
-/// Takes the address that `http.listen` gives.
-///
-/// # Errors
-/// One line that names the key, if the address can't be had.
-pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
-    let refuse =
-        |error| format!("http.listen: can't listen on {address}: {error}; choose another, or leave it empty for none");
-    TcpListener::bind(address).await.map_err(refuse)
-}
-
-/// Answers until `stop` is cancelled and the open connections have ended.
-pub async fn serve(listener: TcpListener, state: HttpState, stop: CancellationToken) {
-    let metrics = state.metrics.clone();
-    let server = axum::serve(listener, router(state)).with_graceful_shutdown(stop.clone().cancelled_owned());
-    let upkeep = async {
-        let mut tick = tokio::time::interval(UPKEEP_EVERY);
-        loop {
-            tick.tick().await;
-            metrics.run_upkeep();
-        }
-    };
-    let last_call = async {
-        stop.cancelled().await;
-        tokio::time::sleep(LAST_CALL).await;
-    };
-    tokio::select! {
-        _ = server => {},
-        () = upkeep => {},
-        () = last_call => {},
+impl std::fmt::Debug for HttpState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HttpState").field("replica", &self.replica).finish_non_exhaustive()
     }
 }
 
-fn router(state: HttpState) -> Router {
+/// Shared state of the handlers.
+struct Shared {
+    state: HttpState,
+    problems: ProblemLog,
+}
+
+/// Binds the address of `http.listen`.
+///
+/// # Errors
+/// One line that names the key, if the address can't be bound.
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
+    let refuse = |error| {
+        format!(
+            "http.listen: can't listen on {address}: {error}; choose another address, or an empty one to disable it"
+        )
+    };
+    TcpListener::bind(address).await.map_err(refuse)
+}
+
+/// Serves the endpoints until `stop` is cancelled and the open requests have ended.
+pub async fn serve(listener: TcpListener, state: HttpState, stop: CancellationToken) {
+    let shared = Arc::new(Shared { state, problems: ProblemLog::default() });
+    let upkeep = async {
+        let mut tick = tokio::time::interval(UPKEEP_INTERVAL);
+        loop {
+            tick.tick().await;
+            shared.state.metrics.run_upkeep();
+            shared.readiness().await;
+        }
+    };
+    tokio::select! {
+        () = server::serve(listener, router(&shared), &stop) => {}
+        () = upkeep => {}
+    }
+}
+
+fn router(shared: &Arc<Shared>) -> Router {
     Router::new()
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/status", get(status))
-        .with_state(Arc::new(state))
+        .with_state(Arc::clone(shared))
 }
 
-/// Looks at this process alone: a database that is away is no reason to restart every replica.
-async fn livez(State(state): State<Arc<HttpState>>) -> Response {
-    let age = state.heartbeat.age();
-    let alive = age <= state.stuck_after;
-    let code = if alive { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (code, Json(json!({ "alive": alive, "heartbeat_age_s": age.as_secs_f64() }))).into_response()
+/// Reports on this process alone: an unreachable database is no reason to restart every replica.
+async fn livez(State(shared): State<Arc<Shared>>) -> Response {
+    let age = shared.state.heartbeat.age();
+    let alive = age <= shared.state.stuck_after;
+    (status_code(alive), Json(json!({ "alive": alive, "heartbeat_age_s": age.as_secs_f64() }))).into_response()
 }
 
-async fn readyz(State(state): State<Arc<HttpState>>) -> Response {
-    let mut missing = Vec::new();
-    if ask(&state.ping).await.is_none() {
-        missing.push("database");
-    }
-    if !(state.consuming)().subscribed {
-        missing.push("subscription");
-    }
-    if state.draining.is_cancelled() {
-        missing.push("draining");
-    }
-    let ready = missing.is_empty();
-    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (code, Json(json!({ "ready": ready, "missing": missing }))).into_response()
+async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
+    let readiness = shared.readiness().await;
+    (status_code(readiness.ready), Json(readiness)).into_response()
 }
 
-async fn metrics(State(state): State<Arc<HttpState>>, headers: HeaderMap) -> Response {
-    if !is_authorised(&state.token, &headers) {
+const fn status_code(good: bool) -> StatusCode {
+    if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+}
+
+async fn metrics(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+    if !is_authorised(&shared.state.token, &headers) {
         return unauthorised();
     }
-    ([(CONTENT_TYPE, PROMETHEUS_TEXT)], state.metrics.render()).into_response()
+    ([(CONTENT_TYPE, PROMETHEUS_TEXT)], shared.state.metrics.render()).into_response()
 }
 
-async fn status(State(state): State<Arc<HttpState>>, headers: HeaderMap) -> Response {
-    if !is_authorised(&state.token, &headers) {
+async fn status(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+    if !is_authorised(&shared.state.token, &headers) {
         return unauthorised();
     }
-    let figures = ask(&state.figures).await;
-    let consuming = (state.consuming)();
-    Json(json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "replica": state.replica,
-        "uptime_s": state.started.elapsed().as_secs(),
-        "draining": state.draining.is_cancelled(),
-        "subscribed": consuming.subscribed,
-        "in_flight": consuming.in_flight,
-        "paused": consuming.paused,
-        "problem": consuming.problem,
-        "database": if figures.is_some() { "ok" } else { "away" },
-        "outbox_unsent": figures.map(|all| all.outbox_unsent),
-        "outbox_oldest_s": figures.map(|all| all.outbox_oldest_s),
-        "running_runs": figures.map(|all| all.running_runs),
-    }))
-    .into_response()
+    Json(shared.status().await).into_response()
 }
 
-async fn ask<T>(question: &Ask<T>) -> Option<T> {
-    match tokio::time::timeout(DATABASE_PATIENCE, question()).await {
-        Ok(Ok(answer)) => Some(answer),
-        Ok(Err(problem)) => {
-            tracing::debug!(problem, "the database did not answer a probe");
-            None
+impl Shared {
+    async fn readiness(&self) -> Readiness {
+        let database = in_time(self.state.source.ping()).await;
+        let problems = self.problems(database.err(), &self.state.source.consumption());
+        // A pause is a state of a ready daemon: it resumes without a restart, and an alert reports it.
+        let missing: Vec<Component> =
+            problems.iter().map(|problem| problem.component).filter(|one| *one != Component::Consumption).collect();
+        Readiness { ready: missing.is_empty(), missing, problems }
+    }
+
+    async fn status(&self) -> Status {
+        let backlog = in_time(self.state.source.backlog()).await;
+        let consumption = self.state.source.consumption();
+        let problems = self.problems(backlog.as_ref().err().cloned(), &consumption);
+        let backlog = backlog.ok();
+        Status {
+            database: if backlog.is_some() { DatabaseState::Ok } else { DatabaseState::Unreachable },
+            draining: self.state.draining.is_cancelled(),
+            in_flight: consumption.in_flight,
+            outbox_oldest_s: backlog.map(|all| all.outbox_oldest_s),
+            outbox_unsent: backlog.map(|all| all.outbox_unsent),
+            paused: consumption.paused,
+            problem: consumption.problem,
+            problems,
+            replica: self.state.replica.clone(),
+            running_runs: backlog.map(|all| all.running_runs),
+            subscribed: consumption.subscribed,
+            uptime_s: self.state.started.elapsed().as_secs(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
         }
-        Err(_) => {
-            tracing::debug!("the database did not answer a probe in time");
-            None
+    }
+
+    fn problems(&self, database: Option<String>, consumption: &Consumption) -> Vec<Problem> {
+        let mut present = Vec::new();
+        if let Some(cause) = database {
+            present.push((Component::Database, format!("the database does not respond: {cause}")));
         }
+        if !consumption.subscribed {
+            let cause = consumption.problem.as_deref().unwrap_or("not connected yet");
+            present.push((Component::Subscription, format!("no subscription to the request queue: {cause}")));
+        }
+        if let Some(reason) = &consumption.paused {
+            present.push((Component::Consumption, format!("no new requests are accepted: {reason}")));
+        }
+        if self.state.draining.is_cancelled() {
+            present.push((Component::Draining, "the daemon is stopping".to_owned()));
+        }
+        self.problems.update(present)
     }
 }
 
-/// Digests of one length are compared, all of their bytes: how long it takes tells nothing of the token.
+async fn in_time<T>(answer: BoxFuture<'_, Result<T, String>>) -> Result<T, String> {
+    let late = |_| format!("no response within {} ms", DATABASE_TIMEOUT.as_millis());
+    tokio::time::timeout(DATABASE_TIMEOUT, answer).await.map_err(late)?
+}
+
+/// Compares digests of equal length in full, so that the response time reveals nothing about the token.
 fn is_authorised(token: &SecretString, headers: &HeaderMap) -> bool {
     let expected = token.expose_secret();
     if expected.is_empty() {
@@ -219,10 +228,35 @@ mod tests {
     use tokio::net::TcpStream;
     use tokio::task::JoinHandle;
 
+    use super::server::{HEADER_TIMEOUT, MAX_CONNECTIONS, SHUTDOWN_GRACE};
     use super::*;
 
+    /// A daemon whose database responds, refuses or hangs.
+    struct Fake {
+        consumption: Consumption,
+        database: Option<Result<(), String>>,
+    }
+
+    impl Source for Fake {
+        fn consumption(&self) -> Consumption {
+            self.consumption.clone()
+        }
+
+        fn ping(&self) -> BoxFuture<'_, Result<(), String>> {
+            match self.database.clone() {
+                Some(answer) => std::future::ready(answer).boxed(),
+                None => std::future::pending().boxed(),
+            }
+        }
+
+        fn backlog(&self) -> BoxFuture<'_, Result<Backlog, String>> {
+            let backlog = Backlog { outbox_unsent: 3, outbox_oldest_s: 1.5, running_runs: 2 };
+            self.ping().map(move |answer| answer.map(|()| backlog)).boxed()
+        }
+    }
+
     fn state() -> HttpState {
-        let figures = Figures { outbox_unsent: 3, outbox_oldest_s: 1.5, running_runs: 2 };
+        let consumption = Consumption { subscribed: true, in_flight: 4, paused: None, problem: None };
         HttpState {
             replica: "here".to_owned(),
             metrics: PrometheusBuilder::new().build_recorder().handle(),
@@ -231,9 +265,7 @@ mod tests {
             heartbeat: Arc::default(),
             stuck_after: Duration::from_secs(60),
             draining: CancellationToken::new(),
-            consuming: Arc::new(|| Consuming { subscribed: true, in_flight: 4, paused: None, problem: None }),
-            ping: Arc::new(|| async { Ok(()) }.boxed()),
-            figures: Arc::new(move || async move { Ok(figures) }.boxed()),
+            source: Box::new(Fake { consumption, database: Some(Ok(())) }),
         }
     }
 
@@ -262,33 +294,69 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn readiness_says_what_is_missing() {
+    async fn readiness_names_each_problem_with_cause_and_duration() {
         let server = Server::start(state()).await;
-        assert_eq!(server.get("/readyz", "").await, (200, r#"{"missing":[],"ready":true}"#.to_owned()));
+        assert_eq!(server.get("/readyz", "").await, (200, r#"{"ready":true,"missing":[],"problems":[]}"#.to_owned()));
         let mut unready = state();
-        unready.ping = Arc::new(|| async { Err("connection refused".to_owned()) }.boxed());
-        unready.consuming = Arc::new(Consuming::default);
+        let consumption = Consumption { problem: Some("access refused".to_owned()), ..Consumption::default() };
+        unready.source = Box::new(Fake { consumption, database: Some(Err("connection refused".to_owned())) });
         unready.draining.cancel();
         let server = Server::start(unready).await;
         let (code, body) = server.get("/readyz", "").await;
         assert_eq!(code, 503);
-        assert!(body.contains(r#"["database","subscription","draining"]"#), "{body}");
+        assert!(body.contains(r#""missing":["database","subscription","draining"]"#), "{body}");
+        assert!(body.contains("connection refused") && body.contains("access refused"), "{body}");
+        assert!(body.contains(r#""since_s":0"#), "{body}");
+    }
+
+    #[test]
+    fn a_problem_keeps_its_start_until_it_is_over() {
+        let log = ProblemLog::default();
+        let present = || vec![(Component::Database, "x".to_owned())];
+        log.update(present());
+        std::thread::park_timeout(Duration::from_millis(1_100));
+        assert!(log.update(present())[0].since_s >= 1);
+        log.update(Vec::new());
+        assert_eq!(log.update(present())[0].since_s, 0);
     }
 
     #[tokio::test]
-    async fn a_database_that_hangs_does_not_hang_the_probe_and_never_stops_the_life_sign() {
+    async fn a_hanging_database_does_not_block_probes() {
         let mut hanging = state();
-        hanging.ping = Arc::new(|| std::future::pending().boxed());
-        hanging.figures = Arc::new(|| std::future::pending().boxed());
+        hanging.source = Box::new(Fake { consumption: Consumption::default(), database: None });
         let server = Server::start(hanging).await;
         assert_eq!(server.get("/readyz", "").await.0, 503);
         assert_eq!(server.get("/livez", "").await.0, 200);
         let (code, body) = server.get("/status", "").await;
-        assert!(code == 200 && body.contains(r#""database":"away""#), "{body}");
+        assert!(code == 200 && body.contains(r#""database":"unreachable""#), "{body}");
     }
 
     #[tokio::test]
-    async fn a_loop_that_stands_still_is_not_alive() {
+    async fn idle_and_slow_clients_are_closed_and_never_block_a_probe() {
+        let server = Server::start(state()).await;
+        let mut strangers = Vec::new();
+        for n in 0..MAX_CONNECTIONS * 3 {
+            let mut stranger = TcpStream::connect(server.address).await.unwrap();
+            if n % 2 == 0 {
+                stranger.write_all(b"GET /metrics HTTP/1.1\r\nhost:").await.unwrap();
+            }
+            strangers.push(stranger);
+        }
+        assert_eq!(server.get("/livez", "").await.0, 200);
+        let mut newest = strangers.pop().unwrap();
+        let closed = tokio::time::timeout(HEADER_TIMEOUT * 2, newest.read_to_end(&mut Vec::new())).await;
+        assert!(closed.is_ok(), "a connection without a request is closed after the header timeout");
+    }
+
+    #[tokio::test]
+    async fn headers_above_the_limit_are_refused() {
+        let server = Server::start(state()).await;
+        let (code, _) = server.get("/livez", &format!("x: {}\r\n", "y".repeat(64 * 1024))).await;
+        assert_eq!(code, 431);
+    }
+
+    #[tokio::test]
+    async fn a_stuck_loop_is_not_alive() {
         let mut stuck = state();
         stuck.stuck_after = Duration::from_millis(500);
         let heartbeat = Arc::clone(&stuck.heartbeat);
@@ -300,7 +368,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_token_guards_what_tells_of_the_business() {
+    async fn metrics_and_status_require_the_token() {
         let mut guarded = state();
         guarded.token = "s3cret".into();
         let server = Server::start(guarded).await;
@@ -315,15 +383,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_status_is_a_document_and_stopping_ends_the_server() {
+    async fn status_is_json_and_stopping_ends_the_server() {
         let server = Server::start(state()).await;
         let (_, body) = server.get("/status", "").await;
         let status: serde_json::Value = serde_json::from_str(&body).unwrap();
         assert_eq!((&status["in_flight"], &status["outbox_unsent"]), (&json!(4), &json!(3)));
         assert_eq!((&status["replica"], &status["running_runs"]), (&json!("here"), &json!(2)));
-        // A connection that never sends its request must not hold the daemon.
+        // A connection without a request must not delay the shutdown.
         let _idle = TcpStream::connect(server.address).await.unwrap();
         server.stop.cancel();
-        tokio::time::timeout(LAST_CALL * 3, server.task).await.unwrap().unwrap();
+        tokio::time::timeout(SHUTDOWN_GRACE * 3, server.task).await.unwrap().unwrap();
     }
 }

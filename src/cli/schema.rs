@@ -1,4 +1,4 @@
-//! `inventoryd schema`: JSON Schemas of the messages, generated from the types.
+//! `inventoryd schema`: JSON Schemas of messages and documents, generated from the types.
 
 use clap::ValueEnum;
 use schemars::generate::SchemaSettings;
@@ -9,8 +9,9 @@ use super::{CliError, Context, Outcome};
 use crate::domain::dead_letter::DeadLetter;
 use crate::domain::event::CloudEvent;
 use crate::domain::request::SyncRequest;
+use crate::http::Status;
 
-/// Print the JSON Schema (2020-12) of a message
+/// Print the JSON Schema (2020-12) of a message or document
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     message: Message,
@@ -24,6 +25,8 @@ enum Message {
     Event,
     /// Message in the dead-letter queue
     DeadLetter,
+    /// Answer of /status
+    Status,
 }
 
 pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
@@ -41,6 +44,7 @@ fn schema(message: Message) -> Schema {
         Message::Request => of::<SyncRequest>(SchemaSettings::draft2020_12().for_deserialize()),
         Message::Event => of::<CloudEvent>(SchemaSettings::draft2020_12().for_serialize()),
         Message::DeadLetter => of::<DeadLetter>(SchemaSettings::draft2020_12().for_serialize()),
+        Message::Status => of::<Status>(SchemaSettings::draft2020_12().for_serialize()),
     };
     RecursiveTransform(join_lines).transform(&mut schema);
     if matches!(message, Message::Request) {
@@ -72,6 +76,7 @@ mod tests {
             ("request", include_str!("../../config/schemas/request.json")),
             ("event", include_str!("../../config/schemas/event.json")),
             ("dead-letter", include_str!("../../config/schemas/dead-letter.json")),
+            ("status", include_str!("../../config/schemas/status.json")),
         ] {
             let (code, generated) = call(&["schema", message]);
             assert_eq!(code, 0);

@@ -1,5 +1,4 @@
-//! What systemd is told, where it has started us with `Type=notify`: that requests are taken, that the loop which takes them
-//! still turns, what is going on, and that we stop. Elsewhere nobody hears it.
+//! Notifications to systemd (`Type=notify`): readiness, watchdog, status line and stop. Without systemd they have no effect.
 
 use std::time::Duration;
 
@@ -11,13 +10,14 @@ use tracing::debug;
 use super::STUCK_AFTER;
 use crate::consumer::ConsumerHealth;
 
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Interval at which the status is sampled.
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Tells it all, for as long as it is awaited.
-pub(super) async fn tell(health: &ConsumerHealth, draining: &CancellationToken) {
+/// Sends notifications until the future is dropped.
+pub(super) async fn report(health: &ConsumerHealth, draining: &CancellationToken) {
     let watchdog = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
-    let mut looks = interval(LOOK_EVERY);
-    let mut beats = interval(watchdog.map_or(LOOK_EVERY, |limit| limit / 2));
+    let mut samples = interval(SAMPLE_INTERVAL);
+    let mut beats = interval(watchdog.map_or(SAMPLE_INTERVAL, |limit| limit / 2));
     let (mut ready, mut stopping, mut said) = (false, false, String::new());
     loop {
         tokio::select! {
@@ -30,14 +30,14 @@ pub(super) async fn tell(health: &ConsumerHealth, draining: &CancellationToken) 
                     notify(&[NotifyState::Watchdog]);
                 }
             }
-            _ = looks.tick() => {
+            _ = samples.tick() => {
                 if !ready && health.subscribed() {
                     ready = true;
                     notify(&[NotifyState::Ready]);
                 }
                 let status = status(health);
                 if status != said {
-                    say(&status);
+                    set_status(&status);
                     said = status;
                 }
             }
@@ -45,16 +45,16 @@ pub(super) async fn tell(health: &ConsumerHealth, draining: &CancellationToken) 
     }
 }
 
-/// Says in a line what is going on, for `systemctl status`.
-pub(super) fn say(status: &str) {
+/// Sets the status line of `systemctl status`.
+pub(super) fn set_status(status: &str) {
     notify(&[NotifyState::Status(status)]);
 }
 
 fn status(health: &ConsumerHealth) -> String {
     let doing = match (health.paused(), health.problem()) {
-        (Some(paused), _) => format!("no new requests are taken: {paused}"),
+        (Some(paused), _) => format!("paused: {paused}"),
         (None, Some(problem)) => format!("no subscription: {}", problem.replace('\n', " ")),
-        (None, None) if health.subscribed() => "requests are taken".to_owned(),
+        (None, None) if health.subscribed() => "consuming requests".to_owned(),
         (None, None) => "subscribing".to_owned(),
     };
     format!("{doing}; {} in flight", health.in_flight())
@@ -62,6 +62,6 @@ fn status(health: &ConsumerHealth) -> String {
 
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        debug!(%error, "systemd could not be told");
+        debug!(%error, "systemd could not be notified");
     }
 }

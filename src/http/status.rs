@@ -1,0 +1,124 @@
+//! Documents of `/readyz` and `/status`, and the tracking of problems over time.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+/// State of the consumer at a moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Consumption {
+    /// True while there is a live subscription.
+    pub subscribed: bool,
+    /// Deliveries in flight.
+    pub in_flight: usize,
+    /// Reason for a pause of consumption.
+    pub paused: Option<String>,
+    /// Reason for a missing subscription.
+    pub problem: Option<String>,
+}
+
+/// State of the outbox and of the runs, over all replicas.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Backlog {
+    /// Events waiting to be published.
+    pub outbox_unsent: i64,
+    /// Age of the oldest waiting event, in seconds.
+    pub outbox_oldest_s: f64,
+    /// Running runs.
+    pub running_runs: i64,
+}
+
+/// State of the database as seen by a probe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DatabaseState {
+    /// The database responds.
+    Ok,
+    /// The database does not respond in time, or refuses the connection.
+    Unreachable,
+}
+
+/// Part of the daemon that a problem concerns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Component {
+    /// PostgreSQL.
+    Database,
+    /// Subscription to the request queue.
+    Subscription,
+    /// Acceptance of new requests, paused at present.
+    Consumption,
+    /// Shutdown in progress.
+    Draining,
+}
+
+/// A present problem.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+pub struct Problem {
+    /// Part of the daemon.
+    pub component: Component,
+    /// Cause, in words.
+    pub message: String,
+    /// Seconds since the problem was first seen.
+    pub since_s: u64,
+}
+
+/// Answer of `/readyz`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct Readiness {
+    pub(super) ready: bool,
+    pub(super) missing: Vec<Component>,
+    pub(super) problems: Vec<Problem>,
+}
+
+/// Answer of `/status`. Keys are only added within a version.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[schemars(title = "inventoryd status, version 1")]
+pub struct Status {
+    /// State of the database.
+    pub database: DatabaseState,
+    /// True while the daemon drains before it stops.
+    pub draining: bool,
+    /// Deliveries in flight on this replica.
+    pub in_flight: usize,
+    /// Age of the oldest unpublished event in seconds, over all replicas; absent without the database.
+    pub outbox_oldest_s: Option<f64>,
+    /// Unpublished events over all replicas; absent without the database.
+    pub outbox_unsent: Option<i64>,
+    /// Reason for a pause of consumption.
+    pub paused: Option<String>,
+    /// Reason for a missing subscription.
+    pub problem: Option<String>,
+    /// Present problems, each with its cause and duration.
+    pub problems: Vec<Problem>,
+    /// Name of this replica.
+    pub replica: String,
+    /// Running runs over all replicas; absent without the database.
+    pub running_runs: Option<i64>,
+    /// True while there is a live subscription.
+    pub subscribed: bool,
+    /// Seconds since the start of this process.
+    pub uptime_s: u64,
+    /// Version of the daemon.
+    pub version: String,
+}
+
+/// First sighting of each present problem.
+#[derive(Debug, Default)]
+pub(super) struct ProblemLog(Mutex<BTreeMap<Component, Instant>>);
+
+impl ProblemLog {
+    /// Adds the duration to each present problem, and forgets the ones that are over.
+    pub(super) fn update(&self, present: Vec<(Component, String)>) -> Vec<Problem> {
+        let mut seen = self.0.lock();
+        seen.retain(|component, _| present.iter().any(|(other, _)| other == component));
+        let dated = |(component, message)| {
+            let since = seen.entry(component).or_insert_with(Instant::now);
+            Problem { component, message, since_s: since.elapsed().as_secs() }
+        };
+        present.into_iter().map(dated).collect()
+    }
+}
