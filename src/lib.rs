@@ -43,6 +43,7 @@ pub mod domain;
 pub mod backoff;
 pub mod config;
 pub mod telemetry;
+pub mod tls;
 
 pub mod broker;
 pub mod graph;

@@ -69,7 +69,7 @@ impl Broker {
     /// If `broker.url` or a file of `[broker]` can't be used.
     pub fn new(config: &BrokerConfig, topology: &TopologyConfig, client_name: &str) -> Result<Self, BrokerError> {
         // An error means that a provider is installed already, which serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        crate::tls::install_provider();
         let tls = Tls::read(config)?;
         // A separate thread for the client's tasks: heartbeats must be sent while all workers are busy.
         let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -109,8 +109,8 @@ fn markdown_of_metrics() -> String {
     let mut text = "| Metric | Kind | Labels | Meaning |\n|---|---|---|---|\n".to_owned();
     for metric in METRICS {
         let kind = format!("{:?}", metric.kind).to_lowercase();
-        let labels: Vec<String> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
-        text += &format!("| `{}` | {kind} | {} | {} |\n", metric.name, labels.join(", "), metric.help);
+        let label = metric.label.map(|label| format!("`{}`", label.name)).unwrap_or_default();
+        text += &format!("| `{}` | {kind} | {} | {} |\n", metric.name, label, metric.help);
     }
     text
 }

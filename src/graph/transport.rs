@@ -10,6 +10,7 @@ use uuid::Uuid;
 use crate::config::{GraphConfig, seconds};
 use crate::domain::clock::Deadline;
 use crate::graph::limits::retry_after;
+use crate::tls;
 
 const USER_AGENT: &str = concat!("inventoryd/", env!("CARGO_PKG_VERSION"));
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -91,8 +92,7 @@ pub(super) struct Get<'a> {
 
 impl HttpTransport {
     pub(super) fn new(config: &GraphConfig) -> Result<Self, GraphError> {
-        // An error means that the process has installed a provider already, which is then used.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        tls::install_provider();
         let ca = match &config.ca_file {
             Some(path) => certificates(path)?,
             None => Vec::new(),

@@ -1,7 +1,7 @@
-//! What is traced: every span and its attributes as a function, and the trace context on its way in and out.
+//! Spans: one function per span with its attributes, and trace context propagation.
 //!
-//! Attributes name no link, token, object or person. While no traces are sent these spans cost nothing. Log lines leave
-//! them out: what belongs on every line of a run stands in the run's own span.
+//! Attributes contain no link, token, object or person. Without a collector these spans are disabled. They do not appear
+//! in log lines, which carry the fields of the run's own span.
 
 use std::collections::HashMap;
 
@@ -12,12 +12,12 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use crate::domain::failure::ErrorCode;
 
-/// What the spans of this file are told apart by.
+/// Target that identifies the spans of this file.
 pub(super) const TARGET: &str = module_path!();
 const TRACEPARENT: &str = "traceparent";
 const TRACESTATE: &str = "tracestate";
 
-/// A request in hand, from its arrival to its settlement; it continues the trace of whoever published it.
+/// Span of a delivery, from arrival to settlement; continues the publisher's trace.
 #[must_use]
 pub fn delivery(traceparent: Option<&str>, tracestate: Option<&str>) -> Span {
     let span = info_span!(parent: None, "delivery", otel.kind = "consumer", messaging.system = "rabbitmq",
@@ -26,37 +26,37 @@ pub fn delivery(traceparent: Option<&str>, tracestate: Option<&str>) -> Span {
     span
 }
 
-/// Says on the current span how its delivery was settled.
+/// Records the outcome of the delivery on the current span.
 pub fn settled(outcome: &'static str) {
     Span::current().record("outcome", outcome);
 }
 
-/// One list of Graph, read to its end or to its failure.
+/// Span of one Graph list.
 #[must_use]
 pub fn list(path: &str) -> Span {
     info_span!("list", path, error.type = field::Empty, otel.status_code = field::Empty)
 }
 
-/// One page of a list, asked for until it came or was given up; waits for Graph's limits are part of it.
+/// Span of one page of a list, including retries and waits for Graph's limits.
 #[must_use]
 pub fn page(path: &str) -> Span {
     info_span!("page", otel.kind = "client", path, objects = field::Empty, error.type = field::Empty,
         otel.status_code = field::Empty)
 }
 
-/// One batch of items on its way into the inventory.
+/// Span of one batch of inventory writes.
 #[must_use]
 pub fn upsert(policy_type: &str, rows: usize) -> Span {
     info_span!("upsert", otel.kind = "client", db.system.name = "postgresql", policy_type, rows)
 }
 
-/// The commit that ends a run: the rows that are left, the run and its event.
+/// Span of the transaction that ends a run: remaining rows, run and event.
 #[must_use]
 pub fn finish() -> Span {
     info_span!("finish", otel.kind = "client", db.system.name = "postgresql")
 }
 
-/// One event on its way from the outbox to the broker; it continues the trace of its run.
+/// Span of the publication of one event; continues the trace of its run.
 #[must_use]
 pub fn publish(traceparent: Option<&str>) -> Span {
     let span = info_span!(parent: None, "publish", otel.kind = "producer", messaging.system = "rabbitmq",
@@ -65,21 +65,21 @@ pub fn publish(traceparent: Option<&str>) -> Span {
     span
 }
 
-/// Says on a span of a run why it failed.
+/// Records an error code on a span.
 pub fn failed(span: &Span, code: ErrorCode) {
     record_failure(span, code.as_str());
 }
 
-/// Says on the span of an event why it is not published yet.
-pub fn not_published(span: &Span, fate: &'static str) {
-    record_failure(span, fate);
+/// Records the reason for an unpublished event on its span.
+pub fn not_published(span: &Span, outcome: &'static str) {
+    record_failure(span, outcome);
 }
 
 fn record_failure(span: &Span, kind: &'static str) {
     span.record("error.type", kind).record("otel.status_code", "ERROR");
 }
 
-/// The current span as a W3C `traceparent`, for others to continue; nothing while no traces are sent.
+/// W3C `traceparent` of the current span; none without a collector.
 #[must_use]
 pub fn traceparent() -> Option<String> {
     let mut carrier = HashMap::new();
@@ -87,11 +87,11 @@ pub fn traceparent() -> Option<String> {
     carrier.remove(TRACEPARENT)
 }
 
-/// A context that can't be read counts as not given.
+/// Sets the parent of a span. An invalid context is ignored.
 fn continue_trace(span: &Span, traceparent: Option<&str>, tracestate: Option<&str>) {
     let given = [(TRACEPARENT, traceparent), (TRACESTATE, tracestate)];
     let carrier: HashMap<String, String> =
         given.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned()))).collect();
-    // It is refused where no traces are sent.
+    // Fails without a collector, where it has no effect.
     let _ = span.set_parent(TraceContextPropagator::new().extract(&carrier));
 }

@@ -1,5 +1,5 @@
-//! Sending traces: OTLP over HTTP, from a thread of its own. A collector that is away costs traces and nothing else: what
-//! does not fit into the queue meanwhile is dropped.
+//! Trace export: OTLP over HTTP, from a separate thread. An unreachable collector costs traces only: spans that exceed the
+//! queue are dropped.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -17,27 +17,28 @@ use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::config::TelemetryConfig;
+use crate::tls;
 
-/// How long a stopping daemon may take for the traces that are left.
+/// Timeout of the final export at shutdown.
 const LAST_FLUSH: Duration = Duration::from_secs(3);
 const PATH: &str = "v1/traces";
 
-/// The traces of this process on their way to the collector, if there is one.
+/// Trace exporter of this process; inactive without a collector.
 #[derive(Debug, Default)]
 pub struct Traces(Option<SdkTracerProvider>);
 
 impl Traces {
-    /// Sends what is left, for a short time; nothing is sent from then on.
+    /// Exports the remaining spans within a timeout, and shuts the exporter down.
     pub async fn flush(self) {
         let Some(provider) = self.0 else { return };
         let flushed = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(LAST_FLUSH)).await;
         if !matches!(flushed, Ok(Ok(()))) {
-            warn!("the last traces were not sent in time");
+            warn!("the last traces were not exported in time");
         }
     }
 }
 
-/// What has spans of ours sent to the collector of the configuration; events stay in the log.
+/// Layer that exports this crate's spans to the configured collector; events stay in the log.
 pub(super) fn layer<S>(config: &TelemetryConfig) -> Result<(Option<impl Layer<S>>, Traces), String>
 where
     S: Subscriber + for<'span> LookupSpan<'span>,
@@ -45,8 +46,7 @@ where
     if config.otlp_endpoint.is_empty() {
         return Ok((None, Traces::default()));
     }
-    // The exporter makes a TLS client, whether it needs one or not; an installed provider is kept.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    tls::install_provider();
     let endpoint = format!("{}/{PATH}", config.otlp_endpoint.trim_end_matches('/'));
     let exporter = SpanExporter::builder().with_http().with_endpoint(endpoint).build();
     let exporter = exporter.map_err(|error| format!("telemetry.otlp_endpoint: {error}"))?;
@@ -55,7 +55,7 @@ where
         KeyValue::new("deployment.environment.name", config.deployment.clone()),
     ]);
     let provider = SdkTracerProvider::builder()
-        .with_batch_exporter(Outspoken { exporter, failing: AtomicBool::new(false) })
+        .with_batch_exporter(LoggingExporter { exporter, failing: AtomicBool::new(false) })
         .with_resource(resource.build())
         .build();
     let ours = filter_fn(|metadata| metadata.is_span() && metadata.target().starts_with(env!("CARGO_PKG_NAME")));
@@ -69,19 +69,19 @@ where
     Ok((Some(layer), Traces(Some(provider))))
 }
 
-/// An exporter that says when it begins to fail and when that is over: once, and not for every batch.
+/// Exporter that logs each change between failure and success once, instead of every failed batch.
 #[derive(Debug)]
-struct Outspoken {
+struct LoggingExporter {
     exporter: SpanExporter,
     failing: AtomicBool,
 }
 
-impl opentelemetry_sdk::trace::SpanExporter for Outspoken {
+impl opentelemetry_sdk::trace::SpanExporter for LoggingExporter {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         let sent = self.exporter.export(batch).await;
         match (&sent, self.failing.swap(sent.is_err(), Ordering::Relaxed)) {
-            (Err(error), false) => warn!(%error, "the collector takes no traces; they are lost until it does"),
-            (Ok(()), true) => info!("the collector takes traces again"),
+            (Err(error), false) => warn!(%error, "the trace collector is failing; traces are dropped"),
+            (Ok(()), true) => info!("the trace collector has recovered"),
             _ => {}
         }
         sent

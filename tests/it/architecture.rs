@@ -17,7 +17,7 @@ const FLOORS: &[&[&str]] = &[
     &["graph", "store", "broker"],
     &["backoff"],
     &["telemetry"],
-    &["config"],
+    &["config", "tls"],
     &["domain"],
 ];
 
