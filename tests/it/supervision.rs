@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::BoxFuture;
 use inventoryd::broker::Broker;
 use inventoryd::consumer::Consumer;
 use inventoryd::graph::GraphClient;
-use inventoryd::http::{self, Consuming, Figures, HttpState};
+use inventoryd::http::{self, Backlog, Consumption, HttpState};
 use inventoryd::run::{Runner, Stop};
 use inventoryd::store::Store;
 use metrics_exporter_prometheus::PrometheusBuilder;
@@ -71,7 +72,6 @@ impl Turned {
         let consumer = Consumer::new(broker.clone(), broker.publisher(), runner, store, &config);
         let listener = http::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let livez = format!("http://{}/livez", listener.local_addr().unwrap());
-        let figures = Figures { outbox_unsent: 0, outbox_oldest_s: 0.0, running_runs: 0 };
         let state = HttpState {
             replica: "test".to_owned(),
             metrics: PrometheusBuilder::new().build_recorder().handle(),
@@ -80,9 +80,7 @@ impl Turned {
             heartbeat: Arc::clone(consumer.health().heartbeat()),
             stuck_after: Duration::from_secs(3),
             draining: CancellationToken::new(),
-            consuming: Arc::new(Consuming::default),
-            ping: Arc::new(|| Box::pin(async { Ok(()) })),
-            figures: Arc::new(move || Box::pin(async move { Ok(figures) })),
+            source: Box::new(Healthy),
         };
         let server = tokio::spawn(http::serve(listener, state, CancellationToken::new()));
         Self { turning: Box::pin(consumer.run(Stop::default())), livez, _server: server }
@@ -94,6 +92,23 @@ impl Turned {
 
     async fn alive(&self) -> bool {
         reqwest::get(&self.livez).await.unwrap().status().is_success()
+    }
+}
+
+/// A source without problems.
+struct Healthy;
+
+impl http::Source for Healthy {
+    fn consumption(&self) -> Consumption {
+        Consumption::default()
+    }
+
+    fn ping(&self) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn backlog(&self) -> BoxFuture<'_, Result<Backlog, String>> {
+        Box::pin(async { Ok(Backlog { outbox_unsent: 0, outbox_oldest_s: 0.0, running_runs: 0 }) })
     }
 }
 
