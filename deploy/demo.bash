@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The tour of `deploy/dev demo`, read by it: three tenants, seven requests, and what became of them.
+# Tour of `deploy/dev demo`, sourced by deploy/dev: three tenants, seven requests and their results.
 
 readonly CONTOSO=c0170500-0000-4000-8000-000000000001
 readonly FABRIKAM=fab21ca0-0000-4000-8000-000000000002
@@ -10,57 +10,57 @@ readonly OTHER_TYPES=deviceConfiguration
 tour() {
   "$INSTANCE" packages curl
   mkdir -p "$DEV/log"
-  # A simulator that starts anew has its first objects again, whatever an earlier tour deleted.
+  # A new simulator process has its initial objects again, which an earlier tour may have deleted.
   halt graph-sim "$SIM"
   local stamp events
-  stamp=$(date +%Y%m%d-%H%M%S)
+  stamp=$(date +%H%M%S)
   events=$DEV/demo-events.txt
   up
 
-  head_line 'Three tenants'
+  head_line 'Tenants'
   {
     cli tenant add "$CONTOSO" --name Contoso --max-runs 1
     cli tenant add "$FABRIKAM" --name Fabrikam
     cli tenant add "$TAILSPIN" --name Tailspin
   } | sed 's/^/  /'
 
-  head_line 'Requests on the queue, and what Graph does to them'
+  head_line 'Requests'
   graph_rules
   subscribe "$events"
-  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-clean" 'Contoso    two types and the foundations, nothing in the way'
-  ask "$FABRIKAM" "$FIRST_TYPES" "$stamp-throttled" 'Fabrikam   Graph answers 429 and asks for 2 s of patience, twice'
-  ask "$TAILSPIN" "$FIRST_TYPES,mobileApp" "$stamp-forbidden" 'Tailspin   apps are forbidden, the rest is not'
+  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-clean" 'Contoso    two types and the foundations'
+  ask "$FABRIKAM" "$FIRST_TYPES" "$stamp-throttled" 'Fabrikam   the same; Graph responds twice with 429, Retry-After 2 s'
+  ask "$TAILSPIN" "$FIRST_TYPES,mobileApp" "$stamp-forbidden" 'Tailspin   the same and apps, which Graph forbids'
   settle
-  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-clean" 'Contoso    the first key once more: a duplicate, no second run'
+  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-clean" 'Contoso    the first key again: a duplicate'
   settle
   ask "$CONTOSO" "$OTHER_TYPES" "$stamp-slow" 'Contoso    another selection; Graph is slow'
   until_running "$CONTOSO"
-  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-over" 'Contoso    meanwhile one more: over its limit of one run'
+  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-over" 'Contoso    a concurrent request, above the limit of one run'
   settle
-  say '  -          a message that is no request: its tenant is a name'
+  say '  -          an invalid request: tenant_id is not a GUID'
   malformed "$stamp"
 
-  head_line 'Then Contoso deletes two compliance policies and an assignment filter, and asks again'
+  say '  (Contoso deletes two compliance policies and an assignment filter)'
   gone deviceCompliancePolicies 2
   gone deviceCompliancePolicies 3
   gone assignmentFilters 2
-  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-again" 'Contoso    the same types'
+  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-again" 'Contoso    the first selection again'
   settle
 
   head_line 'Runs: inventoryd runs list'
   cli runs list --limit 6
-  head_line 'Events that a subscriber received: inventoryd events tail'
+  head_line 'Events: inventoryd events tail'
   show_events "$events" 6
   head_line 'Missing at Contoso: inventoryd missing'
   cli missing --tenant "$CONTOSO" --types "$FIRST_TYPES"
   head_line 'Dead letters: inventoryd dead list'
   cli dead list
 
-  head_line 'Left running'
+  head_line 'Still running'
   local servers=', PostgreSQL, RabbitMQ'
   [[ -z $OWN_DATABASE ]] || servers=${servers/, PostgreSQL/}
   [[ -z $OWN_AMQP ]] || servers=${servers/, RabbitMQ/}
-  say "  two replicas, the simulator$servers. Look around:  deploy/dev status | logs | psql"
+  say "  two replicas, the simulator$servers:  deploy/dev status | logs | psql"
   say "  Any command of inventoryd:  deploy/dev run runs list --tenant $CONTOSO"
   say '  Stop:  deploy/dev down      Stop and delete the data:  deploy/dev clean'
 }
@@ -71,7 +71,7 @@ head_line() {
 
 cli() { "$BIN" "$@"; }
 
-# The simulator's remote control.
+# Calls the administration API of the simulator.
 admin() { # METHOD PATH [JSON]
   curl -sS --fail-with-body --max-time 10 --cacert "$DEV/graph-ca.pem" -X "$1" "https://127.0.0.1:$SIM_PORT/admin/$2" \
     ${3:+-H 'content-type: application/json' -d "$3"} >"$DEV/log/admin.log" ||
@@ -92,19 +92,19 @@ graph_rules() {
 }
 
 ASKED=()
-# Publishes a request and goes on; `settle` waits for those that are under way.
+# Publishes a request in the background; `settle` waits for all of them.
 ask() { # TENANT TYPES KEY WORDS
   say "  $4"
   timeout 120 "$BIN" request --tenant "$1" --types "$2" --key "$3" --wait >>"$DEV/log/demo.log" 2>&1 &
   ASKED+=($!)
 }
 
-settle() { # a run that ends partial or skipped is no failure of the tour
+settle() { # ignores exit codes of partial and skipped runs
   local pid code
   for pid in "${ASKED[@]}"; do
     code=0
     wait "$pid" || code=$?
-    [[ $code -ne 124 ]] || die "a request was not answered in two minutes: $(tail -n 1 "$DEV/log/demo.log")"
+    [[ $code -ne 124 ]] || die "a request did not complete within two minutes: $(tail -n 1 "$DEV/log/demo.log")"
   done
   ASKED=()
 }
@@ -142,11 +142,11 @@ subscribe() { # FILE
   done
 }
 
-# What arrived; the names of the tenants in place of their ids, and without the ids of the runs, which the table shows.
+# Prints the received events with tenant names instead of ids, and without dates and run ids.
 show_events() { # FILE HOW_MANY
   local deadline=$((SECONDS + 20))
   until (($(wc -l <"$1") >= $2 || SECONDS >= deadline)); do sleep 0.2; done
   kill "$SUBSCRIBER" 2>/dev/null || true
   wait "$SUBSCRIBER" 2>/dev/null || true
-  sed -E "s/$CONTOSO/Contoso  /; s/$FABRIKAM/Fabrikam /; s/$TAILSPIN/Tailspin /; s/  run [0-9a-f-]{36}//; s/^/  /" "$1"
+  sed -E "s/$CONTOSO/Contoso  /; s/$FABRIKAM/Fabrikam /; s/$TAILSPIN/Tailspin /; s/  run [0-9a-f-]{36}//; s/^[0-9]{4}-[0-9]{2}-[0-9]{2} /  /" "$1"
 }

@@ -1,5 +1,4 @@
-"""Draws the first panels of rows of the dashboard from a Prometheus, where there is no Grafana: with the panels' own
-queries, titles, legends and colours.
+"""Draws panels of the dashboard without Grafana, from their queries in Prometheus, with their titles, legends and colours.
 
     python3 -m pip install matplotlib==3.11.2
     python3 deploy/grafana/draw.py http://127.0.0.1:9090 --minutes 8 --rows Runs Graph --out deploy/grafana/picture.svg

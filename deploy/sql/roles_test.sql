@@ -70,15 +70,16 @@ $$;
 insert into tenants (tenant_id, display_name) values
     ('aaaaaaaa-0000-4000-8000-000000000001', 'A'), ('bbbbbbbb-0000-4000-8000-000000000002', 'B')
     on conflict (tenant_id) do update set display_name = excluded.display_name;
+\set usage '{"graph_requests_count": 0, "graph_throttled_count": 0, "graph_throttle_wait_ms": 0, "items_unclassified_count": 0, "graph_select_refused_count": 0}'
 begin;
 select tenant_id from tenants where tenant_id = 'aaaaaaaa-0000-4000-8000-000000000001' for update \g /dev/null
 select only_row from inventory_fleet for update \g /dev/null
 select equal('admitted default', (select decision || ' ' || credential from inventory_admit('aaaaaaaa-0000-4000-8000-000000000001',
              'first', 'hash', '{}', null, null, null, 'here', 60, 5, 2, 0, false, '0')), 'a request is admitted') \g /dev/null
-select equal('{}', inventory_record_types(tenant_id, id, 1, '{}', '[{"policy_type": "type", "status": "complete",
+select equal('{}', inventory_record_types(tenant_id, id, 1, :'usage', '[{"policy_type": "type", "status": "complete",
              "items_observed_count": 0, "items_upserted_count": 0, "items_created_count": 0, "items_changed_count": 0,
              "errors_count": 0}]', 0.5, 20)::text, 'a type is recorded') from inventory_sync_runs \g /dev/null
-select equal('{}', inventory_end_run(tenant_id, id, 1, '{}', '[]', 0.5, 20, '{"status": "success", "had_errors": false,
+select equal('{}', inventory_end_run(tenant_id, id, 1, :'usage', '[]', 0.5, 20, '{"status": "success", "had_errors": false,
              "error_codes": [], "error_context": {}, "items_observed_count": 0, "items_upserted_count": 0,
              "items_created_count": 0, "items_changed_count": 0, "errors_count": 0}', 0)::text, 'a run is ended')
   from inventory_sync_runs \g /dev/null

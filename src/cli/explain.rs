@@ -14,14 +14,14 @@ use crate::telemetry::METRICS;
 pub(super) struct Args {
     /// The code, such as graph_forbidden
     code: Option<String>,
-    /// Print Markdown: config/ERRORS.md, or with =metrics the table of metrics
-    #[arg(long, value_name = "TABLE", conflicts_with = "code", num_args = 0..=1, require_equals = true,
+    /// Print a page of the documentation: config/ERRORS.md, or with =metrics deploy/METRICS.md
+    #[arg(long, value_name = "PAGE", conflicts_with = "code", num_args = 0..=1, require_equals = true,
           default_missing_value = "codes")]
-    markdown: Option<Tables>,
+    markdown: Option<Page>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Tables {
+enum Page {
     Codes,
     Metrics,
 }
@@ -56,8 +56,8 @@ impl From<DeadReason> for Meaning {
 pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     match (&args.code, args.markdown) {
         (Some(code), _) => one(code, context),
-        (None, Some(Tables::Codes)) => context.out.bytes(markdown().as_bytes()),
-        (None, Some(Tables::Metrics)) => context.out.bytes(markdown_of_metrics().as_bytes()),
+        (None, Some(Page::Codes)) => context.out.bytes(markdown().as_bytes()),
+        (None, Some(Page::Metrics)) => context.out.bytes(markdown_of_metrics().as_bytes()),
         (None, None) => every(context),
     }?;
     Ok(Outcome::Done)
@@ -92,25 +92,29 @@ fn meanings() -> Vec<Meaning> {
     codes.chain(DeadReason::ALL.iter().map(|reason| Meaning::from(*reason))).collect()
 }
 
-/// Tables of error codes and dead-letter reasons.
+/// Page with a section per code, so that each has an anchor.
 fn markdown() -> String {
-    let mut text = String::new();
-    for (heading, kind) in [("Error code", Kind::ErrorCode), ("Reason", Kind::DeadReason)] {
-        let space = if text.is_empty() { "" } else { "\n" };
-        text += &format!("{space}| {heading} | Cause | Remedy |\n|---|---|---|\n");
+    let mut text =
+        "# Error codes\n\nWritten by `inventoryd explain --markdown`; `inventoryd explain CODE` prints one.\n"
+            .to_owned();
+    for (heading, kind) in [("Error codes of a run", Kind::ErrorCode), ("Reasons of a dead letter", Kind::DeadReason)] {
+        text += &format!("\n## {heading}\n");
         for meaning in meanings().iter().filter(|meaning| meaning.kind == kind) {
-            text += &format!("| `{}` | {} | {} |\n", meaning.code, meaning.cause, meaning.remedy);
+            text += &format!("\n### {}\n\n{}\n\nRemedy: {}\n", meaning.code, meaning.cause, meaning.remedy);
         }
     }
     text
 }
 
+/// Page with a list entry per metric.
 fn markdown_of_metrics() -> String {
-    let mut text = "| Metric | Kind | Labels | Meaning |\n|---|---|---|---|\n".to_owned();
+    let mut text = "# Metrics\n\nWritten by `inventoryd explain --markdown=metrics`. \
+                    Histograms are in seconds.\n\n"
+        .to_owned();
     for metric in METRICS {
         let kind = format!("{:?}", metric.kind).to_lowercase();
-        let label = metric.label.map(|label| format!("`{}`", label.name)).unwrap_or_default();
-        text += &format!("| `{}` | {kind} | {} | {} |\n", metric.name, label, metric.help);
+        let by = metric.label.map(|label| format!(" by `{}`", label.name)).unwrap_or_default();
+        text += &format!("* `{}` ({kind}{by}): {}\n", metric.name, metric.help);
     }
     text
 }
@@ -133,11 +137,10 @@ mod tests {
     }
 
     #[test]
-    fn the_markdown_has_a_row_for_everything() {
+    fn the_markdown_pages_are_complete() {
         let (_, text) = call(&["explain", "--markdown"]);
-        assert!(meanings().iter().all(|meaning| text.contains(&format!("| `{}` | ", meaning.code))));
+        assert!(meanings().iter().all(|meaning| text.contains(&format!("\n### {}\n", meaning.code))));
         let (_, metrics) = call(&["explain", "--markdown=metrics"]);
-        assert!(METRICS.iter().all(|metric| metrics.contains(&format!("| `{}` | ", metric.name))));
-        assert!(meanings().iter().all(|meaning| !meaning.cause.contains('|') && !meaning.remedy.contains('|')));
+        assert!(METRICS.iter().all(|metric| metrics.contains(&format!("* `{}` (", metric.name))));
     }
 }

@@ -1,4 +1,4 @@
-//! The house: which room may know which, where vendor names may stand, and how large a file may grow.
+//! Architecture rules: import directions, vendor crates by module, file lengths.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -6,9 +6,8 @@ use std::path::{Path, PathBuf};
 
 const MAX_LINES: usize = 400;
 
-/// Rooms from the top of the house down; a room may know those of later lines. Rooms of one line don't know each other,
-/// but for `relay` and the like, which are listed on lines of their own.
-const FLOORS: &[&[&str]] = &[
+/// Layers of modules from top to bottom. A module may import modules of lower layers only.
+const LAYERS: &[&[&str]] = &[
     &["main"],
     &["cli"],
     &["daemon"],
@@ -21,7 +20,7 @@ const FLOORS: &[&[&str]] = &[
     &["domain"],
 ];
 
-/// Vendor crates and the only rooms that may name them.
+/// Vendor crates and the only modules that may name them.
 const VENDORS: &[(&str, &[&str])] = &[
     ("lapin", &["broker"]),
     ("async_rs", &["broker"]),
@@ -43,7 +42,7 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("tracing_subscriber", &["telemetry"]),
 ];
 
-/// Every production file with its room and its code, without the tests at its end and without comments.
+/// Every file of `src` with its top-level module and its code, without unit tests and comments.
 fn files() -> Vec<(PathBuf, String, String)> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut found = Vec::new();
@@ -56,51 +55,52 @@ fn files() -> Vec<(PathBuf, String, String)> {
                 continue;
             }
             let relative = path.strip_prefix(&src).unwrap();
-            let room = relative.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs").to_owned();
+            let module = relative.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs").to_owned();
             let text = fs::read_to_string(&path).unwrap();
             let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
             let code: Vec<&str> = code.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
-            found.push((path.clone(), room, code.join("\n")));
+            found.push((path.clone(), module, code.join("\n")));
         }
     }
     found
 }
 
-fn floor(room: &str) -> usize {
-    FLOORS.iter().position(|rooms| rooms.contains(&room)).unwrap_or_else(|| panic!("src/{room} stands on no floor"))
+fn layer(module: &str) -> usize {
+    let found = LAYERS.iter().position(|modules| modules.contains(&module));
+    found.unwrap_or_else(|| panic!("src/{module} belongs to no layer"))
 }
 
-/// The rooms that a file's code names.
-fn named_rooms(code: &str) -> BTreeSet<&'static str> {
+/// Top-level modules that a file's code names.
+fn named_modules(code: &str) -> BTreeSet<&'static str> {
     let named =
-        |room: &&&str| code.contains(&format!("crate::{room}")) || code.contains(&format!("inventoryd::{room}"));
-    FLOORS.iter().flat_map(|rooms| rooms.iter()).filter(named).copied().collect()
+        |module: &&&str| code.contains(&format!("crate::{module}")) || code.contains(&format!("inventoryd::{module}"));
+    LAYERS.iter().flat_map(|modules| modules.iter()).filter(named).copied().collect()
 }
 
 #[test]
 fn imports_run_downward_only() {
-    for (path, room, code) in files().iter().filter(|(_, room, _)| room != "lib") {
-        for named in named_rooms(code).into_iter().filter(|named| named != room) {
-            assert!(floor(named) > floor(room), "{}: src/{room} must not know src/{named}", path.display());
+    for (path, module, code) in files().iter().filter(|(_, module, _)| module != "lib") {
+        for named in named_modules(code).into_iter().filter(|named| named != module) {
+            assert!(layer(named) > layer(module), "{}: src/{module} must not import src/{named}", path.display());
         }
     }
 }
 
 #[test]
-fn nobody_imports_in_a_circle() {
-    let mut knows: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
-    for (_, room, code) in files() {
-        knows.entry(room).or_default().extend(named_rooms(&code));
+fn no_two_modules_import_each_other() {
+    let mut imports: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
+    for (_, module, code) in files() {
+        imports.entry(module).or_default().extend(named_modules(&code));
     }
-    for (room, known) in &knows {
-        for other in known.iter().filter(|other| **other != room.as_str()) {
-            let back = knows.get(*other).is_some_and(|of_other| of_other.contains(room.as_str()));
-            assert!(!back, "src/{room} and src/{other} know each other");
+    for (module, imported) in &imports {
+        for other in imported.iter().filter(|other| **other != module.as_str()) {
+            let back = imports.get(*other).is_some_and(|of_other| of_other.contains(module.as_str()));
+            assert!(!back, "src/{module} and src/{other} import each other");
         }
     }
 }
 
-/// The other files of its folder that a file's code names, by their stems.
+/// Stems of the other files of the same folder that a file's code names.
 fn named_neighbours(path: &Path, code: &str) -> BTreeSet<String> {
     let neighbour = |name: &str| path.with_file_name(name).with_extension("rs").is_file();
     let name_at = |text: &str| -> String { text.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect() };
@@ -111,7 +111,7 @@ fn named_neighbours(path: &Path, code: &str) -> BTreeSet<String> {
             named.insert(name_at(rest));
             continue;
         };
-        // What stands in inner braces belongs to the name before them.
+        // Names in inner braces belong to the name before the brace.
         let mut depth = 0;
         for part in list.split_inclusive(['{', '}', ',']) {
             if depth == 0 {
@@ -127,7 +127,7 @@ fn named_neighbours(path: &Path, code: &str) -> BTreeSet<String> {
     named
 }
 
-/// The files of `module` that a file's code names by their whole path, as `crate::graph::limits::pause`.
+/// Files of `module` that a file's code names by their full path, such as `crate::graph::limits::pause`.
 fn named_by_path(path: &Path, module: &str, code: &str) -> BTreeSet<PathBuf> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let prefix = format!("crate::{module}::");
@@ -147,38 +147,39 @@ fn named_by_path(path: &Path, module: &str, code: &str) -> BTreeSet<PathBuf> {
 }
 
 #[test]
-fn nor_do_the_files_of_a_room() {
-    let mut knows: BTreeMap<PathBuf, BTreeSet<PathBuf>> = BTreeMap::new();
-    for (path, room, code) in files() {
-        // `super` of a folder's own mod.rs, and of a file at the top, is another folder.
-        if !path.ends_with("mod.rs") && !path.with_file_name(&room).with_extension("rs").is_file() {
+fn no_import_cycles_within_a_module() {
+    let mut imports: BTreeMap<PathBuf, BTreeSet<PathBuf>> = BTreeMap::new();
+    for (path, module, code) in files() {
+        // `super` of a `mod.rs`, and of a file directly in `src`, is another folder.
+        if !path.ends_with("mod.rs") && !path.with_file_name(&module).with_extension("rs").is_file() {
             let neighbours = named_neighbours(&path, &code).into_iter();
-            let mut named = named_by_path(&path, &room, &code);
+            let mut named = named_by_path(&path, &module, &code);
             named.extend(neighbours.map(|name| path.with_file_name(name).with_extension("rs")));
-            knows.insert(path.clone(), named);
+            imports.insert(path.clone(), named);
         }
     }
-    assert!(knows.values().map(BTreeSet::len).sum::<usize>() > 50, "imports are found at all");
-    // Take away who knows nobody that is left, until nobody can be taken away: what is left is a circle.
+    assert!(imports.values().map(BTreeSet::len).sum::<usize>() > 50, "too few imports were found");
+    // Remove files that import no remaining file until none can be removed; the rest forms cycles.
     loop {
-        let left: BTreeSet<PathBuf> = knows.keys().cloned().collect();
-        knows.retain(|_, known| known.iter().any(|other| left.contains(other)));
-        if knows.len() == left.len() {
-            assert!(knows.is_empty(), "these know each other in a circle: {:?}", knows.keys());
+        let left: BTreeSet<PathBuf> = imports.keys().cloned().collect();
+        imports.retain(|_, imported| imported.iter().any(|other| left.contains(other)));
+        if imports.len() == left.len() {
+            assert!(imports.is_empty(), "import cycle among {:?}", imports.keys());
             return;
         }
     }
 }
 
 #[test]
-fn vendor_names_stay_in_their_rooms() {
-    for (path, room, code) in files() {
-        for (vendor, rooms) in VENDORS {
+fn vendor_names_stay_in_their_modules() {
+    for (path, module, code) in files() {
+        for (vendor, modules) in VENDORS {
             let named = code.match_indices(&format!("{vendor}::")).any(|(at, _)| {
                 !code[..at].ends_with("::")
                     && !code[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_')
             });
-            assert!(!named || rooms.contains(&room.as_str()), "{}: {vendor} belongs to {rooms:?}", path.display());
+            let allowed = !named || modules.contains(&module.as_str());
+            assert!(allowed, "{}: {vendor} may be named in {modules:?} only", path.display());
         }
     }
 }
@@ -192,7 +193,7 @@ fn no_file_is_too_long() {
 }
 
 #[test]
-fn the_top_of_the_repository_stays_as_it_is() {
+fn the_repository_root_has_no_other_entries() {
     let allowed = [
         "Cargo.toml",
         "Cargo.lock",
@@ -212,16 +213,16 @@ fn the_top_of_the_repository_stays_as_it_is() {
         let generated = name == "proptest-regressions";
         assert!(
             allowed.contains(&name.as_str()) || name.starts_with('.') || generated,
-            "{name} does not belong at the top"
+            "unexpected entry in the repository root: {name}"
         );
     }
 }
 
 #[test]
-fn nothing_can_write_to_graph() {
+fn graph_requests_use_get_only() {
     let verbs =
         [".post(", ".put(", ".patch(", ".delete(", "Method::POST", "Method::PUT", "Method::PATCH", "Method::DELETE"];
-    for (path, _, code) in files().iter().filter(|(_, room, _)| room == "graph") {
+    for (path, _, code) in files().iter().filter(|(_, module, _)| module == "graph") {
         for verb in verbs {
             assert!(!code.contains(verb), "{}: {verb}", path.display());
         }

@@ -1,4 +1,4 @@
-//! The programs and bindings that README shows, run as they stand there against a real broker and a real replica.
+//! Programs and bindings of config/README.md, run unchanged against a real broker and a real replica.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
@@ -18,7 +18,7 @@ use crate::support::events::Subscriber;
 use crate::support::world::World;
 use crate::support::{DEADLINE, binary, eventually, servers};
 
-/// The tenant that README's examples ask for.
+/// Tenant of the documented examples.
 const TENANT: Uuid = uuid::uuid!("6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d");
 
 /// A program that goes on until it is killed, and the lines that it prints.
@@ -53,7 +53,7 @@ impl Drop for Running {
     }
 }
 
-/// A world whose replica has a virtual host for itself and no prefix there: the names are those that README says.
+/// A world whose replica has a virtual host for itself and no prefix there: the names are the documented ones.
 async fn plain_world() -> (World, Replica, String) {
     let (world, url) = (World::new().await, servers::virtual_host().await);
     world.register(TENANT, None).await;
@@ -64,7 +64,7 @@ async fn plain_world() -> (World, Replica, String) {
     (world, replica, url)
 }
 
-/// A program of README and its language.
+/// Documented program and its language.
 type Program = (Language, &'static str);
 
 /// Runs a publisher to its end; none where its language can't be had.
@@ -161,9 +161,9 @@ async fn the_shell_asks_and_watches() {
     assert!(seen.contains("success") && seen.contains(&TENANT.to_string()), "{seen}");
 }
 
-/// Each binding of README's table with what it is said to receive.
+/// Each documented binding with its description.
 fn bindings() -> Vec<(&'static str, &'static str)> {
-    let rows = include_str!("../../README.md").lines().filter_map(|line| line.strip_prefix("| `run.completed."));
+    let rows = include_str!("../../config/README.md").lines().filter_map(|line| line.strip_prefix("| `run.completed."));
     let cells = rows.filter_map(|row| row.trim_end_matches(" |").split_once("` | "));
     cells.collect()
 }

@@ -58,9 +58,9 @@ async fn every_event_is_a_cloud_event_and_fits_its_own_schema() {
 }
 
 #[test]
-fn the_request_in_readme_fits_its_schema() {
-    let readme = include_str!("../../README.md");
-    let example = readme.split("```json\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+fn the_documented_request_fits_its_schema() {
+    let page = include_str!("../../config/README.md");
+    let example = page.split("```json\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
     let mut request: Value = serde_json::from_str(example).unwrap();
     assert_eq!(problems(REQUEST, &request), Ok(()));
     request["idempotency_key"] = json!("two words");

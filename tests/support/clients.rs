@@ -1,4 +1,4 @@
-//! Runs the programs that the README shows: its code blocks as files, with the client libraries they need.
+//! Runs the programs that config/README.md shows: its code blocks as files, with the client libraries they need.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,11 +8,11 @@ use tokio::task::spawn_blocking;
 
 use super::target;
 
-const README: &str = include_str!("../../README.md");
+const PAGE: &str = include_str!("../../config/README.md");
 const PIKA: &str = "pika==1.4.4";
 const AMQPLIB: &str = "amqplib@2.3.1";
 
-/// Language of a program in the README.
+/// Language of a program in config/README.md.
 #[derive(Debug, Clone, Copy)]
 pub enum Language {
     /// Python with pika.
@@ -22,7 +22,7 @@ pub enum Language {
 }
 
 impl Language {
-    /// Builds a command that runs a program of the README; returns `None` and prints why where the interpreter or the
+    /// Builds a command that runs a program of config/README.md; returns `None` and prints why where the interpreter or the
     /// library can't be installed.
     pub async fn program(self, file: &'static str) -> Option<Command> {
         spawn_blocking(move || {
@@ -91,18 +91,18 @@ impl Language {
     }
 }
 
-/// Finds the code block of the README whose first line names the file.
+/// Finds the code block of config/README.md whose first line names the file.
 fn block(file: &str) -> &'static str {
-    let blocks = README.split("```").skip(1).step_by(2);
+    let blocks = PAGE.split("```").skip(1).step_by(2);
     let code = blocks.filter_map(|block| block.split_once('\n').map(|(_, code)| code));
     let named = |code: &&str| code.lines().next().is_some_and(|line| line.split_whitespace().nth(1) == Some(file));
-    code.into_iter().find(named).unwrap_or_else(|| panic!("README has no code block of {file}"))
+    code.into_iter().find(named).unwrap_or_else(|| panic!("config/README.md has no code block of {file}"))
 }
 
-/// Finds the only line of the README that starts with `beginning`.
+/// Finds the only line of config/README.md that starts with `beginning`.
 pub fn shell_line(beginning: &str) -> &'static str {
-    let mut lines = README.lines().filter(|line| line.starts_with(beginning));
-    let line = lines.next().unwrap_or_else(|| panic!("README has no line {beginning}"));
-    assert_eq!(lines.next(), None, "README has two lines {beginning}");
+    let mut lines = PAGE.lines().filter(|line| line.starts_with(beginning));
+    let line = lines.next().unwrap_or_else(|| panic!("config/README.md has no line {beginning}"));
+    assert_eq!(lines.next(), None, "config/README.md has two lines {beginning}");
     line
 }
