@@ -1,42 +1,60 @@
 //! **inventoryd** keeps a last-observed inventory of Microsoft Intune tenants. It consumes sync requests from RabbitMQ,
-//! reads Microsoft Graph, writes PostgreSQL, and announces every ended run. It never writes to Intune.
+//! reads Microsoft Graph, writes PostgreSQL and publishes an event for every run that ends. It never writes to Intune.
 //!
-//! # The one way through
+//! # Data flow
 //!
 //! ```text
 //! bytes on the queue
-//!   -> SyncRequest       domain/request.rs      parsed and checked, or a Rejection with a reason
+//!   -> SyncRequest       domain/request.rs      parsed and validated, or a Rejection with a reason
 //!   -> Selection         domain/selection.rs    canonical form and selection_hash
-//!   -> Scope             domain/catalog.rs      the Graph lists that it comes to
-//!   -> Admission         store/admission.rs     a lease, or skipped, duplicate, busy, deferred, conflict
-//!   -> pages of objects  graph/listing/pages.rs one list per collection, followed to its end
-//!   -> InventoryItem     domain/item.rs         classified, named, whitelisted
+//!   -> Scope             domain/catalog.rs      the Graph lists to read
+//!   -> Admission         store/                 a lease, or skipped, duplicate, busy, deferred, conflict
+//!   -> pages of objects  graph/listing/         one list per collection, next link by next link
+//!   -> InventoryItem     domain/item.rs         classified, named, sanitised
 //!   -> rows              store/items.rs         one fenced upsert per batch
-//!   -> RunReport         run/collect.rs         outcomes and counters, type by type
-//!   -> run and event     store/runs.rs          ONE transaction: the only truth
+//!   -> RunReport         run/                   outcomes and counters per type
+//!   -> run and event     store/                 one transaction
 //!   -> ack               consumer/delivery_handler.rs only after that commit
 //!   -> published event   relay.rs               outbox, publish, confirm, mark
 //! ```
 //!
-//! `run/mod.rs` is the only place that knows this order.
+//! # Invariants
 //!
-//! # What always holds
+//! * **Durable effect before settlement.** A message is acknowledged after the commit. A lost ack, a repeated publish or a
+//!   killed process loses nothing and repeats nothing, because the row records the completed work.
+//! * **The lock is a row.** A partial unique index permits one `running` run per tenant and selection. The row holds the
+//!   lease; its `attempt` is the fencing token checked by every write; a worker stops before its lease can expire.
+//! * **The database clock** decides about leases and dates every record; this process trusts its own clock for durations.
+//! * **Missing is derived** by SQL that every reader can call, and never stored. The inventory deletes nothing.
+//! * **Secrets and free text of Graph** never leave the `graph` module; configuration values are shown only for known keys
+//!   that hold no secret.
 //!
-//! * **Durable effect first, settle second.** After the commit an ack may be lost, a publish repeated, a process killed:
-//!   nothing is lost and nothing done twice, because the row says that it is done.
-//! * **The lock is the row.** A partial unique index lets one run of a tenant and selection be `running`. Its lease stands
-//!   on the row; its `attempt` is the fence that every write checks; a worker stops itself before the database would
-//!   give its lease away.
-//! * **The database's clock** decides about leases and stands in every record; this process trusts its own clock for
-//!   durations alone.
-//! * **Missing is derived**, by SQL that every reader can call, and never stored. Nothing is deleted from the inventory.
-//! * **Secrets and free text of Graph** never leave the Graph room.
+//! # Modules
 //!
-//! # Who knows whom
+//! `main > cli > daemon > {consumer, relay, janitor, fleet, http} > run > {graph, store, broker} > backoff > telemetry >
+//! {config, tls} > domain`. Imports run downward only. lapin is used in `broker` alone, sqlx in `store`, reqwest and
+//! `azure_identity` in `graph`, axum in `http`, opentelemetry in `telemetry`. `tests/it/architecture.rs` enforces this.
 //!
-//! `main > cli > daemon > {consumer, relay, janitor, fleet, http} > run > {graph, store, broker} > {backoff, telemetry, config} >
-//! domain`. Imports run downward only; lapin is named in `broker` alone, sqlx in `store`, reqwest and `azure_identity` in
-//! `graph`, axum in `http`, opentelemetry in `telemetry`. `tests/it/architecture.rs` holds this.
+//! # Glossary
+//!
+//! * **Backpressure**: the pause of consumption while the database is unreachable or the outbox is full.
+//! * **Concurrency limit**: requests in flight per tenant, adapted by AIMD (additive increase, multiplicative decrease).
+//! * **Credential**: a named application identity in `graph.credentials`.
+//! * **Dead letter**: a message that can never be processed, moved to the dead-letter queue with a reason.
+//! * **Drain**: shutdown that accepts nothing new and lets runs in flight finish.
+//! * **Fencing token**: `attempt` of a run; a write with an outdated token is rejected.
+//! * **Foundation**: a type that others refer to, such as scope tags and assignment filters.
+//! * **In flight**: delivered or sent, and not settled yet.
+//! * **Lease**: time-limited permission of one worker to write for a run.
+//! * **Next link**: URL of a list's next page; followed only to the configured Graph host.
+//! * **Outbox**: table of events written in the transaction of their run, and published by the relay.
+//! * **Pause**: time during which a tenant gets no requests, from `Retry-After`.
+//! * **Prefetch**: maximum number of unacknowledged deliveries per replica.
+//! * **Rate limiter**: sliding window that keeps requests under Graph's documented limits.
+//! * **Retry tier**: queue with a time to live that returns its messages to the request queue.
+//! * **Run budget**: total time that a run may wait because of throttling.
+//! * **Selection**: policy types and categories of a request; its hash identifies what is compared between runs.
+//! * **Suspicious drop**: a complete type with far fewer objects than in the previous completed run.
 
 pub mod domain;
 
