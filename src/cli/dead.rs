@@ -1,11 +1,13 @@
 //! `inventoryd dead`: lists, shows, replays and drops dead letters.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::output::{or_dash, printable, second, table};
+use super::selection::read_file;
 use super::{CliError, Context, Outcome};
 use crate::broker::{Broker, BrokerError, DeadLetter, DeadLetters};
 use crate::domain::failure::DeadReason;
@@ -24,7 +26,7 @@ enum Action {
     /// Show a dead letter with its body, cause and remedy
     Show(Show),
     /// Publish dead letters to the request queue again and remove them
-    Replay(Which),
+    Replay(Replay),
     /// Remove dead letters permanently
     Drop(Which),
 }
@@ -46,14 +48,23 @@ struct Show {
 #[group(required = true, multiple = false)]
 struct Which {
     /// Ids, or unique prefixes
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     ids: Vec<String>,
     /// All dead letters with this reason
     #[arg(long)]
-    reason: Option<String>,
+    reason: Option<DeadReason>,
     /// All dead letters
     #[arg(long)]
     all: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Replay {
+    #[command(flatten)]
+    which: Which,
+    /// Replay one dead letter with the body in this file instead of its own; - for standard input
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["reason", "all"])]
+    body: Option<PathBuf>,
 }
 
 pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
@@ -65,7 +76,7 @@ pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome
     let done = match args.action {
         Action::List(args) => list(&args, &mut letters, context).await,
         Action::Show(args) => show(&args, &mut letters, context).await,
-        Action::Replay(which) => replay(&which, &mut letters, context).await,
+        Action::Replay(args) => replay(&args, &mut letters, context).await,
         Action::Drop(which) => discard(&which, &mut letters, context).await,
     };
     // In all cases, to return unchanged messages to the queue.
@@ -122,8 +133,15 @@ async fn show(args: &Show, letters: &mut DeadLetters, context: &mut Context<'_>)
     context.out.line(printable(&body))
 }
 
-async fn replay(which: &Which, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
-    let chosen = choose(which, letters).await?;
+async fn replay(args: &Replay, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
+    let mut chosen = choose(&args.which, letters).await?;
+    if let Some(path) = &args.body {
+        let [letter] = chosen.as_mut_slice() else {
+            return Err(CliError::Usage("--body replaces the body of one dead letter; give one id".to_owned()));
+        };
+        letter.body = read_file(path)?;
+        letter.complete = true;
+    }
     one_by_one("replayed", &chosen, context, async |letter| letters.replay(letter).await).await
 }
 
@@ -163,7 +181,7 @@ async fn choose(which: &Which, letters: &mut DeadLetters) -> Result<Vec<DeadLett
     }
     let wanted = |letter: &DeadLetter| {
         which.all
-            || which.reason.as_ref().is_some_and(|reason| *reason == letter.reason)
+            || which.reason.is_some_and(|reason| reason.as_str() == letter.reason)
             || which.ids.iter().any(|name| letter.id.starts_with(name.as_str()))
     };
     Ok(found.into_iter().filter(wanted).collect())
@@ -207,6 +225,8 @@ mod tests {
         assert!(
             parse(&["drop", "a1", "b2"]) && parse(&["replay", "--all"]) && parse(&["drop", "--reason", "invalid_json"])
         );
+        assert!(!parse(&["drop", ""]) && !parse(&["drop", "--reason", "invalid_jsn"]));
+        assert!(parse(&["replay", "a1", "--body", "f"]) && !parse(&["replay", "--all", "--body", "f"]));
         assert!(!parse(&["drop"]) && !parse(&["drop", "--all", "a1"]) && !parse(&["replay", "--all", "--reason", "x"]));
     }
 }

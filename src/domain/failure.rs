@@ -54,7 +54,7 @@ macro_rules! closed_list {
 
 /// Error for text that does not name a member of the list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("no such code")]
+#[error("unknown code; `inventoryd explain` lists all codes")]
 pub struct UnknownCode;
 
 closed_list! {
