@@ -36,6 +36,8 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// Session lifetime after which the reconnect backoff starts anew.
 const STABLE_SESSION: Duration = Duration::from_secs(30);
+/// Most deliveries that are held without taking the place of others.
+const MAX_HELD: u16 = 256;
 /// Time after which a session is widened although its first run is still at work.
 const SLOW_START: Duration = Duration::from_secs(1);
 /// Time that runs have to stop after `abort`.
@@ -243,7 +245,8 @@ impl ConsumeLoop {
                     }
                 }
                 _ = tick.tick() => {
-                    if session.narrow() && first_arrival.is_some_and(|at| at.elapsed() >= SLOW_START)
+                    let settled_in = first_arrival.is_some_and(|at| at.elapsed() >= SLOW_START);
+                    if (session.narrow() && settled_in || !session.narrow() && session.extra() != self.extra())
                         && let Err(error) = self.widen(session).await
                     {
                         return LoopExit::Lost("error", Some(error));
@@ -264,9 +267,14 @@ impl ConsumeLoop {
         }
     }
 
+    /// Prefetch for deliveries that are held without a slot.
+    fn extra(&self) -> u16 {
+        u16::try_from(self.health.held()).unwrap_or(u16::MAX).min(MAX_HELD)
+    }
+
     /// Applies the full prefetch: a delivery of this session was settled, or has been in flight for a while.
     async fn widen(&mut self, session: &mut Subscription) -> Result<(), BrokerError> {
-        for delivery in session.widen().await? {
+        for delivery in session.widen(self.extra()).await? {
             self.accept(delivery);
         }
         Ok(())

@@ -84,7 +84,9 @@ impl Daemon {
         let janitor = Janitor::new(store.clone(), publisher.clone(), catalog.clone(), &config, ended);
         let relay =
             Relay::new(publisher.clone(), store.clone(), &config.outbox, &config.telemetry.deployment, ended_runs);
-        let consumer = Consumer::new(broker, publisher, runner.clone(), store.clone(), &config);
+        // A connection of their own: a copy that the broker refuses must not delay events.
+        let copies = broker.publisher();
+        let consumer = Consumer::new(broker, copies, runner.clone(), store.clone(), &config);
         let (stop, health) = (Stop::default(), consumer.health());
         let parts = Parts { consumer, relay, janitor, fleet, runner, store };
         // Before the wait for the database: an orchestrator whose probes get no response would restart this process.
@@ -255,6 +257,7 @@ impl http::Source for LiveState {
         Consumption {
             subscribed: self.health.subscribed(),
             in_flight: self.health.in_flight(),
+            held: self.health.held(),
             paused: self.health.paused().map(str::to_owned),
             problem: self.health.problem(),
         }

@@ -162,6 +162,7 @@ impl Shared {
             database: if backlog.is_some() { DatabaseState::Ok } else { DatabaseState::Unreachable },
             draining: self.state.draining.is_cancelled(),
             in_flight: consumption.in_flight,
+            held: consumption.held,
             outbox_oldest_s: backlog.map(|all| all.outbox_oldest_s),
             outbox_unsent: backlog.map(|all| all.outbox_unsent),
             paused: consumption.paused,
@@ -256,7 +257,7 @@ mod tests {
     }
 
     fn state() -> HttpState {
-        let consumption = Consumption { subscribed: true, in_flight: 4, paused: None, problem: None };
+        let consumption = Consumption { subscribed: true, in_flight: 4, held: 0, paused: None, problem: None };
         HttpState {
             replica: "here".to_owned(),
             metrics: PrometheusBuilder::new().build_recorder().handle(),

@@ -226,12 +226,13 @@ impl Outlet {
         for (outcome, span) in outcomes.iter().zip(&spans) {
             note_outcome(*outcome, span);
         }
-        let with = |wanted: PublishOutcome| -> Vec<RunKey> {
+        let with = |wanted: fn(PublishOutcome) -> bool| -> Vec<RunKey> {
             let both = keys.iter().zip(&outcomes);
-            both.filter(|(_, outcome)| **outcome == wanted).map(|(key, _)| *key).collect()
+            both.filter(|(_, outcome)| wanted(**outcome)).map(|(key, _)| *key).collect()
         };
-        let (confirmed, unroutable, refused) =
-            (with(PublishOutcome::Confirmed), with(PublishOutcome::Unroutable), with(PublishOutcome::Refused));
+        let confirmed = with(|outcome| outcome == PublishOutcome::Confirmed);
+        let unroutable = with(|outcome| outcome == PublishOutcome::Unroutable);
+        let refused = with(PublishOutcome::not_stored);
         if !confirmed.is_empty() {
             self.store.remove_confirmed_events(&confirmed).await?;
             telemetry::event_published(confirmed.len() as u64);

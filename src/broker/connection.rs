@@ -76,6 +76,11 @@ impl Connection {
         self.connection.status().blocked()
     }
 
+    /// Negotiated frame size.
+    pub(super) fn frame_max(&self) -> usize {
+        usize::try_from(self.connection.configuration().frame_max()).unwrap_or(usize::MAX)
+    }
+
     /// True until the connection is closed or lost.
     pub(super) fn connected(&self) -> bool {
         self.connection.status().connected()

@@ -122,8 +122,12 @@ impl<'a> Found<'a> {
     /// its own headers (`x-death`, `x-delivery-count`) were added to a publisher's that just fitted.
     fn fit(&mut self, room: usize) {
         let values: usize = self.values.iter().flatten().map(|value| value.len()).sum();
-        let mut size = FIXED_BYTES + 6 + values + MARKS_BYTES;
+        let mut size = FIXED_BYTES + 6 + values;
         size += self.headers.iter().map(|(_, entry)| entry.len()).sum::<usize>();
+        if size <= room && self.unreadable.is_empty() {
+            return;
+        }
+        size += MARKS_BYTES;
         while size > room {
             let largest = self.headers.iter().enumerate().max_by_key(|(_, (_, entry))| entry.len());
             let Some(index) = largest.map(|(index, _)| index) else { return };

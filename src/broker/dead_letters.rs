@@ -11,13 +11,13 @@ use lapin::{Acker, BasicProperties, Channel};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 
+use super::confirm_channel::ConfirmChannel;
 use super::content_header::BODY_DISCARDED;
 use super::error::{BrokerError, within};
 use super::message::{
     DEAD_AT, DEAD_BY, DEAD_DETAIL, DEAD_ID, DEAD_REASON, Original, Outgoing, RETRIES, read_number, read_text,
     value_text,
 };
-use super::publisher::ConfirmChannel;
 use super::topology::Names;
 use super::{Broker, Purpose};
 use crate::domain::event::rfc3339;
@@ -132,7 +132,7 @@ impl DeadLetters {
             return Err(BrokerError::NotTaken(problem.to_owned()));
         }
         let original = Original { properties: &letter.properties, body: &letter.body };
-        let outcomes = self.publishing.publish(&self.names, &[Outgoing::replay(&original)]).await;
+        let outcomes = self.publishing.publish(&self.names, &[&Outgoing::replay(&original)]).await;
         for outcome in outcomes {
             outcome.into_result("replaying the dead letter")?;
         }

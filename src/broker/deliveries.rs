@@ -25,6 +25,8 @@ pub struct Subscription {
     prefetch: u16,
     limit: Duration,
     narrow: bool,
+    /// Prefetch beyond the configured one.
+    extra: u16,
     /// Number of consumers started so far.
     consumers: u32,
 }
@@ -40,8 +42,17 @@ impl Subscription {
     ) -> Result<Self, BrokerError> {
         let channel = connection.channel().await?;
         let requests = requests.into();
-        let mut subscription =
-            Self { connection, channel, consumer: None, requests, prefetch, limit, narrow: true, consumers: 0 };
+        let mut subscription = Self {
+            connection,
+            channel,
+            consumer: None,
+            requests,
+            prefetch,
+            limit,
+            narrow: true,
+            extra: 0,
+            consumers: 0,
+        };
         subscription.set_prefetch(1).await?;
         subscription.resume().await?;
         Ok(subscription)
@@ -53,14 +64,22 @@ impl Subscription {
         self.narrow
     }
 
-    /// Applies the configured prefetch. Returns deliveries that arrived meanwhile.
+    /// Prefetch beyond the configured one.
+    #[must_use]
+    pub fn extra(&self) -> u16 {
+        self.extra
+    }
+
+    /// Applies the configured prefetch plus `extra`, for deliveries that are held and must not stop the others. Returns
+    /// deliveries that arrived meanwhile.
     ///
     /// # Errors
     /// If the broker does not answer; the subscription is unusable then.
-    pub async fn widen(&mut self) -> Result<Vec<Delivery>, BrokerError> {
+    pub async fn widen(&mut self, extra: u16) -> Result<Vec<Delivery>, BrokerError> {
         // A prefetch applies to consumers started after it.
         let buffered = self.stop_consumer().await?;
-        self.set_prefetch(self.prefetch).await?;
+        self.set_prefetch(self.prefetch.saturating_add(extra)).await?;
+        self.extra = extra;
         self.narrow = false;
         self.resume().await?;
         Ok(buffered)

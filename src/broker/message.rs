@@ -48,14 +48,19 @@ pub(super) enum Target {
     Dead,
     /// Queue named by the routing key, through the default exchange.
     Queue,
+    /// Retry exchange; the routing key is the tier.
+    Retry,
 }
 
 impl Target {
+    pub(super) const ALL: [Self; 5] = [Self::Events, Self::Sync, Self::Dead, Self::Retry, Self::Queue];
+
     pub(super) fn exchange(self, names: &Names) -> ShortString {
         match self {
             Self::Sync => names.sync.as_str().into(),
             Self::Events => names.events.as_str().into(),
             Self::Dead => names.dead.as_str().into(),
+            Self::Retry => names.retry.as_str().into(),
             Self::Queue => ShortString::default(),
         }
     }
@@ -126,7 +131,7 @@ impl Outgoing {
     }
 
     /// Builds a copy for a retry queue, with its retry count and total delay increased.
-    pub(super) fn retry(original: &Original<'_>, names: &Names, tier: RetryTier) -> Self {
+    pub(super) fn retry(original: &Original<'_>, tier: RetryTier) -> Self {
         let mut headers = original.headers();
         let number = |value: u64| AMQPValue::LongLongInt(i64::try_from(value).unwrap_or(i64::MAX));
         let retries = read_number(original.properties, RETRIES).saturating_add(1);
@@ -137,7 +142,7 @@ impl Outgoing {
         let longest = Duration::from_secs(tier.seconds());
         let wait = longest.mul_f64(0.8) + full_jitter(longest.mul_f64(0.2));
         let properties = original.properties(headers).with_expiration(wait.as_millis().to_string().into());
-        Self::copy(original, Target::Queue, names.retry(tier).as_str().into(), properties)
+        Self::copy(original, Target::Retry, tier.suffix().into(), properties)
     }
 
     /// Builds a copy for the dead-letter queue, with the reason in its headers.
@@ -211,11 +216,11 @@ fn is_the_brokers(name: &str) -> bool {
         || name.starts_with("x-last-death-")
 }
 
-fn is_ours(name: &str) -> bool {
+pub(super) fn is_ours(name: &str) -> bool {
     name.starts_with("x-dead-") || name.starts_with("x-inventoryd-")
 }
 
-fn text_table<const N: usize>(entries: [(&str, Option<&str>); N]) -> FieldTable {
+pub(super) fn text_table<const N: usize>(entries: [(&str, Option<&str>); N]) -> FieldTable {
     let mut table = FieldTable::default();
     for (name, value) in entries {
         if let Some(value) = value {
@@ -300,20 +305,17 @@ mod tests {
 
     #[test]
     fn retry_copy_keeps_the_publishers_headers_and_counts_retries() {
-        let (properties, names) = (incoming(), Names::new("p."));
+        let properties = incoming();
         let original = Original { properties: &properties, body: b"{ \"a\":1}" };
-        let once = Outgoing::retry(&original, &names, RetryTier::FiveSeconds);
+        let once = Outgoing::retry(&original, RetryTier::FiveSeconds);
         assert_eq!(names_of(&once), ["tenant-team", "traceparent", DEFERRED_S, RETRIES]);
         assert_eq!((once.body.as_slice(), once.message_id.as_str()), (original.body, "m-1"));
-        assert_eq!(once.routing_key.as_str(), "p.inventory.retry.5s");
+        assert_eq!(once.routing_key.as_str(), "5s");
         assert_eq!((once.properties.user_id(), once.properties.kind()), (&None, &Some("sync".into())));
         let wait_ms: u64 = once.properties.expiration().as_ref().unwrap().as_str().parse().unwrap();
         assert!((4000..=5000).contains(&wait_ms));
-        let again = Outgoing::retry(
-            &Original { properties: &once.properties, body: &once.body },
-            &names,
-            RetryTier::TwoMinutes,
-        );
+        let again =
+            Outgoing::retry(&Original { properties: &once.properties, body: &once.body }, RetryTier::TwoMinutes);
         assert_eq!(read_number(&again.properties, RETRIES), 2);
         assert_eq!(read_number(&again.properties, DEFERRED_S), 125);
     }

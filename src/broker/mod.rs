@@ -11,14 +11,17 @@ use async_rs::TokioRuntime;
 use crate::config::{BrokerConfig, TopologyConfig, seconds};
 
 mod address;
+mod confirm_channel;
 mod connection;
 mod content_header;
 mod dead_letters;
 mod deliveries;
 mod error;
+mod frame_fit;
 mod frame_guard;
 mod guarded_stream;
 mod message;
+mod publish_outcome;
 mod publisher;
 mod tail;
 mod tls;
@@ -28,13 +31,14 @@ pub use dead_letters::{DeadLetter, DeadLetters};
 pub use deliveries::{Delivery, Subscription};
 pub use error::BrokerError;
 pub use message::Outgoing;
-pub use publisher::{PublishOutcome, Publisher};
+pub use publish_outcome::PublishOutcome;
+pub use publisher::Publisher;
 pub use tail::{EventTail, TailedEvent};
 pub use topology::{Names, RetryTier, SYNC_REQUESTED};
 
 use address::Address;
+use confirm_channel::ConfirmChannel;
 use connection::{Connection, Opening};
-use publisher::ConfirmChannel;
 use tls::Tls;
 
 /// Handle to the broker. Cheap to clone; connections are opened on demand.
@@ -154,7 +158,7 @@ impl Broker {
         traceparent: Option<&str>,
     ) -> Result<(), BrokerError> {
         let mut link = ConfirmChannel::open(self, Purpose::Manage).await?;
-        let outcomes = link.publish(self.names(), &[Outgoing::request(body, content_type, traceparent)]).await;
+        let outcomes = link.publish(self.names(), &[&Outgoing::request(body, content_type, traceparent)]).await;
         link.close(self.0.opening.answer_limit).await;
         outcomes.first().copied().unwrap_or(PublishOutcome::Unknown).into_result("publishing the request")
     }

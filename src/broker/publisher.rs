@@ -1,22 +1,20 @@
 //! Confirmed publishing on a connection of its own: while the broker blocks it, consuming continues.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures_util::stream::FuturesUnordered;
-use futures_util::{FutureExt, StreamExt, TryFutureExt};
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::{Channel, Confirmation, Event};
+use futures_util::StreamExt;
+use lapin::Event;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 
-use super::connection::{Connection, Events};
+use super::confirm_channel::ConfirmChannel;
 use super::deliveries::Delivery;
-use super::error::{BrokerError, within};
+use super::error::BrokerError;
 use super::message::{Outgoing, Target};
-use super::topology::{Names, RetryTier};
+use super::publish_outcome::PublishOutcome;
+use super::topology::RetryTier;
 use super::{Broker, Purpose};
 use crate::backoff::{Waits, full_jitter};
 use crate::domain::clock::Deadline;
@@ -25,47 +23,9 @@ use crate::telemetry;
 
 /// Most messages in one batch; they share a time limit for their confirms.
 const MAX_BATCH: usize = 512;
-/// Messages passed to the connection's thread at once.
-const SEND_WINDOW: usize = 64;
 const QUEUED_JOBS: usize = 64;
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
-
-/// Result of publishing one message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PublishOutcome {
-    /// Stored by every queue it was routed to.
-    Confirmed,
-    /// Routed to no queue, so stored nowhere.
-    Unroutable,
-    /// Not stored: nacked by the broker, or never sent.
-    Refused,
-    /// Possibly stored. Publish again with the same message id; receivers deduplicate by it.
-    Unknown,
-}
-
-impl PublishOutcome {
-    /// Text form for logs and metrics.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Confirmed => "confirmed",
-            Self::Unroutable => "unroutable",
-            Self::Refused => "refused",
-            Self::Unknown => "unknown",
-        }
-    }
-
-    pub(super) fn into_result(self, what: &'static str) -> Result<(), BrokerError> {
-        let problem = match self {
-            Self::Confirmed => return Ok(()),
-            Self::Unroutable => "no queue is bound for it",
-            Self::Refused => "the broker refused it",
-            Self::Unknown => "the broker did not confirm it in time; it may have been stored",
-        };
-        Err(BrokerError::NotTaken(format!("{what}: {problem}")))
-    }
-}
 
 enum Job {
     Publish(Vec<Outgoing>, oneshot::Sender<Vec<PublishOutcome>>),
@@ -76,7 +36,6 @@ enum Job {
 #[derive(Clone)]
 pub struct Publisher {
     jobs: mpsc::Sender<Job>,
-    names: Arc<Names>,
     blocked: Arc<AtomicBool>,
 }
 
@@ -92,7 +51,7 @@ impl Publisher {
             blocked: Arc::clone(&blocked),
         };
         broker.0.spawner.spawn(worker.run(waiting));
-        Self { jobs, names: Arc::new(broker.names().clone()), blocked }
+        Self { jobs, blocked }
     }
 
     /// Publishes all messages and returns their outcomes in the same order.
@@ -102,14 +61,14 @@ impl Publisher {
         let count = messages.len();
         let (reply, outcomes) = oneshot::channel();
         if self.jobs.send(Job::Publish(messages, reply)).await.is_err() {
-            return vec![PublishOutcome::Refused; count];
+            return vec![PublishOutcome::Unsent; count];
         }
         outcomes.await.unwrap_or_else(|_| vec![PublishOutcome::Unknown; count])
     }
 
     /// Publishes a copy of the delivery to the retry queue of a tier.
     pub async fn schedule_retry(&self, delivery: &Delivery, tier: RetryTier) -> PublishOutcome {
-        let copy = Outgoing::retry(&delivery.original(), &self.names, tier);
+        let copy = Outgoing::retry(&delivery.original(), tier);
         self.publish_one(copy).await
     }
 
@@ -199,12 +158,26 @@ impl Worker {
         }
     }
 
+    /// Publishes one group for each destination: a destination that denies closes the channel under all of its group.
     async fn publish(&mut self, batch: &[Outgoing]) -> Vec<PublishOutcome> {
+        let mut outcomes = vec![PublishOutcome::Unsent; batch.len()];
+        for target in Target::ALL {
+            let of_target = |(_, message): &(usize, &Outgoing)| message.target == target;
+            let (places, group): (Vec<_>, Vec<_>) = batch.iter().enumerate().filter(of_target).unzip();
+            if !group.is_empty() {
+                let published = self.publish_group(&group).await;
+                places.into_iter().zip(published).for_each(|(place, outcome)| outcomes[place] = outcome);
+            }
+        }
+        outcomes
+    }
+
+    async fn publish_group(&mut self, batch: &[&Outgoing]) -> Vec<PublishOutcome> {
         let mut channel = match self.usable_channel().await {
             Ok(channel) => channel,
             Err(error) => {
                 tracing::warn!(%error, messages = batch.len(), "Publishing failed; no usable connection");
-                return vec![PublishOutcome::Refused; batch.len()];
+                return vec![PublishOutcome::Unsent; batch.len()];
             }
         };
         let outcomes = channel.publish(self.broker.names(), batch).await;
@@ -306,86 +279,4 @@ impl Worker {
 
 fn waits() -> Waits {
     Waits::new(FIRST_BACKOFF, MAX_BACKOFF)
-}
-
-/// Connection with one channel in confirm mode, used for one batch at a time.
-pub(super) struct ConfirmChannel {
-    pub(super) connection: Connection,
-    channel: Channel,
-    events: Events,
-    limit: Duration,
-    /// False once a message published on it has no confirm.
-    clean: bool,
-}
-
-impl ConfirmChannel {
-    pub(super) async fn open(broker: &Broker, purpose: Purpose) -> Result<Self, BrokerError> {
-        let limit = broker.0.opening.answer_limit;
-        let connection = broker.connect(purpose).await?;
-        match broker.ensure(&connection).await {
-            // The consumer reports drift and is not ready; publishing may still succeed.
-            Ok(()) | Err(BrokerError::Drift(_)) => {}
-            Err(error) => return Err(error),
-        }
-        let channel = connection.channel().await?;
-        let select = channel.confirm_select(ConfirmSelectOptions::default());
-        within(limit, "asking for confirms", select).await?;
-        let events = connection.events();
-        Ok(Self { connection, channel, events, limit, clean: true })
-    }
-
-    /// Publishes a batch and waits for its confirms.
-    ///
-    /// The client matches confirms to messages correctly, but may attach a returned message to the wrong confirm when
-    /// several are in flight. Returned messages are therefore matched by message id over the whole batch.
-    pub(super) async fn publish(&mut self, names: &Names, batch: &[Outgoing]) -> Vec<PublishOutcome> {
-        let deadline = Deadline::after(self.limit);
-        let mut outcomes = vec![PublishOutcome::Refused; batch.len()];
-        let (mut sending, mut confirms) = (FuturesUnordered::new(), FuturesUnordered::new());
-        let mut rest = batch.iter().enumerate();
-        loop {
-            // Sent one by one, each message would wake the connection's thread and wait for it.
-            for (index, message) in rest.by_ref().take(SEND_WINDOW - sending.len()) {
-                outcomes[index] = PublishOutcome::Unknown;
-                let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-                let exchange = message.target.exchange(names);
-                let (key, properties) = (message.routing_key.clone(), message.properties.clone());
-                let publish = self.channel.basic_publish(exchange, key, options, &message.body, properties);
-                sending.push(publish.map_ok(move |confirm| confirm.map(move |confirmation| (index, confirmation))));
-            }
-            match timeout(deadline.remaining(), sending.next()).await {
-                Ok(Some(Ok(confirm))) => confirms.push(confirm),
-                Ok(None) => break,
-                Ok(Some(Err(_))) | Err(_) => {
-                    self.clean = false;
-                    break;
-                }
-            }
-        }
-        let mut returned = HashSet::new();
-        let mut note = |(index, confirmation): (usize, lapin::Result<Confirmation>)| {
-            let Ok(confirmation) = confirmation else { return false };
-            outcomes[index] = if confirmation.is_ack() { PublishOutcome::Confirmed } else { PublishOutcome::Refused };
-            returned.extend(confirmation.take_message().and_then(|message| message.properties.message_id().clone()));
-            true
-        };
-        while let Ok(Some(confirm)) = timeout(deadline.remaining(), confirms.next()).await {
-            self.clean &= note(confirm);
-        }
-        // A returned message may be attached to any confirm received by now: read all of them.
-        while let Some(Some(confirm)) = confirms.next().now_or_never() {
-            self.clean &= note(confirm);
-        }
-        self.clean &= confirms.is_empty();
-        for (outcome, message) in outcomes.iter_mut().zip(batch) {
-            if returned.iter().any(|id| id.as_str() == message.message_id) {
-                *outcome = PublishOutcome::Unroutable;
-            }
-        }
-        outcomes
-    }
-
-    pub(super) async fn close(self, limit: Duration) {
-        self.connection.close(limit).await;
-    }
 }

@@ -33,6 +33,8 @@ pub struct Names {
     pub unrouted: String,
     /// Queue of requests.
     pub requests: String,
+    /// Exchange that routes copies to the retry queues.
+    pub retry: String,
 }
 
 impl Names {
@@ -47,12 +49,13 @@ impl Names {
             dead: name("dead"),
             unrouted: name("unrouted"),
             requests: name("sync.requests"),
+            retry: name("retry"),
         }
     }
 
     /// Retry queue of a tier.
     #[must_use]
-    pub fn retry(&self, tier: RetryTier) -> String {
+    pub fn retry_queue(&self, tier: RetryTier) -> String {
         format!("{}inventory.retry.{}", self.prefix, tier.suffix())
     }
 }
@@ -102,7 +105,8 @@ impl RetryTier {
         }
     }
 
-    const fn suffix(self) -> &'static str {
+    /// Routing key on the retry exchange and last part of the queue's name.
+    pub(super) const fn suffix(self) -> &'static str {
         match self {
             Self::FiveSeconds => "5s",
             Self::ThirtySeconds => "30s",
@@ -143,6 +147,9 @@ pub(super) async fn ensure(
         check.bind(&names.dead, &names.dead, "").await?;
         check.bind(&names.unrouted, &names.unrouted, "").await?;
         check.bind(&names.requests, &names.sync, SYNC_REQUESTED).await?;
+        for tier in RetryTier::ALL {
+            check.bind(&names.retry_queue(tier), &names.retry, tier.suffix()).await?;
+        }
     }
     if check.problems.is_empty() { Ok(()) } else { Err(BrokerError::Drift(check.problems.join("\n"))) }
 }
@@ -155,6 +162,7 @@ fn exchanges(names: &Names) -> Vec<Exchange> {
         plain(&names.dead, ExchangeKind::Fanout),
         plain(&names.unrouted, ExchangeKind::Fanout),
         plain(&names.sync, ExchangeKind::Direct),
+        plain(&names.retry, ExchangeKind::Direct),
         events,
     ]
 }
@@ -187,7 +195,7 @@ fn queues(names: &Names, delivery_limit: u32) -> Vec<Queue> {
             ("x-dead-letter-exchange", text(&names.sync)),
             ("x-dead-letter-routing-key", text(SYNC_REQUESTED)),
         ];
-        queues.push(quorum(&names.retry(tier), &[&at_least_once[..], &back].concat()));
+        queues.push(quorum(&names.retry_queue(tier), &[&at_least_once[..], &back].concat()));
     }
     queues
 }
@@ -273,7 +281,11 @@ impl Check<'_> {
 /// Code and text of a channel error: the broker refused one operation and keeps the connection.
 fn refusal(error: &BrokerError) -> Option<(u16, String)> {
     let BrokerError::Lost { source, .. } = error else { return None };
-    let error = source.downcast_ref::<lapin::Error>()?;
+    refusal_of(source.downcast_ref::<lapin::Error>()?)
+}
+
+/// Code and text of a channel error.
+pub(super) fn refusal_of(error: &lapin::Error) -> Option<(u16, String)> {
     match error.kind() {
         ErrorKind::ProtocolError(refused) if error.is_amqp_soft_error() => {
             Some((refused.get_id(), refused.get_message().to_string()))

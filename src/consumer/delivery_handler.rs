@@ -9,7 +9,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, warn};
 
-use super::health::{ConsumerHealth, Paused};
+use super::health::{ConsumerHealth, InFlight, Paused};
 use crate::backoff::{Waits, full_jitter};
 use crate::broker::{BrokerError, Delivery, PublishOutcome, Publisher, RetryTier};
 use crate::domain::clock::Deadline;
@@ -20,8 +20,15 @@ use crate::telemetry::{self, spans};
 
 /// Time limit for publishing a copy to a retry or dead-letter queue.
 const COPY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Nacks in a row after which a copy counts as permanently refused.
+const STEADY_REFUSALS: u32 = 5;
+/// Additional wait between attempts to copy a held delivery.
+const HELD_WAIT: Duration = Duration::from_secs(2);
 /// Delay before the redelivery of a request that caused a panic.
 const AFTER_PANIC: Duration = Duration::from_secs(1);
+
+/// Slot of a delivery, released early if the delivery is held: the count in flight and the permit.
+type Slot = Option<(InFlight, OwnedSemaphorePermit)>;
 
 /// Destination of the copy that is confirmed before the delivery is acknowledged.
 #[derive(Clone, Copy)]
@@ -56,17 +63,17 @@ impl DeliveryHandler {
     }
 
     async fn handle_and_settle(&self, delivery: Delivery, permit: OwnedSemaphorePermit) {
-        let in_flight = self.health.track_in_flight();
+        let mut slot = Some((self.health.track_in_flight(), permit));
         // After a panic the delivery must still be settled; it would stay unacknowledged until its channel closes.
         match AssertUnwindSafe(self.handle(&delivery)).catch_unwind().await {
-            Ok(disposition) => self.settle(&delivery, disposition).await,
+            Ok(disposition) => self.settle(&delivery, disposition, &mut slot).await,
             Err(_) => {
                 error!("Handling panicked; rejecting the delivery for another attempt");
                 tokio::time::sleep(AFTER_PANIC).await;
                 note_requeued(delivery.fail().await);
             }
         }
-        drop((in_flight, permit));
+        drop(slot);
         self.settled.notify_waiters();
     }
 
@@ -109,17 +116,17 @@ impl DeliveryHandler {
         let _ = self.intake.clone().wait_for(|paused| *paused != Some(Paused::DatabaseUnavailable)).await;
     }
 
-    async fn settle(&self, delivery: &Delivery, disposition: Disposition) {
+    async fn settle(&self, delivery: &Delivery, disposition: Disposition, slot: &mut Slot) {
         match disposition {
             Disposition::Ended(_) => self.ack(delivery, "done").await,
             Disposition::Duplicate => self.ack(delivery, "duplicate").await,
             Disposition::InProgressElsewhere => {
-                self.schedule_retry(delivery, RetryTier::while_busy(delivery.retries)).await
+                self.schedule_retry(delivery, RetryTier::while_busy(delivery.retries), slot).await
             }
             Disposition::Deferred(_) => {
-                self.schedule_retry(delivery, RetryTier::while_deferred(delivery.retries)).await
+                self.schedule_retry(delivery, RetryTier::while_deferred(delivery.retries), slot).await
             }
-            Disposition::Rejected(rejection) => self.dead_letter(delivery, &rejection).await,
+            Disposition::Rejected(rejection) => self.dead_letter(delivery, &rejection, slot).await,
             Disposition::HandBack(_) => note_requeued(delivery.requeue().await),
             Disposition::DatabaseUnavailable | Disposition::DataRejected if self.database_unavailable() => {
                 note_requeued(delivery.requeue().await);
@@ -127,7 +134,7 @@ impl DeliveryHandler {
             // The database answers but rejects this work (disk full, missing privilege). A retry queue is used because
             // brokers before 4.3 count a requeue as a failed delivery.
             Disposition::DatabaseUnavailable => {
-                self.schedule_retry(delivery, RetryTier::while_busy(delivery.retries)).await
+                self.schedule_retry(delivery, RetryTier::while_busy(delivery.retries), slot).await
             }
             // A counted rejection: a request that fails on every delivery becomes a dead letter.
             Disposition::DataRejected => note_requeued(delivery.fail().await),
@@ -145,16 +152,16 @@ impl DeliveryHandler {
         note_settled(outcome);
     }
 
-    async fn schedule_retry(&self, delivery: &Delivery, tier: RetryTier) {
-        self.copy_then_ack(delivery, CopyTarget::Retry(tier)).await;
+    async fn schedule_retry(&self, delivery: &Delivery, tier: RetryTier, slot: &mut Slot) {
+        self.copy_then_ack(delivery, CopyTarget::Retry(tier), slot).await;
     }
 
-    async fn dead_letter(&self, delivery: &Delivery, rejection: &Rejection) {
+    async fn dead_letter(&self, delivery: &Delivery, rejection: &Rejection, slot: &mut Slot) {
         warn!(reason = %rejection.reason, detail = rejection.detail, "Request rejected");
         let moved = match delivery.discarded_bytes {
             // Only the broker has the complete message.
             Some(_) => self.dead_letter_original(delivery).await,
-            None => self.copy_then_ack(delivery, CopyTarget::DeadLetter(rejection)).await,
+            None => self.copy_then_ack(delivery, CopyTarget::DeadLetter(rejection), slot).await,
         };
         if moved {
             telemetry::dead_letter(rejection.reason);
@@ -168,14 +175,17 @@ impl DeliveryHandler {
     }
 
     /// Acknowledges once the copy is confirmed. A copy of unknown outcome is published again: the idempotency key
-    /// makes duplicates harmless.
-    async fn copy_then_ack(&self, delivery: &Delivery, copy: CopyTarget<'_>) -> bool {
+    /// makes duplicates harmless. A copy that the broker permanently refuses must not occupy a slot: a dead letter is
+    /// moved by the broker itself, a retry is held without its permit.
+    async fn copy_then_ack(&self, delivery: &Delivery, copy: CopyTarget<'_>, slot: &mut Slot) -> bool {
         let settled = match copy {
             CopyTarget::Retry(_) => "retry_scheduled",
             CopyTarget::DeadLetter(_) => "rejected",
         };
-        let patience = Deadline::after(COPY_TIMEOUT);
+        let mut timeout = Deadline::after(COPY_TIMEOUT);
         let mut waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
+        let mut refusals = 0;
+        let mut held = None;
         loop {
             let outcome = match copy {
                 CopyTarget::Retry(tier) => self.publisher.schedule_retry(delivery, tier).await,
@@ -185,12 +195,25 @@ impl DeliveryHandler {
                 self.ack(delivery, settled).await;
                 return true;
             }
-            if patience.passed() || !delivery.usable() || self.drain.is_cancelled() {
+            refusals += u32::from(outcome == PublishOutcome::Refused);
+            if outcome == PublishOutcome::Denied || refusals >= STEADY_REFUSALS {
+                if matches!(copy, CopyTarget::DeadLetter(_)) {
+                    warn!(?outcome, "Copy permanently refused; the broker moves the original");
+                    return self.dead_letter_original(delivery).await;
+                }
+                if held.is_none() {
+                    warn!(?outcome, "Copy permanently refused; holding the delivery without a slot");
+                    held = Some(self.health.track_held());
+                    timeout = Deadline::after(self.hold);
+                    *slot = None;
+                }
+            }
+            if timeout.passed() || !delivery.usable() || self.drain.is_cancelled() {
                 warn!(?outcome, settled, "Copy not confirmed in time; requeueing the delivery");
                 note_requeued(delivery.requeue().await);
                 return false;
             }
-            let wait = full_jitter(waits.next_wait());
+            let wait = full_jitter(waits.next_wait()) + if held.is_some() { HELD_WAIT } else { Duration::ZERO };
             self.drain.run_until_cancelled(tokio::time::sleep(wait)).await;
         }
     }

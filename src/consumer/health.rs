@@ -44,6 +44,7 @@ pub struct ConsumerHealth {
     heartbeat: Arc<Heartbeat>,
     subscribed: AtomicBool,
     in_flight: AtomicUsize,
+    held: AtomicUsize,
     paused: Mutex<Option<Paused>>,
     problem: Mutex<Option<String>>,
 }
@@ -65,6 +66,12 @@ impl ConsumerHealth {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Deliveries held without a slot, because the broker permanently refuses their copies.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
     }
 
     /// Reason for taking no new requests: `database_unavailable`, `backlog`, `by_operator` or `draining`.
@@ -112,10 +119,25 @@ impl ConsumerHealth {
         *self.problem.lock() = Some(problem);
     }
 
+    /// Counts one delivery as held for the lifetime of the guard.
+    pub(super) fn track_held(self: &Arc<Self>) -> Held {
+        telemetry::deliveries_held(self.held.fetch_add(1, Ordering::Relaxed) + 1);
+        Held(Arc::clone(self))
+    }
+
     /// Counts one delivery as in flight for the lifetime of the guard.
     pub(super) fn track_in_flight(self: &Arc<Self>) -> InFlight {
         telemetry::deliveries_in_flight(self.in_flight.fetch_add(1, Ordering::Relaxed) + 1);
         InFlight(Arc::clone(self))
+    }
+}
+
+/// Guard of one delivery held without a slot.
+pub(super) struct Held(Arc<ConsumerHealth>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        telemetry::deliveries_held(self.0.held.fetch_sub(1, Ordering::Relaxed) - 1);
     }
 }
 

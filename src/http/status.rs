@@ -14,6 +14,8 @@ pub struct Consumption {
     pub subscribed: bool,
     /// Deliveries in flight.
     pub in_flight: usize,
+    /// Deliveries held because the broker permanently refuses their copies.
+    pub held: usize,
     /// Reason for a pause of consumption.
     pub paused: Option<String>,
     /// Reason for a missing subscription.
@@ -84,6 +86,8 @@ pub struct Status {
     pub draining: bool,
     /// Deliveries in flight on this replica.
     pub in_flight: usize,
+    /// Deliveries held because the broker permanently refuses their copies.
+    pub held: usize,
     /// Age of the oldest unpublished event in seconds, over all replicas; absent without the database.
     pub outbox_oldest_s: Option<f64>,
     /// Unpublished events over all replicas; absent without the database.

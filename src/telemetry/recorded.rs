@@ -67,6 +67,12 @@ pub const METRICS: &[Metric] = &[
         help: "Deliveries in flight, at most consumer.prefetch.",
     },
     Metric {
+        name: "inventoryd_deliveries_held",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Deliveries held because the broker permanently refuses their copies.",
+    },
+    Metric {
         name: "inventoryd_deliveries_total",
         kind: Kind::Counter,
         label: Some(Label {
@@ -216,6 +222,11 @@ pub fn run_error(code: ErrorCode) {
 /// Duration of runs from admission to end.
 pub fn run_took(status: RunStatus, took: Duration) {
     histogram!("inventoryd_run_duration_seconds", "status" => status.as_str()).record(took.as_secs_f64());
+}
+
+/// Deliveries held because the broker permanently refuses their copies.
+pub fn deliveries_held(count: usize) {
+    gauge!("inventoryd_deliveries_held").set(count as f64);
 }
 
 /// Deliveries in flight, at most consumer.prefetch.

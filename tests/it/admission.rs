@@ -12,11 +12,11 @@ use crate::support::eventually;
 use crate::support::world::World;
 
 /// Rule that delays every Graph response by `delay_ms`.
-fn slow(delay_ms: u64) -> Rule {
+pub(crate) fn slow(delay_ms: u64) -> Rule {
     serde_json::from_value(json!({ "action": { "kind": "slow", "delay_ms": delay_ms } })).unwrap()
 }
 
-async fn running(world: &World, key: &str) -> Value {
+pub(crate) async fn running(world: &World, key: &str) -> Value {
     eventually("the run begins", || async { world.runs(key).await.pop().filter(|run| run["status"] == "running") })
         .await
 }

@@ -101,7 +101,7 @@ async fn the_topology_is_made_once_and_found_again() {
     let verify = rig.broker_with(|config| config.topology.mode = TopologyMode::Verify);
     let missing = verify.ensure_topology().await.unwrap_err();
     assert!(matches!(missing, BrokerError::Drift(_)));
-    assert_eq!(missing.to_string().matches(": missing").count(), 11, "{missing}");
+    assert_eq!(missing.to_string().matches(": missing").count(), 12, "{missing}");
     rig.broker.ensure_topology().await.unwrap();
     rig.broker.ensure_topology().await.unwrap();
     verify.ensure_topology().await.unwrap();
@@ -118,7 +118,7 @@ async fn drift_names_the_first_difference_of_each_queue_and_changes_nothing() {
     assert!(line.starts_with(&format!("queue {}: ", rig.names().requests)), "{problem}");
     assert!(line.contains("inequivalent arg 'x-delivery-limit'"), "{problem}");
 
-    let tier = rig.names().retry(RetryTier::TwoMinutes);
+    let tier = rig.names().retry_queue(RetryTier::TwoMinutes);
     rig.delete_queue(&rig.names().requests).await;
     rig.delete_queue(&tier).await;
     let durable = QueueDeclareOptions::durable();
@@ -161,7 +161,7 @@ async fn in_flight_deliveries_can_be_settled_after_a_cancel() {
         rig.publish(format!("{number}").as_bytes(), BasicProperties::default()).await;
     }
     let first = next(&mut subscription).await;
-    assert!(subscription.widen().await.unwrap().is_empty());
+    assert!(subscription.widen(0).await.unwrap().is_empty());
     let in_flight = [first, next(&mut subscription).await];
     subscription.cancel().await.unwrap();
     let ready = || async { (subscription.ready().await.unwrap() == 4).then_some(()) };
@@ -226,9 +226,9 @@ async fn a_rung_that_was_deleted_is_made_again() {
     let publisher = rig.broker.publisher();
     rig.publish(b"x", BasicProperties::default()).await;
     let delivery = next(&mut subscription).await;
-    assert!(subscription.widen().await.unwrap().is_empty());
+    assert!(subscription.widen(0).await.unwrap().is_empty());
     assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [PublishOutcome::Confirmed]);
-    rig.delete_queue(&rig.names().retry(RetryTier::FiveSeconds)).await;
+    rig.delete_queue(&rig.names().retry_queue(RetryTier::FiveSeconds)).await;
     assert_eq!(publisher.schedule_retry(&delivery, RetryTier::FiveSeconds).await, PublishOutcome::Unroutable);
     assert_eq!(publisher.schedule_retry(&delivery, RetryTier::FiveSeconds).await, PublishOutcome::Confirmed);
     rig.broker.publish_request(b"{}".to_vec(), "application/json", None).await.unwrap();

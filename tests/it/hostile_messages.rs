@@ -127,7 +127,7 @@ async fn a_session_starts_with_one_request_and_opens_up() {
     let first = subscription.next().await.unwrap().unwrap();
     let second = tokio::time::timeout(Duration::from_millis(300), subscription.next()).await;
     assert!(second.is_err(), "only one until the session is widened");
-    assert!(subscription.narrow() && subscription.widen().await.unwrap().is_empty() && !subscription.narrow());
+    assert!(subscription.narrow() && subscription.widen(0).await.unwrap().is_empty() && !subscription.narrow());
     for _ in 0..3 {
         let next = tokio::time::timeout(Duration::from_secs(10), subscription.next()).await;
         next.expect("the rest arrives").unwrap().unwrap();

@@ -41,6 +41,7 @@ mod not_applicable;
 mod observations;
 mod outcomes;
 mod reading;
+mod refused_copies;
 mod retention;
 mod schema;
 mod server_settings;

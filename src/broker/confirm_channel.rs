@@ -1,0 +1,120 @@
+//! Publishing of one batch with confirms.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt, TryFutureExt};
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::{Channel, Confirmation};
+use tokio::time::timeout;
+
+use super::connection::{Connection, Events};
+use super::error::{BrokerError, within};
+use super::message::Outgoing;
+use super::publish_outcome::PublishOutcome;
+use super::topology::{Names, refusal_of};
+use super::{Broker, Purpose};
+use crate::domain::clock::Deadline;
+
+/// Messages passed to the connection's thread at once.
+const SEND_WINDOW: usize = 64;
+
+/// Connection with one channel in confirm mode, used for one batch at a time.
+pub(super) struct ConfirmChannel {
+    pub(super) connection: Connection,
+    channel: Channel,
+    pub(super) events: Events,
+    pub(super) limit: Duration,
+    /// False once a message published on it has no confirm.
+    pub(super) clean: bool,
+}
+
+impl ConfirmChannel {
+    pub(super) async fn open(broker: &Broker, purpose: Purpose) -> Result<Self, BrokerError> {
+        let limit = broker.0.opening.answer_limit;
+        let connection = broker.connect(purpose).await?;
+        match broker.ensure(&connection).await {
+            // The consumer reports drift and is not ready; publishing may still succeed.
+            Ok(()) | Err(BrokerError::Drift(_)) => {}
+            Err(error) => return Err(error),
+        }
+        let channel = connection.channel().await?;
+        let select = channel.confirm_select(ConfirmSelectOptions::default());
+        within(limit, "asking for confirms", select).await?;
+        let events = connection.events();
+        Ok(Self { connection, channel, events, limit, clean: true })
+    }
+
+    /// Publishes a batch and waits for its confirms.
+    ///
+    /// The client matches confirms to messages correctly, but may attach a returned message to the wrong confirm when
+    /// several are in flight. Returned messages are therefore matched by message id over the whole batch.
+    pub(super) async fn publish(&mut self, names: &Names, batch: &[&Outgoing]) -> Vec<PublishOutcome> {
+        let deadline = Deadline::after(self.limit);
+        let frame_max = self.connection.frame_max();
+        let mut outcomes = vec![PublishOutcome::Unsent; batch.len()];
+        let mut denied = false;
+        let (mut sending, mut confirms) = (FuturesUnordered::new(), FuturesUnordered::new());
+        let mut rest = batch.iter().enumerate();
+        loop {
+            // Sent one by one, each message would wake the connection's thread and wait for it.
+            for (index, message) in rest.by_ref().take(SEND_WINDOW - sending.len()) {
+                outcomes[index] = PublishOutcome::Unknown;
+                let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+                let exchange = message.target.exchange(names);
+                let (key, properties) = (message.routing_key.clone(), message.properties_within(frame_max));
+                let publish = self.channel.basic_publish(exchange, key, options, &message.body, properties);
+                sending.push(publish.map_ok(move |confirm| confirm.map(move |confirmation| (index, confirmation))));
+            }
+            match timeout(deadline.remaining(), sending.next()).await {
+                Ok(Some(Ok(confirm))) => confirms.push(confirm),
+                Ok(None) => break,
+                Ok(Some(Err(error))) => {
+                    denied = refusal_of(&error).is_some();
+                    self.clean = false;
+                    break;
+                }
+                Err(_) => {
+                    self.clean = false;
+                    break;
+                }
+            }
+        }
+        let mut returned = HashSet::new();
+        let mut note = |(index, confirmation): (usize, lapin::Result<Confirmation>)| {
+            let confirmation = match confirmation {
+                Ok(confirmation) => confirmation,
+                Err(error) => {
+                    denied |= refusal_of(&error).is_some();
+                    return false;
+                }
+            };
+            outcomes[index] = if confirmation.is_ack() { PublishOutcome::Confirmed } else { PublishOutcome::Refused };
+            returned.extend(confirmation.take_message().and_then(|message| message.properties.message_id().clone()));
+            true
+        };
+        while let Ok(Some(confirm)) = timeout(deadline.remaining(), confirms.next()).await {
+            self.clean &= note(confirm);
+        }
+        // A returned message may be attached to any confirm received by now: read all of them.
+        while let Some(Some(confirm)) = confirms.next().now_or_never() {
+            self.clean &= note(confirm);
+        }
+        self.clean &= confirms.is_empty();
+        if denied {
+            let unconfirmed = outcomes.iter_mut().filter(|outcome| **outcome == PublishOutcome::Unknown);
+            unconfirmed.for_each(|outcome| *outcome = PublishOutcome::Denied);
+        }
+        for (outcome, message) in outcomes.iter_mut().zip(batch) {
+            if returned.iter().any(|id| id.as_str() == message.message_id) {
+                *outcome = PublishOutcome::Unroutable;
+            }
+        }
+        outcomes
+    }
+
+    pub(super) async fn close(self, limit: Duration) {
+        self.connection.close(limit).await;
+    }
+}
