@@ -268,7 +268,8 @@ create function inventory_admit(
         in_tenant_id uuid, in_idempotency_key text, in_selection_hash text, in_selection jsonb,
         in_correlation_id text, in_requested_by text, in_traceparent text,
         in_owner text, in_lease_s double precision, in_max_attempts integer,
-        in_tenant_max_runs bigint, in_fleet_max_runs bigint, in_may_defer boolean, in_daemon_version text)
+        in_tenant_max_runs bigint, in_fleet_max_runs bigint, in_may_defer boolean, in_event_due_s double precision,
+        in_daemon_version text)
     returns table (decision text, error_code text, run_id uuid, attempt integer, credential text,
                    decided_at timestamptz, started_at timestamptz, throttle_wait_ms bigint)
     language plpgsql
@@ -393,7 +394,9 @@ begin
             in_correlation_id, in_requested_by, in_traceparent, in_daemon_version, decided_at,
             case when refusal is not null then decided_at end);
     if refusal is not null then
-        insert into outbox (tenant_id, run_id, due_at) values (in_tenant_id, run_id, decided_at);
+        -- As at the end of a run: this replica publishes the event itself, and others only if it does not.
+        insert into outbox (tenant_id, run_id, due_at)
+        values (in_tenant_id, run_id, decided_at + make_interval(secs => in_event_due_s));
     end if;
     return next;
 end

@@ -75,7 +75,7 @@ begin;
 select tenant_id from tenants where tenant_id = 'aaaaaaaa-0000-4000-8000-000000000001' for update \g /dev/null
 select only_row from inventory_fleet for update \g /dev/null
 select equal('admitted default', (select decision || ' ' || credential from inventory_admit('aaaaaaaa-0000-4000-8000-000000000001',
-             'first', 'hash', '{}', null, null, null, 'here', 60, 5, 2, 0, false, '0')), 'a request is admitted') \g /dev/null
+             'first', 'hash', '{}', null, null, null, 'here', 60, 5, 2, 0, false, 60, '0')), 'a request is admitted') \g /dev/null
 select equal('{}', inventory_record_types(tenant_id, id, 1, :'usage', '[{"policy_type": "type", "status": "complete",
              "items_observed_count": 0, "items_upserted_count": 0, "items_created_count": 0, "items_changed_count": 0,
              "errors_count": 0}]', 0.5, 20)::text, 'a type is recorded') from inventory_sync_runs \g /dev/null

@@ -195,10 +195,10 @@ impl Worker {
 
     /// Takes the open channel or opens one. The caller puts it back after the publish: an unfinished publish drops it.
     async fn usable_channel(&mut self) -> Result<ConfirmChannel, BrokerError> {
-        if let Some(channel) = self.open_channel.take() {
-            if let Some(channel) = self.keep_if_usable(channel).await? {
-                return Ok(channel);
-            }
+        if let Some(channel) = self.open_channel.take()
+            && let Some(channel) = self.keep_if_usable(channel).await?
+        {
+            return Ok(channel);
         }
         sleep_until(self.not_before).await;
         match ConfirmChannel::open(&self.broker, Purpose::Publish).await {

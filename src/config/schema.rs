@@ -24,11 +24,12 @@ pub(super) enum Kind {
 impl Kind {
     /// True if a value of a file is of this kind. Numbers may be written as text, as in the environment.
     pub(super) fn accepts(self, value: &toml::Value) -> bool {
-        match (self, value) {
-            (_, toml::Value::String(_)) | (Self::Integer | Self::Number, toml::Value::Integer(_)) => true,
-            (Self::Number, toml::Value::Float(_)) => true,
-            _ => false,
-        }
+        matches!(
+            (self, value),
+            (_, toml::Value::String(_))
+                | (Self::Integer | Self::Number, toml::Value::Integer(_))
+                | (Self::Number, toml::Value::Float(_))
+        )
     }
 
     /// True if a text is a value of this kind, and thereby no secret in the wrong place.

@@ -133,6 +133,7 @@ impl Runner {
             fleet_max_runs: config.limits.fleet_max_runs,
             when_full: config.limits.when_full,
             defer_max_s: config.limits.defer_max_s,
+            event_due_s: config.outbox.claim_s,
         };
         let settings = RunSettings {
             deadline: seconds(config.run.deadline_s),

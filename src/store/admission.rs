@@ -30,6 +30,8 @@ pub struct AdmissionRules {
     pub when_full: WhenFull,
     /// Seconds that a request may be deferred in all.
     pub defer_max_s: u64,
+    /// Seconds that the replica has to publish the event of a skipped run before others may.
+    pub event_due_s: u64,
 }
 
 /// A request to be admitted.
@@ -116,7 +118,7 @@ impl Store {
         let decided = sqlx::query_as!(
             Decision,
             r#"select decision as "decision!", error_code, run_id, attempt, credential, decided_at, started_at, throttle_wait_ms
-                 from inventory_admit($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)"#,
+                 from inventory_admit($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"#,
             request.tenant_id,
             request.idempotency_key,
             admission.selection_hash,
@@ -130,6 +132,7 @@ impl Store {
             i64::from(rules.tenant_max_runs),
             i64::from(rules.fleet_max_runs),
             may_defer,
+            rules.event_due_s as f64,
             env!("CARGO_PKG_VERSION")
         )
         .fetch_one(&mut *connection);

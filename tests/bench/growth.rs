@@ -140,6 +140,7 @@ async fn admit(world: &World, count: usize) -> Result<Admitted> {
         fleet_max_runs: 0,
         when_full: WhenFull::Skip,
         defer_max_s: 0,
+        event_due_s: 0,
     };
     let mut times = Vec::new();
     for number in 0..count {

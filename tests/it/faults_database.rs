@@ -224,6 +224,7 @@ fn rules() -> AdmissionRules {
         fleet_max_runs: 1_000_000,
         when_full: WhenFull::Skip,
         defer_max_s: 0,
+        event_due_s: 0,
     }
 }
 

@@ -179,7 +179,7 @@ async fn tenant_whose_latest_run_is_partial_is_not_stuck_while_its_latest_succes
               where idempotency_key = 'first'",
         )
         .await;
-    let statement = documented("Which tenants are stuck");
+    let statement = documented("Stuck tenants");
     let stuck = world.rows(&statement).await;
     assert_eq!(stuck, Vec::<Value>::new(), "its success is minutes old");
     let old = "update inventory_selections set latest_success_at = latest_success_at - interval '2 days'";
