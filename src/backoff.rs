@@ -34,6 +34,7 @@ impl Waits {
 }
 
 /// Random duration between zero and `max`, which spreads retries of operations that failed together.
+#[expect(clippy::disallowed_methods, reason = "the one place for randomness")]
 pub fn full_jitter(max: Duration) -> Duration {
     max.mul_f64(rand::random::<f64>())
 }

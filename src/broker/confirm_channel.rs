@@ -103,8 +103,7 @@ impl ConfirmChannel {
         }
         self.clean &= confirms.is_empty();
         if denied {
-            let unconfirmed = outcomes.iter_mut().filter(|outcome| **outcome == PublishOutcome::Unknown);
-            unconfirmed.for_each(|outcome| *outcome = PublishOutcome::Denied);
+            mark_denied(&mut outcomes);
         }
         for (outcome, message) in outcomes.iter_mut().zip(batch) {
             if returned.iter().any(|id| id.as_str() == message.message_id) {
@@ -116,5 +115,12 @@ impl ConfirmChannel {
 
     pub(super) async fn close(self, limit: Duration) {
         self.connection.close(limit).await;
+    }
+}
+
+/// Marks the messages that the broker closed the channel about.
+fn mark_denied(outcomes: &mut [PublishOutcome]) {
+    for outcome in outcomes.iter_mut().filter(|outcome| **outcome == PublishOutcome::Unknown) {
+        *outcome = PublishOutcome::Denied;
     }
 }

@@ -48,17 +48,17 @@ pub struct Incoming<'a> {
 /// Decision about a message. Whatever has to be durable is committed by then.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Disposition {
-    /// Its run reached a terminal state, and the event is due.
+    /// The run reached a terminal state, and the event is due.
     Ended(RunStatus),
-    /// Its run was in a terminal state before.
+    /// The run was in a terminal state before.
     Duplicate,
     /// Another worker has its run: retry soon.
     InProgressElsewhere,
     /// A limit is reached: retry later.
     Deferred(ErrorCode),
-    /// It can never be run.
+    /// The request can never be run.
     Rejected(Rejection),
-    /// It goes back to the queue, for any replica.
+    /// The message goes back to the queue, for any replica.
     HandBack(HandBackReason),
     /// The database is unavailable or read-only: nothing can be decided.
     DatabaseUnavailable,

@@ -19,9 +19,9 @@ pub struct Renewed {
 /// A run whose lease expired a while ago.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InterruptedRun {
-    /// Its request is to be published again, with the trace context.
+    /// Request to publish again, with its trace context.
     Restart(SyncRequest, Option<String>),
-    /// Its attempts are used up, or nobody restarted it for a day.
+    /// Run without attempts left, or that nothing restarted for a day.
     GiveUp(RunKey, SyncRequest),
 }
 

@@ -228,3 +228,26 @@ fn graph_requests_use_get_only() {
         }
     }
 }
+
+/// Doc comments open with a noun phrase or a verb, which a reader finds by its subject: at most 3 % with a question word or a pronoun.
+#[test]
+fn doc_comments_name_their_subject() {
+    const VAGUE: [&str; 7] = ["What ", "Whether ", "How ", "It ", "Its ", "Whose ", "Who "];
+    let (mut opened, mut vague) = (0, Vec::new());
+    for (file, _, _) in files() {
+        let text = fs::read_to_string(&file).unwrap();
+        let mut in_comment = false;
+        for line in text.lines() {
+            let doc = line.trim_start().strip_prefix("/// ").or_else(|| line.strip_prefix("//! "));
+            if let Some(sentence) = doc.filter(|_| !in_comment) {
+                opened += 1;
+                if VAGUE.iter().any(|word| sentence.starts_with(word)) {
+                    vague.push(format!("{}: {sentence}", file.display()));
+                }
+            }
+            in_comment = line.trim_start().starts_with("//");
+        }
+    }
+    assert!(opened > 1_000, "{opened} doc comments were found");
+    assert!(vague.len() * 100 < opened * 3, "{} of {opened}: {vague:#?}", vague.len());
+}

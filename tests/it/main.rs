@@ -1,4 +1,6 @@
 //! Integration tests against real servers, one module per behaviour.
+#![expect(clippy::unwrap_used, reason = "a failed test panics")]
+#![expect(clippy::disallowed_methods, reason = "faults happen at random moments")]
 
 #[path = "../sim/mod.rs"]
 mod sim;
