@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use crate::sim::SimConfig;
 use crate::support::daemon::Replica;
 use crate::support::eventually;
 use crate::support::world::World;
@@ -53,4 +54,32 @@ async fn replicas_are_registered_until_they_stop() {
     eventually("one is deregistered", || async { (members().await == 1).then_some(()) }).await;
     two.stop().await;
     assert_eq!(members().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_divide_the_rate_limit() {
+    const APPS: &str = "deviceAppManagement/mobileApps";
+    let mut simulator = SimConfig::default();
+    simulator.page_sizes.top_caps.insert(APPS.to_owned(), 1);
+    let world = World::with_sim(simulator).await;
+    world.sim.set_size(None, Some(APPS), 60).unwrap();
+    let mut config = world.config();
+    (config.graph.intune_per_20s, config.graph.rate_share) = (40, 1.0);
+    let members = || world.count("select count(*) from daemon_replicas");
+    let idle = Replica::with(config.clone()).await;
+    eventually("the idle replica is registered", || async { (members().await == 1).then_some(()) }).await;
+    idle.daemon().stop().quiet.send_replace(true);
+    eventually("it takes no requests", || async { (!idle.daemon().health().subscribed()).then_some(()) }).await;
+    let _worker = Replica::with(config).await;
+    eventually("both are registered", || async { (members().await == 2).then_some(()) }).await;
+    world.publish(&world.request("long", &["mobileApp"])).await;
+    let times = eventually("more pages are read than one share allows", || async {
+        let pages = world.sim.requests().into_iter().filter(|request| request.path.contains("mobileApps"));
+        let times: Vec<u64> = pages.map(|request| request.unix_ms).collect();
+        (times.len() > 24).then_some(times)
+    })
+    .await;
+    let in_window = |start: &u64| times.iter().filter(|at| (*start..start + 20_000).contains(*at)).count();
+    let most = times.iter().map(in_window).max().unwrap();
+    assert!(most <= 21, "{most} requests within 20 s, although half of 40 is the share of one replica");
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::dead_letters::header;
 use crate::support::daemon::Replica;
-use crate::support::raw_amqp::{self, RawProperties, nested};
+use crate::support::raw_amqp::{self, unreadable};
 use crate::support::world::World;
 use crate::support::{binary, eventually};
 
@@ -25,28 +25,12 @@ async fn dead_command(world: &World, arguments: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// Properties that end the client's session or process, with the name that the dead letter must give.
-fn hostile() -> Vec<(RawProperties, &'static str)> {
-    vec![
-        (RawProperties::header(b"deep", &nested(1000)), "headers.deep"),
-        (RawProperties::header(b"deep", &nested(4000)), "headers.deep"),
-        (RawProperties::header(b"M\xfcller", b"t\x01"), "headers"),
-        (RawProperties::short_string(15, b"text/\xe4"), "content_type"),
-        (RawProperties::short_string(14, b"\xff"), "content_encoding"),
-        (RawProperties::short_string(10, b"\xff"), "correlation_id"),
-        (RawProperties::short_string(9, b"\xff"), "reply_to"),
-        (RawProperties::short_string(7, b"M\xfcller"), "message_id"),
-        (RawProperties::short_string(5, b"\xff"), "type"),
-        (RawProperties::short_string(3, b"\xff"), "app_id"),
-    ]
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_the_client_cannot_parse_costs_only_itself() {
     let world = World::new().await;
     let replica = Replica::start(&world).await;
     world.sync("before", &["mobileApp"]).await;
-    for (index, (properties, name)) in hostile().into_iter().enumerate() {
+    for (index, (properties, name)) in unreadable().into_iter().enumerate() {
         let body = world.request(&format!("hostile-{index}"), &["mobileApp"]).to_string();
         let published = Instant::now();
         raw_amqp::publish(&world, body.as_bytes(), properties).await;
@@ -69,20 +53,20 @@ async fn dead_commands_work_around_letters_the_client_cannot_parse() {
     let world = World::new().await;
     Replica::start(&world).await.stop().await;
     let body = |index: usize| world.request(&format!("k-{index}"), &["mobileApp"]).to_string();
-    for (index, (properties, _)) in hostile().into_iter().enumerate() {
+    for (index, (properties, _)) in unreadable().into_iter().enumerate() {
         raw_amqp::publish(&world, body(index).as_bytes(), properties).await;
     }
     // Dead-lettered by the broker itself, as it did when every delivery ended the session.
     let consumer = world.config();
     let broker = inventoryd::broker::Broker::new(&consumer.broker, &consumer.topology, "test").unwrap();
     let mut subscription = broker.subscribe(8).await.unwrap();
-    for _ in 0..hostile().len() {
+    for _ in 0..unreadable().len() {
         let delivery = subscription.next().await.unwrap().unwrap();
         assert!(delivery.unreadable.is_some());
         assert!(delivery.dead_letter_original().await.unwrap());
     }
     subscription.close(Duration::from_secs(1)).await;
-    let count = hostile().len();
+    let count = unreadable().len();
     let listed = eventually("all are listed", || async {
         let listed = dead_command(&world, &["list"]).await;
         (listed.as_array().unwrap().len() == count).then_some(listed)

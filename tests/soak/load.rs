@@ -15,6 +15,7 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use crate::changes::CHANGING;
+use crate::support::raw_amqp;
 use crate::support::scheduler::Scheduler;
 use crate::support::world::World;
 
@@ -36,12 +37,15 @@ pub struct Published {
     pub conflicts: BTreeSet<String>,
     /// Bodies that must become dead letters.
     pub invalid: BTreeSet<String>,
+    /// Count of messages whose properties a client library cannot parse; their bodies are in `invalid`.
+    pub unreadable: usize,
     /// Count of repeated messages.
     pub repeats: usize,
 }
 
 /// Publisher of the load.
 pub struct Load {
+    world: Arc<World>,
     scheduler: Scheduler,
     tenants: Vec<Uuid>,
     recent: Vec<Value>,
@@ -51,7 +55,7 @@ pub struct Load {
 
 impl Load {
     /// Registers the tenants: every fifth is limited to one run at a time, one is disabled.
-    pub async fn prepare(world: &World, url: &str) -> Self {
+    pub async fn prepare(world: &Arc<World>, url: &str) -> Self {
         let mut tenants = vec![world.tenant];
         for number in 1..TENANTS {
             let tenant = Uuid::new_v4();
@@ -60,7 +64,14 @@ impl Load {
         }
         world.execute(&format!("update tenants set enabled = false where tenant_id = '{}'", tenants[1])).await;
         let scheduler = Scheduler::on(&[url], &world.prefix);
-        Self { scheduler, tenants, recent: Vec::new(), published: Published::default(), burst: Arc::default() }
+        Self {
+            world: Arc::clone(world),
+            scheduler,
+            tenants,
+            recent: Vec::new(),
+            published: Published::default(),
+            burst: Arc::default(),
+        }
     }
 
     /// Tenants whose objects change.
@@ -76,8 +87,12 @@ impl Load {
     /// Publishes until `stop`.
     pub async fn publish(mut self, stop: watch::Receiver<bool>, progress: watch::Sender<usize>) -> Published {
         while !*stop.borrow() {
-            let body = self.next_body();
-            self.scheduler.publish_bytes(body.as_bytes()).await;
+            if random_range(0..50) == 0 {
+                self.publish_unreadable().await;
+            } else {
+                let body = self.next_body();
+                self.scheduler.publish_bytes(body.as_bytes()).await;
+            }
             self.published.messages += 1;
             progress.send_replace(self.published.messages);
             if self.burst.load(Ordering::Relaxed) > 0 {
@@ -87,6 +102,18 @@ impl Load {
             }
         }
         self.published
+    }
+
+    /// Publishes a valid request with properties that a client library cannot parse.
+    async fn publish_unreadable(&mut self) {
+        let body = self.request(self.published.messages).to_string();
+        let body = self.invalid(body);
+        self.published.unreadable += 1;
+        let mut kinds = raw_amqp::unreadable();
+        let (properties, _) = kinds.swap_remove(random_range(0..kinds.len()));
+        while !raw_amqp::try_publish(&self.world, body.as_bytes(), properties.clone()).await {
+            sleep(Duration::from_millis(100)).await;
+        }
     }
 
     fn next_body(&mut self) -> String {

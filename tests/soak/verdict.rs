@@ -81,6 +81,7 @@ impl Verdict {
         self.fact("messages published", published.messages);
         self.fact("of them repeats", published.repeats);
         self.fact("of them invalid", published.invalid.len());
+        self.fact("of those with unreadable properties", published.unreadable);
         self.fact("keys used for two selections", published.conflicts.len());
         let runs = world.rows("select idempotency_key as k, count(*) as n from soak_runs group by 1").await;
         let runs: BTreeMap<&str, i64> =
@@ -196,7 +197,7 @@ impl Verdict {
             self.fact(format!("dead letters {reason}"), count);
         }
         let lost = published.invalid.iter().filter(|body| !bodies.contains(*body)).count();
-        self.check("every invalid request is a dead letter", published.invalid.len(), lost);
+        self.check("every invalid or unreadable request is a dead letter", published.invalid.len(), lost);
         let dead_keys: BTreeSet<String> = bodies.iter().filter_map(|body| key_of(body)).collect();
         let lost = published.conflicts.iter().filter(|key| !dead_keys.contains(*key)).count();
         self.check("one of two selections under one key is a dead letter", published.conflicts.len(), lost);

@@ -41,15 +41,36 @@ pub fn nested(depth: usize) -> Vec<u8> {
     (0..depth).fold(b"t\x01".to_vec(), |inner, _| [b"F", &long(&[&short(b"n"), &inner[..]].concat())[..]].concat())
 }
 
+/// Properties that end an unguarded client's session or process, with the name that the dead letter must give.
+pub fn unreadable() -> Vec<(RawProperties, &'static str)> {
+    vec![
+        (RawProperties::header(b"deep", &nested(1000)), "headers.deep"),
+        (RawProperties::header(b"deep", &nested(4000)), "headers.deep"),
+        (RawProperties::header(b"M\xfcller", b"t\x01"), "headers"),
+        (RawProperties::short_string(15, b"text/\xe4"), "content_type"),
+        (RawProperties::short_string(14, b"\xff"), "content_encoding"),
+        (RawProperties::short_string(10, b"\xff"), "correlation_id"),
+        (RawProperties::short_string(9, b"\xff"), "reply_to"),
+        (RawProperties::short_string(7, b"M\xfcller"), "message_id"),
+        (RawProperties::short_string(5, b"\xff"), "type"),
+        (RawProperties::short_string(3, b"\xff"), "app_id"),
+    ]
+}
+
 /// Publishes one message to the requests exchange of `world` and waits for the confirm.
 pub async fn publish(world: &World, body: &[u8], properties: RawProperties) {
+    assert!(try_publish(world, body, properties).await, "the message is published");
+}
+
+/// Publishes one message; returns whether it was confirmed.
+pub async fn try_publish(world: &World, body: &[u8], properties: RawProperties) -> bool {
     let (url, exchange) = (world.amqp_url.clone(), format!("{}inventory.sync", world.prefix));
     let body = body.to_vec();
     let publish = move || {
         let mut connection = Connection::open(&url);
         connection.publish(&exchange, &body, &properties);
     };
-    tokio::task::spawn_blocking(publish).await.expect("the message is published");
+    tokio::task::spawn_blocking(publish).await.is_ok()
 }
 
 struct Connection(TcpStream);
