@@ -199,7 +199,7 @@ impl ConsumeLoop {
                     return Ok(None);
                 };
                 *session = Some(subscribed?);
-                info!(version = self.broker.version(), prefetch = self.settings.prefetch, "Subscribed");
+                info!(version = self.broker.version(), prefetch = self.settings.prefetch, "subscribed");
             }
         }
         self.health.set_subscribed(true);
@@ -300,7 +300,7 @@ impl ConsumeLoop {
         }
         if self.health.subscribed() {
             let paused = self.intake.borrow().map(Paused::as_str);
-            info!(paused, in_flight = self.health.in_flight(), "Intake paused");
+            info!(paused, in_flight = self.health.in_flight(), "intake paused");
         }
         self.health.set_subscribed(false);
         if let Err(error) = self.requeue_unstarted(session.as_mut()).await {
@@ -348,7 +348,7 @@ impl ConsumeLoop {
     fn note_loss(&mut self, cause: &'static str, error: Option<BrokerError>) {
         self.health.set_subscribed(false);
         let what = error.map_or_else(|| what_ended(cause).to_owned(), |error| error.to_string());
-        warn!(cause, problem = what, in_flight = self.health.in_flight(), "Subscription lost; reconnecting");
+        warn!(cause, problem = what, in_flight = self.health.in_flight(), "subscription lost; reconnecting");
         self.health.set_problem(what);
         telemetry::resubscribed(cause);
         self.waiting.clear();
@@ -359,10 +359,10 @@ impl ConsumeLoop {
     async fn drain(mut self, mut session: Option<Subscription>) {
         self.health.set_paused(Some(Paused::Draining));
         self.health.set_subscribed(false);
-        info!(in_flight = self.health.in_flight(), budget_s = self.settings.drain.as_secs(), "Draining");
+        info!(in_flight = self.health.in_flight(), budget_s = self.settings.drain.as_secs(), "draining");
         let begun = Instant::now();
         if let Err(error) = self.requeue_unstarted(session.as_mut()).await {
-            debug!(%error, "Requeue failed; the broker requeues when the channel closes");
+            debug!(%error, "requeue failed; the broker requeues when the channel closes");
         }
         self.tasks.close();
         let in_time = tokio::select! {
@@ -371,10 +371,10 @@ impl ConsumeLoop {
             () = self.stop.abort.cancelled() => false,
         };
         if !in_time {
-            warn!(in_flight = self.health.in_flight(), "Drain budget spent; aborting unfinished runs");
+            warn!(in_flight = self.health.in_flight(), "drain budget spent; aborting unfinished runs");
             self.handler.abort.cancel();
             if timeout(ABORT_GRACE, self.tasks.wait()).await.is_err() {
-                warn!(in_flight = self.health.in_flight(), "Runs did not stop in time; their leases expire");
+                warn!(in_flight = self.health.in_flight(), "runs did not stop in time; their leases expire");
             }
         }
         if let Some(session) = session {

@@ -89,7 +89,7 @@ impl Connection {
     /// Closes the connection; after `limit` the socket is shut down instead. A blocked connection never closes in order.
     pub(super) async fn close(self, limit: Duration) {
         if let Err(error) = within(limit, "closing the connection", self.connection.close(200, "OK".into())).await {
-            tracing::debug!(%error, "Connection not closed in order; socket shut down");
+            tracing::debug!(%error, "connection not closed in order; socket shut down");
         }
     }
 }

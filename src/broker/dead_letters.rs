@@ -156,7 +156,7 @@ impl DeadLetters {
         // An orderly close waits for the acknowledgements sent before it; a shut socket could lose them.
         let close = self.channel.close(200, "OK".into());
         if let Err(error) = within(self.limit, "closing the channel", close).await {
-            tracing::debug!(%error, "Channel not closed in order");
+            tracing::debug!(%error, "channel not closed in order");
         }
         self.publishing.close(self.limit).await;
     }

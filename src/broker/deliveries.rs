@@ -167,7 +167,7 @@ impl Subscription {
     pub async fn close(self, limit: Duration) {
         let close = self.channel.close(200, "OK".into());
         if let Err(error) = within(limit, "closing the channel", close).await {
-            tracing::debug!(%error, "Channel not closed in order");
+            tracing::debug!(%error, "channel not closed in order");
         }
         self.connection.close(limit).await;
     }

@@ -27,7 +27,7 @@ impl Outgoing {
             rest.remove(name);
             kept = rest.into();
         }
-        tracing::warn!(message_id = self.message_id, "Headers of the publisher dropped: they do not fit into a frame");
+        tracing::warn!(message_id = self.message_id, "headers of the publisher dropped: they do not fit into a frame");
         self.properties.clone().with_headers(kept)
     }
 }

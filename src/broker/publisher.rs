@@ -176,7 +176,7 @@ impl Worker {
         let mut channel = match self.usable_channel().await {
             Ok(channel) => channel,
             Err(error) => {
-                tracing::warn!(%error, messages = batch.len(), "Publishing failed; no usable connection");
+                tracing::warn!(%error, messages = batch.len(), "publishing failed; no usable connection");
                 return vec![PublishOutcome::Unsent; batch.len()];
             }
         };
@@ -187,7 +187,7 @@ impl Worker {
             .zip(&outcomes)
             .any(|(message, outcome)| *outcome == PublishOutcome::Unroutable && message.target != Target::Events);
         if ours_is_unroutable && let Err(error) = self.broker.ensure(&channel.connection).await {
-            tracing::warn!(%error, "Topology incomplete");
+            tracing::warn!(%error, "topology incomplete");
         }
         self.open_channel = Some(channel);
         outcomes
@@ -240,15 +240,15 @@ impl Worker {
     fn handle_event(&mut self, event: Option<Event>) {
         match event {
             Some(Event::ConnectionBlocked(reason)) => {
-                tracing::warn!(reason, "Broker blocked publishing; events wait in the outbox");
+                tracing::warn!(reason, "broker blocked publishing; events wait in the outbox");
                 self.set_blocked(true);
             }
             Some(Event::ConnectionUnblocked) => {
-                tracing::info!("Broker unblocked publishing");
+                tracing::info!("broker unblocked publishing");
                 self.set_blocked(false);
             }
             Some(Event::Error(error)) => {
-                tracing::warn!(%error, "Publishing connection lost");
+                tracing::warn!(%error, "publishing connection lost");
                 self.drop_channel();
             }
             None => self.drop_channel(),

@@ -68,7 +68,7 @@ impl DeliveryHandler {
         match AssertUnwindSafe(self.handle(&delivery)).catch_unwind().await {
             Ok(disposition) => self.settle(&delivery, disposition, &mut slot).await,
             Err(_) => {
-                error!("Handling panicked; rejecting the delivery for another attempt");
+                error!("handling panicked; rejecting the delivery for another attempt");
                 tokio::time::sleep(AFTER_PANIC).await;
                 note_requeued(delivery.fail().await);
             }
@@ -157,7 +157,7 @@ impl DeliveryHandler {
     }
 
     async fn dead_letter(&self, delivery: &Delivery, rejection: &Rejection, slot: &mut Slot) {
-        warn!(reason = %rejection.reason, detail = rejection.detail, "Request rejected");
+        warn!(reason = %rejection.reason, detail = rejection.detail, "request rejected");
         let moved = match delivery.discarded_bytes {
             // Only the broker has the complete message.
             Some(_) => self.dead_letter_original(delivery).await,
@@ -198,18 +198,18 @@ impl DeliveryHandler {
             refusals += u32::from(outcome == PublishOutcome::Refused);
             if outcome == PublishOutcome::Denied || refusals >= STEADY_REFUSALS {
                 if matches!(copy, CopyTarget::DeadLetter(_)) {
-                    warn!(?outcome, "Copy permanently refused; the broker moves the original");
+                    warn!(?outcome, "copy permanently refused; the broker moves the original");
                     return self.dead_letter_original(delivery).await;
                 }
                 if held.is_none() {
-                    warn!(?outcome, "Copy permanently refused; holding the delivery without a slot");
+                    warn!(?outcome, "copy permanently refused; holding the delivery without a slot");
                     held = Some(self.health.track_held());
                     timeout = Deadline::after(self.hold);
                     *slot = None;
                 }
             }
             if timeout.passed() || !delivery.usable() || self.drain.is_cancelled() {
-                warn!(?outcome, settled, "Copy not confirmed in time; requeueing the delivery");
+                warn!(?outcome, settled, "copy not confirmed in time; requeueing the delivery");
                 note_requeued(delivery.requeue().await);
                 return false;
             }
@@ -222,7 +222,7 @@ impl DeliveryHandler {
 fn note_requeued(requeued: Result<bool, BrokerError>) {
     // The broker requeues every unacknowledged delivery of a closed channel by itself.
     if let Err(error) = requeued {
-        tracing::debug!(%error, "Requeue failed; the broker requeues when the channel closes");
+        tracing::debug!(%error, "requeue failed; the broker requeues when the channel closes");
     }
     note_settled("requeued");
 }

@@ -107,7 +107,7 @@ async fn a_delivery_that_outlasts_the_brokers_consumer_timeout() {
     world.publish(&world.request("long", ONE_TYPE)).await;
     let (mut keys, requests) = requests(&world, "k", 30, &["deviceShellScript"]).await;
     let publishing = publish_all(&[&broker.url], &world, requests, Duration::from_millis(150));
-    worker.wait_for_log("Subscription lost; reconnecting").await;
+    worker.wait_for_log("subscription lost; reconnecting").await;
     keys.push("long".to_owned());
     publishing.await.unwrap();
     invariants::assert_all_succeeded(&world, &keys, &events).await;

@@ -269,7 +269,7 @@ async fn stopped_twice_under_load_while_others_go_on() {
     .await;
     let _others = (Replica::start(&world).await, Replica::start(&world).await);
     victim.signal("TERM");
-    victim.wait_for_log("Draining").await;
+    victim.wait_for_log("draining").await;
     victim.signal("TERM");
     assert!(victim.ended(Duration::from_secs(8)).await.success(), "{}", victim.log());
     invariants::assert_all_succeeded(&world, &keys, &events).await;
@@ -292,7 +292,7 @@ async fn a_replica_whose_clock_is_ten_minutes_ahead() {
     let lease = [("RUN__LEASE_S", "15"), ("CONSUMER__PREFETCH", "4")];
     let ahead = Process::start_under(&world, "ahead", &lease, &foreign);
     let _right = Process::start(&world, "right", &lease);
-    ahead.wait_for_log("Subscribed").await;
+    ahead.wait_for_log("subscribed").await;
     let (keys, requests) = requests(&world, "k", 40, ONE_TYPE).await;
     for request in &requests {
         world.publish(request).await;

@@ -12,7 +12,7 @@ async fn every_line_of_a_run_names_the_run_its_tenant_and_its_correlation_id() {
     world.sim.add_rule(Rule::status(429, Some("1")).path("deviceAppManagement/mobileApps").times(1));
     world.sim.add_rule(Rule::status(403, None).path("deviceManagement/deviceShellScripts"));
     let process = Process::start(&world, "a", &[("TELEMETRY__LOG", "info,inventoryd::graph=debug")]);
-    process.wait_for_log("Subscribed").await;
+    process.wait_for_log("subscribed").await;
     let mut request = world.request("logged", &["mobileApp", "deviceShellScript"]);
     request["correlation_id"] = "ticket-7".into();
     world.publish(&request).await;

@@ -69,7 +69,7 @@ async fn a_second_signal_does_not_wait() {
     world.publish(&world.request("run", &["mobileApp"])).await;
     running(&world, "run").await;
     process.signal("TERM");
-    process.wait_for_log("Draining").await;
+    process.wait_for_log("draining").await;
     process.signal("TERM");
     assert!(process.ended(Duration::from_secs(8)).await.success(), "{}", process.log());
     assert_eq!(world.depth("inventory.sync.requests").await, 1, "the request is back in the queue");

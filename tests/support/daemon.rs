@@ -90,7 +90,7 @@ impl Process {
     /// Waits until the log contains `text`, or fails with the whole log.
     pub async fn wait_for_log(&self, text: &str) {
         let begun = std::time::Instant::now();
-        while !self.log().to_lowercase().contains(&text.to_lowercase()) {
+        while !self.log().contains(text) {
             assert!(begun.elapsed() < DEADLINE, "{text:?} is not in the log:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(25)).await;
         }
