@@ -152,7 +152,7 @@ const FACTS: &[Fact] = &[
         "Nothing but reading is asked for, of Graph and of an administrator",
         &[
             "tests/it/contracts.rs::every_permission_is_read_only",
-            "tests/it/architecture.rs::nothing_can_write_to_graph",
+            "tests/it/architecture.rs::graph_requests_use_get_only",
             "tests/it/inventory.rs::every_type_is_listed_and_only_by_get",
         ],
     ),

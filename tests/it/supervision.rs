@@ -37,7 +37,7 @@ async fn systemd_hears_when_requests_are_taken_and_that_the_replica_lives_and_st
     assert!(systemd.heard().iter().any(|line| line.starts_with("STATUS=no subscription: ")), "{:?}", systemd.heard());
 
     proxy.refuse(false);
-    let taken = "STATUS=requests are taken; 0 in flight";
+    let taken = "STATUS=consuming requests; 0 in flight";
     let begun = Instant::now();
     while systemd.count("READY=1") == 0 || systemd.count(taken) == 0 {
         assert!(begun.elapsed() < DEADLINE, "{:?}\n{}", systemd.heard(), process.log());
