@@ -274,5 +274,5 @@ async fn a_busy_replica_is_not_mistaken_for_a_silent_subscription() {
         assert_eq!(world.ended(key).await["status"], "success");
     }
     let log = replica.log();
-    assert_eq!(log.matches("\"Subscribed\"").count(), 1, "the subscription was rebuilt:\n{log}");
+    assert_eq!(log.matches("\"subscribed\"").count(), 1, "the subscription was rebuilt:\n{log}");
 }
