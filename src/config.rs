@@ -324,6 +324,7 @@ mod tests {
             ("INVENTORYD__OUTBOX__CLAIM_S", "5", "outbox.claim_s"),
             ("INVENTORYD__HTTP__LISTEN", "here", "IP:PORT"),
             ("INVENTORYD__TELEMETRY__OTLP_ENDPOINT", "127.0.0.1:4318", "telemetry.otlp_endpoint"),
+            ("INVENTORYD__TELEMETRY__OTLP_ENDPOINT", "http://u:\\hunter2@host:1/x", "telemetry.otlp_endpoint"),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://me:hunter2@collector:4318", "telemetry.otlp_endpoint"),
             ("INVENTORYD__DATABASE__URL_FILE", "/no/such/file", "database.url_file"),
             ("INVENTORYD__DATABASE__URL", "postgres://u@h/d?passwrod=hunter2", "database.url: unknown query parameter"),

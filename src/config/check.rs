@@ -255,8 +255,10 @@ fn check_telemetry(config: &Config, require: &mut dyn FnMut(bool, &str)) {
             && url.username().is_empty()
             && url.password().is_none()
     });
+    // A backslash is read as a slash: what stands before an `@` would be taken for a path.
+    let has_stray_user = endpoint.contains(['@', '\\']);
     require(
-        endpoint.is_empty() || fits && !has_query,
+        endpoint.is_empty() || fits && !has_query && !has_stray_user,
         "telemetry.otlp_endpoint: must be an http:// or https:// address without user and query; set a collector's token in OTEL_EXPORTER_OTLP_HEADERS",
     );
 }
