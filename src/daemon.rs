@@ -21,8 +21,8 @@ use crate::consumer::{Consumer, ConsumerHealth};
 use crate::domain::catalog::Catalog;
 use crate::domain::clock::Heartbeat;
 use crate::fleet::Fleet;
-use crate::graph::{GraphClient, GraphError};
-use crate::http::{self, Backlog, Consumption, HttpState};
+use crate::graph::{GraphClient, GraphError, GraphProblem};
+use crate::http::{self, Backlog, Component, Consumption, HttpState, Problem};
 use crate::janitor::Janitor;
 use crate::relay::{self, Relay};
 use crate::run::{Runner, Stop};
@@ -79,7 +79,7 @@ impl Daemon {
         // Keys of the runs that this replica has ended, whose events the relay publishes without waiting for its poll.
         let (ended, ended_runs) = mpsc::channel(relay::MAX_ENDED_RUNS);
         let fleet = Fleet::new(store.clone(), graph.clone(), &owner);
-        let runner = Runner::new(&config, &owner, (store.clone(), graph), catalog.clone(), ended.clone());
+        let runner = Runner::new(&config, &owner, (store.clone(), graph.clone()), catalog.clone(), ended.clone());
         let publisher = broker.publisher();
         let janitor = Janitor::new(store.clone(), publisher.clone(), catalog.clone(), &config, ended);
         let relay =
@@ -88,7 +88,7 @@ impl Daemon {
         let copies = broker.publisher();
         let consumer = Consumer::new(broker, copies, runner.clone(), store.clone(), &config);
         let (stop, health) = (Stop::default(), consumer.health());
-        let parts = Parts { consumer, relay, janitor, fleet, runner, store };
+        let parts = Parts { consumer, relay, janitor, fleet, runner, store, graph };
         // Before the wait for the database: an orchestrator whose probes get no response would restart this process.
         let http = http_server(&config, metrics, &owner, &parts, &stop).await?;
         let http = AbortOnDropHandle::new(tokio::spawn(http));
@@ -137,6 +137,7 @@ struct Parts {
     fleet: Fleet,
     runner: Runner,
     store: Store,
+    graph: GraphClient,
 }
 
 impl Parts {
@@ -236,7 +237,7 @@ async fn http_server(
             heartbeat: Arc::clone(health.heartbeat()),
             stuck_after: STUCK_AFTER,
             draining: stop.drain.clone(),
-            source: Box::new(LiveState { store: parts.store.clone(), health }),
+            source: Box::new(LiveState { store: parts.store.clone(), graph: parts.graph.clone(), health }),
         };
         (listener, state)
     });
@@ -249,6 +250,7 @@ async fn http_server(
 /// Source of the HTTP endpoints.
 struct LiveState {
     store: Store,
+    graph: GraphClient,
     health: Arc<ConsumerHealth>,
 }
 
@@ -261,6 +263,15 @@ impl http::Source for LiveState {
             paused: self.health.paused().map(str::to_owned),
             problem: self.health.problem(),
         }
+    }
+
+    fn graph(&self) -> Vec<Problem> {
+        let problem = |found: GraphProblem| Problem {
+            component: Component::Graph,
+            message: found.message,
+            since_s: found.since.as_secs(),
+        };
+        self.graph.problems().into_iter().map(problem).collect()
     }
 
     fn ping(&self) -> BoxFuture<'_, Result<(), String>> {

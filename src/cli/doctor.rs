@@ -17,7 +17,7 @@ use crate::domain::catalog::{Catalog, Listing, Scope};
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::policy_type::PolicyType;
 use crate::domain::selection::Selection;
-use crate::graph::{GraphClient, ProbeFailure, TokenFailure, token_advice};
+use crate::graph::{GraphClient, ProbeFailure, TokenFailure};
 
 /// Number of concurrent probes; small, because the tenant's limits are shared.
 const AT_ONCE: usize = 4;
@@ -120,7 +120,7 @@ fn scope(flags: &SelectionArgs, catalog: &Catalog) -> Result<Scope, CliError> {
 
 /// Reports why there is no token: by the number of the token service, else by the local reason.
 fn no_token(probe: &ProbeContext<'_>, failed: &TokenFailure, context: &mut Context<'_>) -> Result<Outcome, CliError> {
-    let (cause, cure) = explain(probe.credential, failed);
+    let (cause, cure) = failed.explain(probe.credential);
     if context.out.is_json() {
         context.out.json(&json!({
             "tenant_id": probe.tenant_id, "credential": probe.credential, "proxy": probe.proxy, "granted_permissions": null,
@@ -131,19 +131,6 @@ fn no_token(probe: &ProbeContext<'_>, failed: &TokenFailure, context: &mut Conte
     }
     let number = failed.failure.graph_code.as_deref().map(|code| format!(" ({code})")).unwrap_or_default();
     Err(CliError::Failed(format!("{}{number}: {cause} {cure}", failed.failure.code)))
-}
-
-fn explain(credential: &str, failed: &TokenFailure) -> (String, String) {
-    if let Some(advice) = failed.failure.graph_code.as_deref().and_then(token_advice) {
-        return (advice.cause.to_owned(), advice.cure.to_owned());
-    }
-    let code = failed.failure.code;
-    let cause = failed.detail.as_ref().map_or_else(|| code.cause().to_owned(), |detail| format!("{detail}."));
-    let cure = match code {
-        ErrorCode::CredentialUnavailable => format!("Correct graph.credentials.{credential}."),
-        _ => code.remedy().to_owned(),
-    };
-    (cause, cure)
 }
 
 async fn examine(probe: &ProbeContext<'_>, scope: Scope, roles: Option<&[String]>) -> Vec<Finding> {
@@ -270,19 +257,6 @@ mod tests {
         assert!(missing(app, &forbidden, Some(&has_it)).is_empty(), "a granted permission is not what is missing");
         assert_eq!(missing(app, &refused(ErrorCode::GraphForbidden, &["X.Read.All"]), Some(&has_it)), ["X.Read.All"]);
         assert!(missing(app, &refused(ErrorCode::GraphThrottled, &[]), None).is_empty());
-    }
-
-    #[test]
-    fn a_missing_token_is_explained_by_its_number_or_its_local_reason() {
-        let numbered = Failure::from_graph(ErrorCode::CredentialUnavailable, 401, Some("AADSTS7000222"), None);
-        let failed = TokenFailure { failure: numbered, ..ErrorCode::CredentialUnavailable.into() };
-        assert!(explain("default", &failed).0.contains("expired"));
-        let detail = Some("cannot read /secret: no such file".to_owned());
-        let failed = TokenFailure { detail, ..ErrorCode::CredentialUnavailable.into() };
-        let (cause, cure) = explain("main", &failed);
-        assert!(cause.contains("/secret") && cure.contains("graph.credentials.main"), "{cause} {cure}");
-        let (cause, _) = explain("main", &ErrorCode::TokenServiceUnavailable.into());
-        assert!(cause.contains("token service"), "{cause}");
     }
 
     #[test]

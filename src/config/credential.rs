@@ -20,6 +20,9 @@ pub struct CredentialConfig {
     pub client_secret_file: Option<PathBuf>,
     #[serde(deserialize_with = "path_or_none")]
     pub client_certificate_file: Option<PathBuf>,
+    pub client_certificate_password: SecretString,
+    #[serde(deserialize_with = "path_or_none")]
+    pub client_certificate_password_file: Option<PathBuf>,
     #[serde(deserialize_with = "path_or_none")]
     pub client_key_file: Option<PathBuf>,
     #[serde(deserialize_with = "path_or_none")]
@@ -52,19 +55,40 @@ impl CredentialConfig {
         Ok(secret)
     }
 
+    /// Reads the current password of a PKCS#12 file; empty if there is none.
+    ///
+    /// # Errors
+    /// If the file can't be read or is empty.
+    pub fn read_certificate_password(&self) -> Result<SecretString, ConfigError> {
+        let mut password = self.client_certificate_password.clone();
+        read_secret(
+            "client_certificate_password_file",
+            self.client_certificate_password_file.as_deref(),
+            &mut password,
+        )?;
+        Ok(password)
+    }
+
     /// Invalid or missing values; each starts with the name of its key.
     pub(super) fn problems(&self) -> Vec<&'static str> {
         let is_certificate = self.kind == CredentialKind::ClientCertificate;
         let has_certificate = self.client_certificate_file.is_some();
         let mut problems = Vec::new();
         if is_certificate && !has_certificate {
-            problems.push("client_certificate_file: must name a PEM file, because kind is \"client_certificate\"");
+            problems.push(
+                "client_certificate_file: must name a PEM or PKCS#12 file, because kind is \"client_certificate\"",
+            );
         }
         if is_certificate && self.client_id.is_empty() {
             problems.push("client_id: must be the application's id, because kind is \"client_certificate\"");
         }
         if has_certificate && !is_certificate {
             problems.push("kind: must be \"client_certificate\" for client_certificate_file to be used");
+        }
+        let has_password = self.client_certificate_password_file.is_some()
+            || !self.client_certificate_password.expose_secret().is_empty();
+        if has_password && !has_certificate {
+            problems.push("client_certificate_file: must name the PKCS#12 file of client_certificate_password");
         }
         if self.token_file.is_some() && self.kind != CredentialKind::WorkloadIdentity {
             problems.push("kind: must be \"workload_identity\" for token_file to be used");

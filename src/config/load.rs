@@ -52,6 +52,9 @@ impl Config {
         for (name, credential) in &mut self.graph.credentials {
             let key = format!("graph.credentials.{name}.client_secret_file");
             read_secret(&key, credential.client_secret_file.as_deref(), &mut credential.client_secret)?;
+            let key = format!("graph.credentials.{name}.client_certificate_password_file");
+            let file = credential.client_certificate_password_file.as_deref();
+            read_secret(&key, file, &mut credential.client_certificate_password)?;
         }
         Ok(())
     }

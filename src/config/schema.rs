@@ -6,10 +6,15 @@ use std::sync::LazyLock;
 use super::DEFAULTS;
 
 /// Keys without a default: files that replace a secret.
-const SECRET_FILES: [&str; 4] =
-    ["broker.url_file", "database.url_file", "http.token_file", "graph.credentials.*.client_secret_file"];
+const SECRET_FILES: [&str; 5] = [
+    "broker.url_file",
+    "database.url_file",
+    "http.token_file",
+    "graph.credentials.*.client_secret_file",
+    "graph.credentials.*.client_certificate_password_file",
+];
 /// Last parts of the keys that hold a secret.
-pub(super) const SECRETS: [&str; 3] = ["client_secret", "token", "url"];
+pub(super) const SECRETS: [&str; 4] = ["client_secret", "client_certificate_password", "token", "url"];
 /// Keys that hold an address without user and password.
 const ADDRESSES: [&str; 3] = ["graph.base_url", "graph.authority", "telemetry.otlp_endpoint"];
 

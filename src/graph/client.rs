@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::auth::token::{TokenCache, TokenSource};
 use super::limits::budget::{BudgetTracker, RunBudget};
 use super::limits::pause::{LimitRegistry, PauseNotice};
+use super::problems::{GraphProblem, ProblemRegistry};
 use super::transport::{GraphError, HttpTransport};
 use crate::config::GraphConfig;
 use crate::domain::clock::Deadline;
@@ -60,6 +61,7 @@ pub(super) struct Shared {
     pub(super) transport: HttpTransport,
     pub(super) tokens: TokenCache,
     pub(super) limits: LimitRegistry,
+    pub(super) problems: ProblemRegistry,
     pub(super) max_attempts: u32,
     pub(super) first_wait: Duration,
     pub(super) max_wait: Duration,
@@ -77,6 +79,7 @@ impl GraphClient {
             transport: HttpTransport::new(config)?,
             tokens: TokenCache::new(config),
             limits: LimitRegistry::new(config),
+            problems: ProblemRegistry::default(),
             max_attempts: config.max_tries,
             first_wait: Duration::from_secs_f64(config.backoff_first_s),
             max_wait: Duration::from_secs_f64(config.backoff_max_s),
@@ -105,6 +108,12 @@ impl GraphClient {
     #[must_use]
     pub fn pause_notices(&self) -> broadcast::Receiver<PauseNotice> {
         self.0.limits.notices()
+    }
+
+    /// Problems that are present: credentials without a token, no connection to Graph.
+    #[must_use]
+    pub fn problems(&self) -> Vec<GraphProblem> {
+        self.0.problems.present()
     }
 
     /// Applies a pause that another replica announced. Unknown families belong to another version and are ignored.

@@ -9,14 +9,15 @@ mod auth;
 mod client;
 mod limits;
 mod listing;
+mod problems;
 mod transport;
 
-pub use auth::aadsts::{TokenAdvice, token_advice};
-pub use auth::token::TokenFailure;
+pub use auth::token_failure::TokenFailure;
 pub use client::{GraphClient, GraphReader};
 pub use limits::budget::RunBudget;
 pub use limits::pause::PauseNotice;
 pub use listing::decode::ObjectText;
 pub use listing::pages::{Page, PageObject, Pages};
 pub use listing::probe::ProbeFailure;
+pub use problems::GraphProblem;
 pub use transport::GraphError;

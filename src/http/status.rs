@@ -1,11 +1,11 @@
 //! Documents of `/readyz` and `/status`, and the tracking of problems over time.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
 
 use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::Serialize;
+use tokio::time::Instant;
 
 /// State of the consumer at a moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -55,6 +55,8 @@ pub enum Component {
     Consumption,
     /// Shutdown in progress.
     Draining,
+    /// Microsoft Graph or its token service, for one tenant or for all.
+    Graph,
 }
 
 /// A present problem.
@@ -124,5 +126,23 @@ impl ProblemLog {
             Problem { component, message, since_s: since.elapsed().as_secs() }
         };
         present.into_iter().map(dated).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_problem_keeps_its_start_until_it_is_over() {
+        let log = ProblemLog::default();
+        let present = || vec![(Component::Database, "x".to_owned())];
+        log.update(present());
+        tokio::time::advance(Duration::from_secs(7)).await;
+        assert_eq!(log.update(present())[0].since_s, 7);
+        log.update(Vec::new());
+        assert_eq!(log.update(present())[0].since_s, 0);
     }
 }

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::sim::Rule;
-use crate::support::daemon::Replica;
+use crate::support::daemon::{Process, Replica};
+use crate::support::eventually;
 use crate::support::world::World;
 
 const APPS: &str = "deviceAppManagement/mobileApps";
@@ -196,4 +197,38 @@ async fn every_request_uses_http2_with_its_headers_and_ids() {
         "a link does not carry headers: every page is asked for with them"
     );
     assert!(graph[0].query.contains("$select=") || graph[0].query.contains("%24select="), "{}", graph[0].query);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_names_the_cause_and_cure_of_a_missing_token_and_of_a_broken_connection() {
+    let world = World::new().await;
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let listen = format!("127.0.0.1:{port}");
+    let _replica = Process::start(&world, "status", &[("HTTP__LISTEN", &listen)]);
+    let problems = async || -> Vec<Value> {
+        let status = reqwest::get(format!("http://{listen}/status")).await.unwrap();
+        let status: Value = serde_json::from_str(&status.text().await.unwrap()).unwrap();
+        status["problems"].as_array().unwrap().iter().filter(|one| one["component"] == "graph").cloned().collect()
+    };
+    world.sim.add_rule(rule(json!({ "on": "token", "times": 1, "action": { "kind": "status", "status": 401 } })));
+    fails_with(&world.sync("no-token", &["mobileApp"]).await, "credential_unavailable");
+    let found = problems().await;
+    let message = found[0]["message"].as_str().unwrap();
+    for part in ["AADSTS7000215", "secret is wrong", "not to its id", "credential default", &world.tenant.to_string()] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    // A failed request answers all others for a few seconds.
+    eventually("a token is issued", || async {
+        let key = Uuid::new_v4().to_string();
+        (world.sync(&key, &["mobileApp"]).await["status"] == "success").then_some(())
+    })
+    .await;
+    assert_eq!(problems().await, [Value::Null; 0]);
+    world.sim.add_rule(rule(json!({ "path": APPS, "times": 4, "action": { "kind": "drop" } })));
+    fails_with(&world.sync("dropped", &["mobileApp"]).await, "graph_unavailable");
+    let found = problems().await;
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0]["message"].as_str().unwrap().contains("no response from Graph: "), "{found:?}");
+    assert_eq!(world.sync("good", &["mobileApp"]).await["status"], "success");
+    assert_eq!(problems().await, [Value::Null; 0]);
 }

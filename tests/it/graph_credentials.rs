@@ -28,6 +28,30 @@ async fn a_certificate_gets_a_token() {
 }
 
 #[tokio::test]
+async fn a_pkcs12_file_gets_a_token_and_its_problems_are_named_without_a_network() {
+    let pfx = CERTIFICATE.replace(".pem", ".pfx");
+    let password = temporary_file("password", "fixture-password\n");
+    let kind = ("credentials__default__kind", "client_certificate");
+    let file = ("credentials__default__client_certificate_file", pfx.as_str());
+    let by_file = ("credentials__default__client_certificate_password_file", password.to_str().unwrap());
+    let by_value = ("credentials__default__client_certificate_password", "fixture-password");
+    for secret in [by_file, by_value] {
+        let world = with(&[kind, file, secret]).await;
+        assert!(!world.read(PLAIN).await.unwrap().is_empty());
+        assert_eq!(world.client().credential_problems(), [""; 0]);
+    }
+    std::fs::remove_file(&password).unwrap();
+    let wrong = with(&[kind, file, ("credentials__default__client_certificate_password", "hunter2")]).await;
+    let without = with(&[kind, file]).await;
+    for (world, problem) in [(wrong, "the password is wrong"), (without, "set client_certificate_password")] {
+        let problems = world.client().credential_problems();
+        assert!(problems.len() == 1 && problems[0].contains(problem), "{problems:?}");
+        assert!(!problems[0].contains("hunter2"), "{problems:?}");
+        assert_eq!(world.sim.state().token_requests, 0);
+    }
+}
+
+#[tokio::test]
 async fn a_federated_token_is_read_again_for_every_request() {
     let file = temporary_file("federated.jwt", FEDERATED);
     let settings = [

@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 use inventoryd::broker::Broker;
 use inventoryd::consumer::Consumer;
 use inventoryd::graph::GraphClient;
-use inventoryd::http::{self, Backlog, Consumption, HttpState};
+use inventoryd::http::{self, Backlog, Consumption, HttpState, Problem};
 use inventoryd::run::{Runner, Stop};
 use inventoryd::store::Store;
 use metrics_exporter_prometheus::PrometheusBuilder;
@@ -101,6 +101,10 @@ struct Healthy;
 impl http::Source for Healthy {
     fn consumption(&self) -> Consumption {
         Consumption::default()
+    }
+
+    fn graph(&self) -> Vec<Problem> {
+        Vec::new()
     }
 
     fn ping(&self) -> BoxFuture<'_, Result<(), String>> {

@@ -2,11 +2,11 @@
 
 /// Cause and cure of a failed request for a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TokenAdvice {
+pub(super) struct TokenAdvice {
     /// Cause of the failure.
-    pub cause: &'static str,
+    pub(super) cause: &'static str,
     /// Cure, as an instruction.
-    pub cure: &'static str,
+    pub(super) cure: &'static str,
 }
 
 const ADVICE: &[(u32, &str, &str)] = &[
@@ -47,8 +47,7 @@ const ADVICE: &[(u32, &str, &str)] = &[
 ];
 
 /// Advice for an error code as `AADSTS7000215`, if the number is a known one.
-#[must_use]
-pub fn token_advice(graph_code: &str) -> Option<TokenAdvice> {
+pub(super) fn token_advice(graph_code: &str) -> Option<TokenAdvice> {
     let number: u32 = graph_code.strip_prefix("AADSTS")?.parse().ok()?;
     let known = ADVICE.iter().find(|(known, ..)| *known == number);
     known.map(|&(_, cause, cure)| TokenAdvice { cause, cure })

@@ -18,13 +18,11 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
+use super::pkcs12;
 use crate::domain::clock::wall_clock_unix_s;
 
 /// Lifetime of an assertion; it is used at once.
 const LIFETIME_S: i64 = 600;
-
-/// First byte of a file that is DER and not PEM, as a .pfx file.
-const DER_SEQUENCE: u8 = 0x30;
 
 /// Certificate with its private key.
 pub(super) struct Certificate {
@@ -36,42 +34,55 @@ pub(super) struct Certificate {
 pub(super) struct Assertion(String);
 
 impl Certificate {
-    /// Reads a certificate from a PEM file, and its key from the same or another file.
-    pub(super) fn read(certificate: &Path, key: Option<&Path>) -> Result<Self, String> {
-        let read =
-            |path: &Path| std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()));
-        let pem = read(certificate)?;
-        if pem.first() == Some(&DER_SEQUENCE) {
-            return Err(format!(
-                "{} is not a PEM file; convert a .pfx file with `openssl pkcs12 -in app.pfx -out app.pem -nodes`",
-                certificate.display()
-            ));
+    /// Reads a certificate and its key from a PKCS#12 file, or from a PEM file, whose key may be in another file.
+    pub(super) fn read(certificate: &Path, key: Option<&Path>, password: &str) -> Result<Self, String> {
+        let file = read_file(certificate)?;
+        if !pkcs12::is_der(&file) {
+            return Self::read_pem(certificate, &file, key.unwrap_or(certificate));
         }
-        let key_path = key.unwrap_or(certificate);
-        let key_pem = read(key_path)?;
+        if key.is_some() {
+            return Err(format!("{} contains its own key; remove client_key_file", certificate.display()));
+        }
+        let found = pkcs12::read(&file, password).map_err(|problem| format!("{} {problem}", certificate.display()))?;
+        Self::of(certificate, &signing_key(certificate, &found.key)?, found.certificates)
+    }
+
+    fn read_pem(certificate: &Path, pem: &[u8], key_file: &Path) -> Result<Self, String> {
+        let key_pem = read_file(key_file)?;
         let is_encrypted = ["ENCRYPTED PRIVATE KEY", "Proc-Type: 4,ENCRYPTED"]
             .iter()
             .any(|mark| key_pem.windows(mark.len()).any(|part| part == mark.as_bytes()));
         if is_encrypted {
             return Err(format!(
                 "the private key in {} is encrypted; decrypt it with `openssl pkey -in FILE -out FILE`",
-                key_path.display()
+                key_file.display()
             ));
         }
         let key =
-            PrivateKeyDer::from_pem_slice(&key_pem).map_err(|_| format!("no private key in {}", key_path.display()))?;
-        let key =
-            any_supported_type(&key).map_err(|_| format!("the key in {} is not an RSA key", key_path.display()))?;
-        // A file may contain a chain in any order: the certificate that matches the key is the application's.
-        if CertificateDer::pem_slice_iter(&pem).filter_map(Result::ok).next().is_none() {
-            return Err(format!("no certificate in {}", certificate.display()));
-        }
-        let own = CertificateDer::pem_slice_iter(&pem)
-            .filter_map(Result::ok)
-            .find(|one| CertifiedKey::new(vec![one.clone()], Arc::clone(&key)).keys_match().is_ok())
-            .ok_or_else(|| format!("no certificate in {} matches the key", certificate.display()))?;
-        Ok(Self { thumbprint: encode_url_safe(Sha256::digest(own.as_ref())), key })
+            PrivateKeyDer::from_pem_slice(&key_pem).map_err(|_| format!("no private key in {}", key_file.display()))?;
+        let key = signing_key(key_file, &key)?;
+        Self::of(certificate, &key, CertificateDer::pem_slice_iter(pem).filter_map(Result::ok).collect())
     }
+
+    /// Certificate that matches the key: a file may contain a chain in any order.
+    fn of(file: &Path, key: &Arc<dyn SigningKey>, certificates: Vec<CertificateDer<'static>>) -> Result<Self, String> {
+        if certificates.is_empty() {
+            return Err(format!("no certificate in {}", file.display()));
+        }
+        let own = certificates
+            .into_iter()
+            .find(|one| CertifiedKey::new(vec![one.clone()], Arc::clone(key)).keys_match().is_ok())
+            .ok_or_else(|| format!("no certificate in {} matches the key", file.display()))?;
+        Ok(Self { thumbprint: encode_url_safe(Sha256::digest(own.as_ref())), key: Arc::clone(key) })
+    }
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, String> {
+    std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+}
+
+fn signing_key(file: &Path, key: &PrivateKeyDer<'_>) -> Result<Arc<dyn SigningKey>, String> {
+    any_supported_type(key).map_err(|_| format!("the key in {} is not an RSA key", file.display()))
 }
 
 impl Assertion {
@@ -133,7 +144,7 @@ mod tests {
 
     #[test]
     fn an_assertion_has_its_claims_and_a_valid_signature() {
-        let certificate = Certificate::read(Path::new(FIXTURE), None).unwrap();
+        let certificate = Certificate::read(Path::new(FIXTURE), None, "").unwrap();
         let assertion = Assertion::sign(&certificate, "app-id", AUDIENCE).unwrap();
         let parts: Vec<&str> = assertion.0.split('.').collect();
         let (header, claims) = (json(parts[0]), json(parts[1]));
@@ -158,6 +169,16 @@ mod tests {
     }
 
     #[test]
+    fn a_pkcs12_file_is_the_same_certificate_as_its_pem_file() {
+        let pfx = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/credentials/application.pfx"));
+        let certificate = Certificate::read(pfx, None, "fixture-password").unwrap();
+        assert_eq!(certificate.thumbprint, THUMBPRINT);
+        assert!(Assertion::sign(&certificate, "app-id", AUDIENCE).is_ok());
+        let problem = Certificate::read(pfx, None, "hunter2").err().unwrap();
+        assert!(problem.contains("application.pfx") && !problem.contains("hunter2"), "{problem}");
+    }
+
+    #[test]
     fn file_problems_are_reported_without_quoting_the_files() {
         let pem = std::fs::read_to_string(FIXTURE).unwrap();
         let key_begins = pem.find("-----BEGIN PRIVATE KEY-----").unwrap();
@@ -172,12 +193,13 @@ mod tests {
         let chain = file("tls.crt", &pem[..key_begins]);
         let stranger = file("other.crt", &pem[..own_begins]);
         let key = file("tls.key", &pem[key_begins..]);
-        assert_eq!(Certificate::read(&chain, Some(&key)).map(|read| read.thumbprint), Ok(THUMBPRINT.to_owned()));
-        let problem = |certificate: &Path, key: Option<&Path>| Certificate::read(certificate, key).err().unwrap();
+        assert_eq!(Certificate::read(&chain, Some(&key), "").map(|read| read.thumbprint), Ok(THUMBPRINT.to_owned()));
+        let problem = |certificate: &Path, key: Option<&Path>| Certificate::read(certificate, key, "").err().unwrap();
         assert!(problem(&chain, None).contains("no private key in"));
         assert!(problem(&key, Some(&key)).contains("no certificate in"));
-        let pfx = file("app.pfx", "0\u{1}\u{2}");
-        assert!(problem(&pfx, None).contains("openssl pkcs12"));
+        let other = file("app.cer", "0\u{1}\u{2}");
+        assert!(problem(&other, None).contains("neither a PEM nor a PKCS#12"));
+        assert!(problem(&other, Some(&key)).contains("remove client_key_file"));
         let encrypted =
             file("encrypted.key", "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMII\n-----END ENCRYPTED PRIVATE KEY-----");
         assert!(problem(&chain, Some(&encrypted)).contains("is encrypted"));

@@ -121,7 +121,8 @@ impl Credentials {
         http: &TokenServiceClient,
     ) -> Result<Arc<dyn TokenCredential>, String> {
         let file = config.client_certificate_file.as_deref().ok_or("client_certificate_file is not set")?;
-        let certificate = Certificate::read(file, config.client_key_file.as_deref())?;
+        let password = config.read_certificate_password().map_err(|error| error.to_string())?;
+        let certificate = Certificate::read(file, config.client_key_file.as_deref(), password.expose_secret())?;
         let audience = format!("{}/{tenant_id}/oauth2/v2.0/token", self.authority);
         let assertion = Assertion::sign(&certificate, &config.client_id, &audience)?;
         let options = ClientAssertionCredentialOptions { client_options: self.options(http.clone()) };

@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use super::aadsts;
 use super::credential::Credentials;
+use super::token_failure::TokenFailure;
 use super::token_service::TokenServiceClient;
 use crate::backoff::{Waits, full_jitter};
 use crate::config::{GraphConfig, seconds};
@@ -64,24 +65,6 @@ pub(in crate::graph) struct Token {
     serial: u64,
     renew_from: Deadline,
     expires: Deadline,
-}
-
-/// Reason why there is no token.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}", failure.code)]
-pub struct TokenFailure {
-    /// Failure that a run would record.
-    pub failure: Failure,
-    /// Local reason in our own words: an unreadable file, a refused connection, a response of a proxy.
-    pub detail: Option<String>,
-    /// Time until a new request is worthwhile, if the token service is down or throttles.
-    pub retry_after: Option<Duration>,
-}
-
-impl From<ErrorCode> for TokenFailure {
-    fn from(code: ErrorCode) -> Self {
-        Self { failure: code.into(), detail: None, retry_after: None }
-    }
 }
 
 /// Failed request for a token.
@@ -226,6 +209,11 @@ impl TokenSource {
         self.token.read().clone().filter(|token| !token.expires.passed())
     }
 
+    /// Tenant that the tokens are for, and name of the credential.
+    pub(in crate::graph) fn subject(&self) -> (Uuid, &str) {
+        (self.tenant_id, &self.credential)
+    }
+
     /// Drops a token that Graph rejected; a newer one is kept.
     pub(in crate::graph) fn invalidate(&self, rejected: &Token) {
         self.token.write().take_if(|token| token.serial == rejected.serial);
@@ -247,8 +235,15 @@ impl TokenSource {
             || (status.is_none() && detail.is_some());
         let graph_code = number.map(|number| format!("AADSTS{number}"));
         let advice = graph_code.as_deref().and_then(aadsts::token_advice);
-        let cause = advice.map(|advice| advice.cause).or(detail.as_deref());
-        tracing::warn!(credential = self.credential, status, graph_code, cause, "the token service issued no token");
+        let (cause, cure) = (advice.map(|advice| advice.cause).or(detail.as_deref()), advice.map(|advice| advice.cure));
+        tracing::warn!(
+            credential = self.credential,
+            status,
+            graph_code,
+            cause,
+            cure,
+            "the token service issued no token"
+        );
         let code = if is_transient { ErrorCode::TokenServiceUnavailable } else { ErrorCode::CredentialUnavailable };
         let failure = match status {
             Some(status) => Failure::from_graph(code, status, graph_code.as_deref(), None),

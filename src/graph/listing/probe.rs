@@ -9,7 +9,7 @@ use super::error::ListError;
 use crate::domain::catalog::Collection;
 use crate::domain::clock::Deadline;
 use crate::domain::failure::Failure;
-use crate::graph::auth::token::TokenFailure;
+use crate::graph::auth::token_failure::TokenFailure;
 use crate::graph::client::GraphClient;
 use crate::graph::limits::budget::RunBudget;
 

@@ -112,6 +112,8 @@ impl GraphReader {
         let (http, generation) = self.shared.transport.client();
         let permanent = |failure: Failure| AttemptError::Permanent(failure.into());
         let token = self.shared.tokens.token(&self.token_source, &http, self.budget.deadline).await;
+        let (tenant_id, credential) = self.token_source.subject();
+        self.shared.problems.token_requested(tenant_id, credential, token.as_ref().err());
         let token = token.map_err(|error| {
             error.retry_after.inspect(|wait| self.budget.record_retry_after(*wait));
             permanent(error.failure)
@@ -129,6 +131,7 @@ impl GraphReader {
         let log = RequestLog { path: request.path, client_request_id, took: requested_at.elapsed() };
         match response {
             Ok(response) => {
+                self.shared.problems.graph_requested(None);
                 if response.status == 503 {
                     // Another connection may lead to another server.
                     self.shared.transport.renew(generation);
@@ -154,10 +157,13 @@ impl GraphReader {
             return AttemptError::Permanent(ErrorCode::DeadlineExceeded.into());
         }
         let detail = match error {
-            TransportError::Broken(reason) => Some(reason),
-            TransportError::TimedOut | TransportError::TooLarge => None,
+            TransportError::Broken(reason) => reason,
+            TransportError::TimedOut | TransportError::TooLarge => {
+                "no response within graph.request_timeout_s".to_owned()
+            }
         };
-        let error = ListError { detail, ..ErrorCode::GraphUnavailable.into() };
+        self.shared.problems.graph_requested(Some(&detail));
+        let error = ListError { detail: Some(detail), ..ErrorCode::GraphUnavailable.into() };
         AttemptError::Transient { rarely: false, error }
     }
 
