@@ -70,7 +70,14 @@ impl ServerProperties {
                       current_setting('fsync')::bool as "fsync!", current_setting('full_page_writes')::bool as "full_page_writes!",
                       current_setting('autovacuum')::bool as "autovacuum!""#
         );
-        Ok(properties.fetch_one(connection).await?)
+        properties.fetch_one(connection).await.map_err(|error| match &error {
+            // SQLSTATE 25P04: the transaction timeout is so short that its own value cannot be read.
+            sqlx::Error::Database(refused) if refused.code().as_deref() == Some("25P04") => StoreError::Setting(
+                "transaction_timeout is too short for any statement: `alter role … set transaction_timeout = 0`"
+                    .to_owned(),
+            ),
+            _ => error.into(),
+        })
     }
 
     /// The first property that breaks a promise, with its cure.

@@ -37,6 +37,7 @@ async fn start_with(world: &mut World, config: Config, setting: &str, value: &st
         Ok(daemon) => Some(daemon),
         Err(error) => {
             assert!(error.to_string().contains(setting), "{setting} = {value} is not named: {error}");
+            world.execute(&format!("alter database {database} reset {setting}")).await;
             None
         }
     }

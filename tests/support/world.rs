@@ -219,7 +219,8 @@ impl World {
         self.channel.basic_get(name.into(), options).await.expect("the queue exists")
     }
 
-    /// Requeues the messages of a queue until the broker drops them at its delivery limit.
+    /// Rejects the messages of a queue until the broker gives them up at its delivery limit. Since RabbitMQ 4.3 a nack
+    /// that requeues is no failed delivery any more, while a reject is one on every version.
     pub async fn exhaust_redeliveries(&self, queue: &str) {
         let name = format!("{}{queue}", self.prefix);
         let get = async || {
@@ -227,8 +228,8 @@ impl World {
             self.channel.basic_get(name.as_str().into(), options).await.expect("the queue exists")
         };
         while let Some(message) = get().await {
-            let back = lapin::options::BasicNackOptions { requeue: true, ..Default::default() };
-            message.delivery.acker.nack(back).await.expect("the message is requeued");
+            let back = lapin::options::BasicRejectOptions { requeue: true };
+            message.delivery.acker.reject(back).await.expect("the message is requeued");
         }
     }
 
