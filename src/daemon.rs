@@ -285,6 +285,7 @@ impl http::Source for LiveState {
 
 impl LiveState {
     async fn read_backlog(&self) -> Result<Backlog, StoreError> {
+        self.store.ping().await?;
         let outbox = self.store.outbox_backlog().await?;
         Ok(Backlog {
             outbox_unsent: outbox.unsent,

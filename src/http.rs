@@ -184,7 +184,7 @@ impl Shared {
     fn problems(&self, database: Option<String>, consumption: &Consumption) -> Vec<Problem> {
         let mut present = Vec::new();
         if let Some(cause) = database {
-            present.push((Component::Database, format!("the database does not respond: {cause}")));
+            present.push((Component::Database, format!("the database is unavailable: {cause}")));
         }
         if !consumption.subscribed {
             let cause = consumption.problem.as_deref().unwrap_or("not connected yet");

@@ -185,7 +185,12 @@ fn check_database(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     let is_split = address
         .as_ref()
         .is_some_and(|url| stray(url.path()) || url.query().is_some_and(stray) || url.fragment().is_some());
-    require(address.is_some(), "database.url: must be postgres://USER:PASSWORD@HOST:PORT/DATABASE");
+    let is_list = has_several_hosts(url);
+    require(
+        !is_list,
+        "database.url: several hosts are not supported; name one that leads to the primary, such as a proxy or a virtual IP",
+    );
+    require(address.is_some() || is_list, "database.url: must be postgres://USER:PASSWORD@HOST:PORT/DATABASE");
     require(!is_split, "database.url: percent-encode the characters / ? # @ in user and password (%2F %3F %23 %40)");
     for (name, value) in address.iter().filter(|_| !is_split).flat_map(url::Url::query_pairs) {
         if let Err(problem) = check_parameter(&name, &value) {
@@ -200,6 +205,21 @@ fn check_database(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     );
     require(database.acquire_timeout_s > 0, "database.acquire_timeout_s: must be at least 1");
     require(database.statement_timeout_s > 0, "database.statement_timeout_s: must be at least 1");
+}
+
+/// True for the lists of hosts that libpq accepts, in the authority or in a parameter. A comma in a password is no list.
+fn has_several_hosts(url: &str) -> bool {
+    let address = url.split_once("://").map_or(url, |(_, address)| address);
+    let (authority, rest) = address.split_at(address.find(['/', '?']).unwrap_or(address.len()));
+    let hosts = authority.rsplit_once('@').map_or(authority, |(_, hosts)| hosts);
+    let query = rest.split_once('?').map_or("", |(_, query)| query);
+    let is_host = |name: &str| matches!(name, "host" | "hostaddr" | "port");
+    let mut named: Vec<_> = url::form_urlencoded::parse(query.as_bytes()).filter(|(name, _)| is_host(name)).collect();
+    let lists_in_value = named.iter().any(|(_, value)| value.contains(','));
+    let count = named.len();
+    named.sort_unstable();
+    named.dedup_by(|one, other| one.0 == other.0);
+    hosts.contains(',') || lists_in_value || named.len() < count
 }
 
 /// Validates a query parameter of the database address. Names are not quoted: one may be part of a password.
@@ -246,6 +266,12 @@ fn check_http(config: &Config, require: &mut dyn FnMut(bool, &str)) {
 }
 
 fn check_telemetry(config: &Config, require: &mut dyn FnMut(bool, &str)) {
+    let deployment = &config.telemetry.deployment;
+    let is_segment = deployment.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte));
+    require(
+        is_segment && (1..=100).contains(&deployment.len()),
+        "telemetry.deployment: must be 1 to 100 letters, digits and -._~; it is part of the source of events, a URI reference",
+    );
     let endpoint = &config.telemetry.otlp_endpoint;
     let address = url::Url::parse(endpoint).ok();
     let has_query = address.as_ref().is_some_and(|url| url.query().is_some() || url.fragment().is_some());

@@ -23,6 +23,7 @@ pub struct CloudEvent {
     /// Run id, the deduplication key: a redelivered event carries the same id.
     pub id: String,
     /// `/inventoryd/<deployment>`.
+    #[schemars(extend("format" = "uri-reference"))]
     pub source: String,
     /// `io.inventoryd.run.completed.v1`; the last part is the version of `data`.
     #[serde(rename = "type")]

@@ -13,7 +13,7 @@ pub enum StoreError {
     #[error("database: {0}")]
     Setting(String),
     /// An error of PostgreSQL or of the connection to it.
-    #[error("database: {0}")]
+    #[error("database: {}", describe(.0))]
     Database(#[from] sqlx::Error),
     /// No response within the statement timeout.
     #[error("database: no response within the statement timeout")]
@@ -59,6 +59,19 @@ impl StoreError {
     #[must_use]
     pub fn is_lock_timeout(&self) -> bool {
         matches!(self, Self::Database(sqlx::Error::Database(error)) if error.code().as_deref() == Some("55P03"))
+    }
+}
+
+/// Text of an error, with the cure where the server's own words do not suggest it.
+fn describe(error: &sqlx::Error) -> String {
+    match error {
+        // SQLSTATE 53300: too_many_connections, of the server, the role or the database.
+        sqlx::Error::Database(error) if error.code().as_deref() == Some("53300") => format!(
+            "connection limit reached: {}; raise the limit, or lower database.max_connections or the number of replicas",
+            error.message()
+        ),
+        sqlx::Error::Database(error) => error.message().to_owned(),
+        other => other.to_string(),
     }
 }
 

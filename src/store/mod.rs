@@ -20,9 +20,14 @@ mod schema;
 mod session;
 mod tenants;
 
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
+use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgPool;
+use sqlx::{ConnectOptions, Connection, Postgres};
+use tokio::time::timeout;
 
 pub use admission::{Admission, AdmissionRequest, AdmissionRules, Admitted};
 pub use error::StoreError;
@@ -34,7 +39,10 @@ pub use queries::{MissingItem, Run, RunDetails, RunFilter};
 pub use run_outcome::{RunEnd, SuspiciousDropRule};
 pub use tenants::{NewTenant, Tenant};
 
-use crate::config::{DatabaseConfig, seconds};
+use crate::config::{DatabaseConfig, RotatedSecret, seconds};
+
+/// Wait for a pool after which one connection outside it is tried, whose failure names the cause.
+const DIAGNOSE_AFTER: Duration = Duration::from_millis(300);
 
 /// Handle to the database of the inventory; clones share the pools.
 #[derive(Debug, Clone)]
@@ -44,6 +52,15 @@ pub struct Store {
     leases: PgPool,
     /// Longest time for a connection and one statement on it.
     statement_limit: Duration,
+    origin: Arc<Origin>,
+}
+
+/// Source of the connect options.
+#[derive(Debug)]
+struct Origin {
+    config: DatabaseConfig,
+    /// File of the address: passwords are rotated while the process runs.
+    url: RotatedSecret,
 }
 
 impl Store {
@@ -56,6 +73,10 @@ impl Store {
             control: pool::pool(&options, config.control_connections, acquire_timeout),
             leases: pool::pool(&options, 1, acquire_timeout),
             statement_limit: seconds(config.acquire_timeout_s.saturating_add(config.statement_timeout_s)),
+            origin: Arc::new(Origin {
+                config: config.clone(),
+                url: RotatedSecret::new("database.url_file", config.url_file.clone(), config.url.clone()),
+            }),
         })
     }
 
@@ -65,11 +86,51 @@ impl Store {
         tokio::time::timeout(self.statement_limit, operation).await.unwrap_or(Err(StoreError::Timeout))
     }
 
-    /// Checks that the database responds and accepts writes: after a failover to a standby it only responds.
+    /// Checks that the database responds and accepts writes: after a failover to a standby it only responds. Applies a
+    /// changed `database.url_file`; the consumer and every probe call this, so that a rotation takes effect within seconds.
     pub async fn ping(&self) -> Result<(), StoreError> {
+        let mut connection = self.control_connection().await?;
         let read_only =
             sqlx::query_scalar!(r#"select current_setting('transaction_read_only') = 'on' as "read_only!""#);
-        if read_only.fetch_one(&self.control).await? { Err(StoreError::ReadOnly) } else { Ok(()) }
+        if read_only.fetch_one(&mut *connection).await? { Err(StoreError::ReadOnly) } else { Ok(()) }
+    }
+
+    /// Connection of the control pool, or the cause for having none. The pool itself repeats a refused connection and then
+    /// reports only that time is up.
+    async fn control_connection(&self) -> Result<PoolConnection<Postgres>, StoreError> {
+        self.apply_changed_url();
+        let mut pooled = pin!(self.control.acquire());
+        if let Ok(connection) = timeout(DIAGNOSE_AFTER, &mut pooled).await {
+            return Ok(connection?);
+        }
+        let options = self.control.connect_options();
+        let failure = async {
+            match options.connect().await {
+                Err(error) => error,
+                // The pool is busy: its own wait decides.
+                Ok(connection) => {
+                    // Fails only if the connection is lost already.
+                    let _ = connection.close().await;
+                    std::future::pending().await
+                }
+            }
+        };
+        tokio::select! {
+            connection = &mut pooled => Ok(connection?),
+            error = failure => Err(error.into()),
+        }
+    }
+
+    fn apply_changed_url(&self) {
+        let Some(url) = self.origin.url.changed() else { return };
+        match pool::connect_options(&DatabaseConfig { url, ..self.origin.config.clone() }) {
+            Ok(options) => {
+                self.control.set_connect_options(options.clone());
+                self.leases.set_connect_options(options.clone());
+                self.work.set_options(&options);
+            }
+            Err(error) => tracing::warn!(%error, "changed address invalid; keeping the previous one"),
+        }
     }
 
     /// Closes every connection.

@@ -20,7 +20,12 @@ const PING_AFTER_IDLE: Duration = Duration::from_secs(1);
 
 /// Connect options with every session setting pinned that the SQL depends on.
 pub(super) fn connect_options(config: &DatabaseConfig) -> Result<PgConnectOptions, StoreError> {
-    let options: PgConnectOptions = config.url.expose_secret().parse()?;
+    let mut options: PgConnectOptions = config.url.expose_secret().parse()?;
+    // The parser keeps the brackets of an IPv6 literal, which the resolver takes for a name.
+    if let Some(literal) = options.get_host().strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+        let literal = literal.to_owned();
+        options = options.host(&literal);
+    }
     let statement_timeout = format!("{}s", config.statement_timeout_s);
     Ok(options
         .application_name("inventoryd")
@@ -75,6 +80,11 @@ impl WorkPool {
     pub(super) async fn acquire(&self) -> Result<WorkConnection, StoreError> {
         let permit = Arc::clone(&self.permits).acquire_owned().await.expect("the semaphore is never closed");
         Ok(WorkConnection { connection: self.pool.acquire().await?, _permit: permit })
+    }
+
+    /// Applies other options to connections that are opened from now on.
+    pub(super) fn set_options(&self, options: &PgConnectOptions) {
+        self.pool.set_connect_options(options.clone().options(PINNED_FOR_WORK.iter().copied()));
     }
 
     pub(super) async fn close(&self) {

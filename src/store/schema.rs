@@ -24,7 +24,7 @@ impl Store {
 
     /// Checks that the server is suitable and that the schema is the one of this version; returns warnings about the server.
     pub async fn check_schema(&self) -> Result<Vec<&'static str>, StoreError> {
-        let mut connection = self.control.acquire().await?;
+        let mut connection = self.control_connection().await?;
         let server = ServerProperties::read(&mut connection).await?;
         server.check()?;
         let found = sqlx::query!(
