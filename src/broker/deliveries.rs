@@ -187,6 +187,8 @@ pub struct Delivery {
     pub body: Vec<u8>,
     /// Content type.
     pub content_type: Option<String>,
+    /// Content encoding.
+    pub content_encoding: Option<String>,
     /// W3C trace context.
     pub traceparent: Option<String>,
     /// W3C trace state.
@@ -210,6 +212,7 @@ impl Delivery {
         let text = |value: &Option<ShortString>| value.as_ref().map(ToString::to_string);
         Self {
             content_type: text(properties.content_type()),
+            content_encoding: text(properties.content_encoding()),
             traceparent: read_text(&properties, "traceparent").filter(|text| is_traceparent(text)),
             tracestate: read_text(&properties, "tracestate").filter(|text| is_tracestate(text)),
             retries: u32::try_from(read_number(&properties, RETRIES)).unwrap_or(u32::MAX),

@@ -26,6 +26,8 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
             .map_err(|problem| CliError::Failed(format!("{}: {problem}", path.display())))?,
         None => args.selection.to_selection()?,
     };
+    let catalog = context.config()?.graph.catalog()?;
+    catalog.resolve_request(&selection).map_err(|rejection| CliError::Usage(rejection.detail))?;
     let (canonical, hash) = (selection.canonical_json(), selection.hash());
     if context.out.is_json() {
         context.out.json(&json!({ "selection": selection, "canonical": canonical, "selection_hash": hash }))?;
@@ -48,6 +50,7 @@ mod tests {
         let (_, json) = call(&["hash", "--types", "settingsCatalogPolicy,deviceConfiguration", "--json"]);
         assert!(json.contains(expected) && json.contains("canonical"));
         assert_eq!(call(&["hash", "--all", "x.json"]).0, 2);
+        assert_eq!(call(&["hash", "--types", "roleScopeTag", "--no-foundations"]).0, 2, "nothing is left to read");
         assert_eq!(call(&["hash", "/no/such/file"]).0, 1);
     }
 }

@@ -5,10 +5,9 @@ use std::io::Read;
 use std::path::Path;
 
 use clap::Args;
-use serde_json::{Value, json};
 
 use super::CliError;
-use crate::domain::request::{CLOUDEVENTS_CONTENT_TYPE, MAX_BODY_BYTES, SyncRequest};
+use crate::domain::request::{MAX_BODY_BYTES, SyncRequest};
 use crate::domain::selection::{EVERY_TYPE, Selection};
 
 const NOTHING: &str = "select policy types with --types, --category, --all or --foundations-only";
@@ -52,28 +51,14 @@ impl SelectionArgs {
         }
         let selection =
             Selection { categories: trimmed(&self.category), include_foundations: !self.no_foundations, policy_types };
-        checked(&json!(selection)).map_err(CliError::Usage)
+        from_json(selection.canonical_json().as_bytes()).map_err(CliError::Usage)
     }
 }
 
-/// Selection in a JSON document: a bare selection, or that of a sync request.
+/// Selection in a JSON document: a bare selection, or that of a sync request. Validated by the rules of the message, so
+/// that this command and the daemon agree.
 pub(super) fn from_json(text: &[u8]) -> Result<Selection, String> {
-    let value: Value = serde_json::from_slice(text).map_err(|error| format!("not JSON: {error}"))?;
-    if value.get("specversion").is_some() {
-        return SyncRequest::parse(Some(CLOUDEVENTS_CONTENT_TYPE), text)
-            .map(|request| request.selection)
-            .map_err(|rejection| rejection.detail);
-    }
-    checked(value.get("selection").unwrap_or(&value))
-}
-
-/// Validates a selection by the rules of the message, so that this command and the daemon agree.
-fn checked(selection: &Value) -> Result<Selection, String> {
-    let request = json!({ "schema_version": 1, "tenant_id": "6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d",
-                          "idempotency_key": "-", "selection": selection });
-    SyncRequest::parse(None, request.to_string().as_bytes())
-        .map(|request| request.selection)
-        .map_err(|rejection| rejection.detail)
+    SyncRequest::parse_selection(text).map_err(|rejection| rejection.detail)
 }
 
 /// Bytes of a file, or of standard input for `-`; reads one byte more than a message may have, to detect excess.

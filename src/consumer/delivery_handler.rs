@@ -88,6 +88,7 @@ impl DeliveryHandler {
         let incoming = Incoming {
             body: &delivery.body,
             content_type: delivery.content_type.as_deref(),
+            content_encoding: delivery.content_encoding.as_deref(),
             traceparent: delivery.traceparent.as_deref(),
             deferred_s: delivery.deferred_s,
         };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::failure::ErrorCode;
+use super::failure::{DeadReason, ErrorCode, Rejection};
 use super::policy_type::{PolicyType, Shape};
 use super::run::{TypeCounters, TypeOutcome};
 use super::selection::{EVERY_TYPE, Selection};
@@ -135,6 +135,19 @@ impl Catalog {
             .filter(|listing| !listing.selected.is_empty())
             .collect();
         Scope { listings, unsupported: self.unknown_names(selection), named: selection.policy_types.clone() }
+    }
+
+    /// Resolves the selection of a request.
+    ///
+    /// # Errors
+    /// A rejection if nothing is left to read.
+    pub fn resolve_request(&self, selection: &Selection) -> Result<Scope, Rejection> {
+        let scope = self.resolve(selection);
+        if scope.is_empty() {
+            let detail = "`selection` selects nothing: it names only foundations, and include_foundations is false";
+            return Err(Rejection::new(DeadReason::InvalidRequest, detail));
+        }
+        Ok(scope)
     }
 
     fn unknown_names(&self, selection: &Selection) -> Vec<String> {

@@ -7,6 +7,7 @@ pub mod dead_letter;
 pub mod event;
 pub mod failure;
 pub mod item;
+mod message_fields;
 mod platform;
 pub mod policy_type;
 mod raw_object;

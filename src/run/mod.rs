@@ -39,6 +39,8 @@ pub struct Incoming<'a> {
     pub body: &'a [u8],
     /// AMQP content type.
     pub content_type: Option<&'a str>,
+    /// AMQP content encoding.
+    pub content_encoding: Option<&'a str>,
     /// W3C trace context of the publisher.
     pub traceparent: Option<&'a str>,
     /// Seconds that the message has been deferred so far.
@@ -168,7 +170,8 @@ impl Runner {
 
     /// Handles one message: parse, resolve, admit, collect, end. `abort` makes it hand its run back.
     pub async fn handle(&self, incoming: Incoming<'_>, abort: &CancellationToken) -> Disposition {
-        let request = match SyncRequest::parse(incoming.content_type, incoming.body) {
+        let parsed = SyncRequest::parse_encoded(incoming.content_type, incoming.content_encoding, incoming.body);
+        let request = match parsed {
             Ok(request) => request,
             Err(rejection) => return Disposition::Rejected(rejection),
         };
@@ -180,11 +183,10 @@ impl Runner {
 
 impl RunnerInner {
     async fn handle(&self, request: &SyncRequest, incoming: Incoming<'_>, abort: &CancellationToken) -> Disposition {
-        let scope = self.catalog.resolve(&request.selection);
-        if scope.is_empty() {
-            let detail = "`selection` selects nothing: it names only foundations, and include_foundations is false";
-            return Disposition::Rejected(Rejection::new(DeadReason::InvalidRequest, detail));
-        }
+        let scope = match self.catalog.resolve_request(&request.selection) {
+            Ok(scope) => scope,
+            Err(rejection) => return Disposition::Rejected(rejection),
+        };
         let current_span = spans::traceparent();
         let admission_request = AdmissionRequest {
             request,
