@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt, TryFutureExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::{Channel, Confirmation};
+use lapin::{Channel, Confirmation, Event};
 use tokio::time::timeout;
 
 use super::connection::{Connection, Events};
@@ -111,6 +111,27 @@ impl ConfirmChannel {
             }
         }
         outcomes
+    }
+
+    /// Publishes one message, and fails as soon as the broker blocks this connection because of an alarm.
+    pub(super) async fn publish_one(&mut self, names: &Names, message: &Outgoing) -> Result<(), BrokerError> {
+        let mut events = self.connection.events();
+        let alarm = async {
+            loop {
+                match events.next().await {
+                    Some(Event::ConnectionBlocked(reason)) => return BrokerError::Alarm(reason.to_string()),
+                    Some(_) => {}
+                    None => std::future::pending().await,
+                }
+            }
+        };
+        let batch = [message];
+        tokio::select! {
+            outcomes = self.publish(names, &batch) => {
+                outcomes.first().copied().unwrap_or(PublishOutcome::Unknown).into_result("publishing the request")
+            }
+            alarm = alarm => Err(alarm),
+        }
     }
 
     pub(super) async fn close(self, limit: Duration) {

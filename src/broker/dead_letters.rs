@@ -53,7 +53,9 @@ pub struct DeadLetter {
     pub content_type: Option<String>,
     /// Number of retries before the rejection.
     pub retries: u64,
-    /// Body, byte for byte as published.
+    /// Size of the body in bytes.
+    pub bytes: u64,
+    /// Body, byte for byte as published; empty if it was not kept.
     pub body: Vec<u8>,
     /// False if the body was not kept because it is far above the limit.
     pub complete: bool,
@@ -93,15 +95,23 @@ impl DeadLetters {
         Ok(got.map(|message| DeadLetter::read(message.delivery, &self.names.requests)))
     }
 
-    /// Reads the oldest letters, at most `limit`.
+    /// Reads the oldest letters, at most `limit`. Keeps the bodies of those chosen by `keep_body` only: together they can
+    /// exceed the memory.
     ///
     /// # Errors
     /// If the broker does not answer.
-    pub async fn list(&mut self, limit: usize) -> Result<Vec<DeadLetter>, BrokerError> {
+    pub async fn list(
+        &mut self,
+        limit: usize,
+        keep_body: impl Fn(&DeadLetter) -> bool,
+    ) -> Result<Vec<DeadLetter>, BrokerError> {
         let mut letters = Vec::new();
         while letters.len() < limit
-            && let Some(letter) = self.next().await?
+            && let Some(mut letter) = self.next().await?
         {
+            if !keep_body(&letter) {
+                letter.body = Vec::new();
+            }
             letters.push(letter);
         }
         Ok(letters)
@@ -163,7 +173,7 @@ impl DeadLetters {
 }
 
 impl DeadLetter {
-    fn read(delivery: lapin::message::Delivery, requests: &str) -> Self {
+    pub(super) fn read(delivery: lapin::message::Delivery, requests: &str) -> Self {
         let properties = delivery.properties;
         let death = Death::of(&properties, requests);
         let text = |value: &Option<lapin::types::ShortString>| value.as_ref().map(ToString::to_string);
@@ -178,6 +188,7 @@ impl DeadLetter {
             reason: reason.unwrap_or_else(|| "unknown".to_owned()),
             detail: read_text(&properties, DEAD_DETAIL).or(too_large.map(|rejection| rejection.detail)),
             complete: discarded.is_none(),
+            bytes: discarded.unwrap_or(delivery.data.len() as u64),
             at: read_text(&properties, DEAD_AT).or_else(|| {
                 let moment = OffsetDateTime::from_unix_timestamp(i64::try_from(death.at_s?).ok()?).ok()?;
                 Some(rfc3339(moment))

@@ -39,6 +39,11 @@ pub enum BrokerError {
         /// Error of the AMQP client.
         source: Box<dyn Error + Send + Sync>,
     },
+    /// The broker accepts no messages because of a memory or disk alarm; the message may be stored once that is over.
+    #[error(
+        "the broker has an alarm ({0}) and stores no messages; free its memory or disk, then repeat with the same key"
+    )]
+    Alarm(String),
     /// Message that was not stored where it belongs.
     #[error("{0}")]
     NotTaken(String),

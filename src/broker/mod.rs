@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use async_rs::TokioRuntime;
+use parking_lot::RwLock;
 
-use crate::config::{BrokerConfig, TopologyConfig, seconds};
+use crate::config::{BrokerConfig, RotatedSecret, TopologyConfig, seconds};
 
 mod address;
 mod confirm_channel;
@@ -23,6 +24,7 @@ mod guarded_stream;
 mod message;
 mod publish_outcome;
 mod publisher;
+mod request_watch;
 mod tail;
 mod tls;
 mod topology;
@@ -33,6 +35,7 @@ pub use error::BrokerError;
 pub use message::Outgoing;
 pub use publish_outcome::PublishOutcome;
 pub use publisher::Publisher;
+pub use request_watch::RequestWatch;
 pub use tail::{EventTail, TailedEvent};
 pub use topology::{Names, RetryTier, SYNC_REQUESTED};
 
@@ -46,7 +49,9 @@ use tls::Tls;
 pub struct Broker(Arc<Inner>);
 
 struct Inner {
-    addresses: Vec<Address>,
+    addresses: RwLock<Arc<[Address]>>,
+    /// File of the addresses, read again for every connection: passwords are rotated while the process runs.
+    url: RotatedSecret,
     /// Index of the address to try first: the one after the last that failed.
     first: AtomicUsize,
     opening: Opening,
@@ -91,7 +96,8 @@ impl Broker {
             answer_limit: seconds(config.operation_timeout_s),
         };
         Ok(Self(Arc::new(Inner {
-            addresses: Address::parse_all(&config.url)?,
+            addresses: RwLock::new(Address::parse_all(&config.url)?.into()),
+            url: RotatedSecret::new("broker.url_file", config.url_file.clone(), config.url.clone()),
             first: AtomicUsize::new(0),
             opening,
             heartbeat_s: config.heartbeat_s,
@@ -158,9 +164,21 @@ impl Broker {
         traceparent: Option<&str>,
     ) -> Result<(), BrokerError> {
         let mut link = ConfirmChannel::open(self, Purpose::Manage).await?;
-        let outcomes = link.publish(self.names(), &[&Outgoing::request(body, content_type, traceparent)]).await;
+        let published = link.publish_one(self.names(), &Outgoing::request(body, content_type, traceparent)).await;
+        if matches!(published, Err(BrokerError::Alarm(_))) {
+            // Dropped: a blocked connection never closes in order.
+            return published;
+        }
         link.close(self.0.opening.answer_limit).await;
-        outcomes.first().copied().unwrap_or(PublishOutcome::Unknown).into_result("publishing the request")
+        published
+    }
+
+    /// Publishes one sync request and watches over it.
+    ///
+    /// # Errors
+    /// As [`Self::publish_request`].
+    pub async fn publish_and_watch(&self, body: Vec<u8>, content_type: &str) -> Result<RequestWatch, BrokerError> {
+        RequestWatch::publish(self, &Outgoing::request(body, content_type, None)).await
     }
 
     /// Opens the dead-letter queue for inspection.
@@ -188,17 +206,29 @@ impl Broker {
     /// Tries every address once, starting after the last that failed.
     async fn connect(&self, purpose: Purpose) -> Result<Connection, BrokerError> {
         let inner = &self.0;
+        let addresses = self.addresses();
         let mut problems = Vec::new();
-        for _ in 0..inner.addresses.len() {
-            let index = inner.first.load(Ordering::Relaxed) % inner.addresses.len();
-            match self.connect_to(&inner.addresses[index], purpose).await {
+        for _ in 0..addresses.len() {
+            let index = inner.first.load(Ordering::Relaxed) % addresses.len();
+            match self.connect_to(&addresses[index], purpose).await {
                 Ok(connection) => return Ok(connection),
                 Err(error @ BrokerError::TooOld { .. }) => return Err(error),
-                Err(error) => problems.push(format!("{}: {error}", inner.addresses[index])),
+                Err(error) => problems.push(format!("{}: {error}", addresses[index])),
             }
             inner.first.store(index + 1, Ordering::Relaxed);
         }
         Err(BrokerError::Unreachable(problems.join("; ")))
+    }
+
+    /// Current addresses, after a look at the file.
+    fn addresses(&self) -> Arc<[Address]> {
+        if let Some(url) = self.0.url.changed() {
+            match Address::parse_all(&url) {
+                Ok(addresses) => *self.0.addresses.write() = addresses.into(),
+                Err(error) => tracing::warn!(%error, "changed addresses invalid; keeping the previous ones"),
+            }
+        }
+        Arc::clone(&self.0.addresses.read())
     }
 
     async fn connect_to(&self, address: &Address, purpose: Purpose) -> Result<Connection, BrokerError> {

@@ -86,7 +86,7 @@ pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome
 
 async fn list(args: &List, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
     let all = letters.left();
-    let found = letters.list(args.limit).await?;
+    let found = letters.list(args.limit, |_| false).await?;
     if context.out.is_json() {
         return context.out.json(&found.iter().map(facts).collect::<Vec<_>>());
     }
@@ -97,7 +97,7 @@ async fn list(args: &List, letters: &mut DeadLetters, context: &mut Context<'_>)
             or_dash(letter.detail.as_ref()),
             letter.at.as_deref().map_or_else(|| "-".to_owned(), second),
             letter.by.clone(),
-            letter.body.len().to_string(),
+            letter.bytes.to_string(),
         ]
     };
     context.out.line(table(["id", "reason", "detail", "since", "by", "bytes"], found.iter().map(row)))?;
@@ -134,6 +134,9 @@ async fn show(args: &Show, letters: &mut DeadLetters, context: &mut Context<'_>)
 }
 
 async fn replay(args: &Replay, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
+    if args.which.ids.is_empty() {
+        return each_matching("replayed", &args.which, letters, context, DeadLetters::replay).await;
+    }
     let mut chosen = choose(&args.which, letters).await?;
     if let Some(path) = &args.body {
         let [letter] = chosen.as_mut_slice() else {
@@ -142,34 +145,70 @@ async fn replay(args: &Replay, letters: &mut DeadLetters, context: &mut Context<
         letter.body = read_file(path)?;
         letter.complete = true;
     }
-    one_by_one("replayed", &chosen, context, async |letter| letters.replay(letter).await).await
+    each("replayed", &chosen, context, async |letter| letters.replay(letter).await).await
 }
 
 async fn discard(which: &Which, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
+    if which.ids.is_empty() {
+        return each_matching("dropped", which, letters, context, DeadLetters::discard).await;
+    }
     let chosen = choose(which, letters).await?;
-    one_by_one("dropped", &chosen, context, async |letter| letters.discard(letter).await).await
+    each("dropped", &chosen, context, async |letter| letters.discard(letter).await).await
 }
 
 /// Applies an action to each letter, and reports the completed ones even if a later one fails.
-async fn one_by_one(
+async fn each(
     what: &str,
     chosen: &[DeadLetter],
     context: &mut Context<'_>,
     mut act: impl AsyncFnMut(&DeadLetter) -> Result<(), BrokerError>,
 ) -> Result<(), CliError> {
-    for (done, letter) in chosen.iter().enumerate() {
+    let mut done = Vec::new();
+    for letter in chosen {
         if let Err(error) = act(letter).await {
-            sum_up(what, &chosen[..done], context)?;
+            sum_up(what, &done, context)?;
             return Err(error.into());
         }
         tell(what, letter, context)?;
+        done.push(letter.id.clone());
     }
-    sum_up(what, chosen, context)
+    sum_up(what, &done, context)
 }
 
-/// Selects the letters. An unknown or ambiguous id is an error, so that nothing is done by halves.
+/// Applies an action to each matching letter as it is read, so that one body at a time is in memory.
+async fn each_matching(
+    what: &str,
+    which: &Which,
+    letters: &mut DeadLetters,
+    context: &mut Context<'_>,
+    act: impl AsyncFn(&mut DeadLetters, &DeadLetter) -> Result<(), BrokerError>,
+) -> Result<(), CliError> {
+    let mut done = Vec::new();
+    while let Some(letter) = letters.next().await? {
+        if !which.matches(&letter) {
+            continue;
+        }
+        if let Err(error) = act(letters, &letter).await {
+            sum_up(what, &done, context)?;
+            return Err(error.into());
+        }
+        tell(what, &letter, context)?;
+        done.push(letter.id);
+    }
+    sum_up(what, &done, context)
+}
+
+impl Which {
+    fn matches(&self, letter: &DeadLetter) -> bool {
+        self.all
+            || self.reason.is_some_and(|reason| reason.as_str() == letter.reason)
+            || self.ids.iter().any(|name| letter.id.starts_with(name.as_str()))
+    }
+}
+
+/// Selects letters by id. An unknown or ambiguous id is an error, so that nothing is done by halves.
 async fn choose(which: &Which, letters: &mut DeadLetters) -> Result<Vec<DeadLetter>, CliError> {
-    let found = letters.list(usize::MAX).await?;
+    let mut found = letters.list(usize::MAX, |letter| which.matches(letter)).await?;
     let ids: Vec<&str> = found.iter().map(|letter| letter.id.as_str()).collect();
     for name in &which.ids {
         let meant: Vec<&str> = ids.iter().copied().filter(|id| id.starts_with(name.as_str())).collect();
@@ -179,12 +218,8 @@ async fn choose(which: &Which, letters: &mut DeadLetters) -> Result<Vec<DeadLett
             _ => return Err(CliError::Failed(format!("id {name:?} is ambiguous: {}", meant.join(", ")))),
         }
     }
-    let wanted = |letter: &DeadLetter| {
-        which.all
-            || which.reason.is_some_and(|reason| reason.as_str() == letter.reason)
-            || which.ids.iter().any(|name| letter.id.starts_with(name.as_str()))
-    };
-    Ok(found.into_iter().filter(wanted).collect())
+    found.retain(|letter| which.matches(letter));
+    Ok(found)
 }
 
 fn tell(what: &str, letter: &DeadLetter, context: &mut Context<'_>) -> Result<(), CliError> {
@@ -194,19 +229,18 @@ fn tell(what: &str, letter: &DeadLetter, context: &mut Context<'_>) -> Result<()
     context.out.line(format_args!("{what} {} ({})", letter.id, letter.reason))
 }
 
-fn sum_up(what: &str, chosen: &[DeadLetter], context: &mut Context<'_>) -> Result<(), CliError> {
+fn sum_up(what: &str, done: &[String], context: &mut Context<'_>) -> Result<(), CliError> {
     if context.out.is_json() {
-        let ids: Vec<&str> = chosen.iter().map(|letter| letter.id.as_str()).collect();
-        return context.out.json(&json!({ what: ids }));
+        return context.out.json(&json!({ what: done }));
     }
-    if chosen.is_empty() { context.out.line("no matching dead letters") } else { Ok(()) }
+    if done.is_empty() { context.out.line("no matching dead letters") } else { Ok(()) }
 }
 
 fn facts(letter: &DeadLetter) -> Value {
     json!({
         "id": letter.id, "reason": letter.reason, "detail": letter.detail, "at": letter.at, "by": letter.by,
         "message_id": letter.message_id, "correlation_id": letter.correlation_id, "content_type": letter.content_type,
-        "retries": letter.retries, "bytes": letter.body.len() })
+        "retries": letter.retries, "bytes": letter.bytes })
 }
 
 fn unknown(id: &str) -> CliError {

@@ -3,19 +3,22 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use uuid::Uuid;
 
 use super::progress::{Follow, follow, spinner};
 use super::selection::{SelectionArgs, read_file};
 use super::{CliError, Context, Outcome, note, runs, tenant};
-use crate::broker::{Broker, BrokerError};
+use crate::broker::{Broker, BrokerError, DeadLetter, RequestWatch};
+use crate::domain::catalog::Catalog;
 use crate::domain::clock::Deadline;
 use crate::domain::failure::Rejection;
 use crate::domain::request::{CLOUDEVENTS_CONTENT_TYPE, SCHEMA_VERSION, SyncRequest};
 use crate::store::Store;
 
 const POLL_INTERVAL: Duration = Duration::from_millis(300);
+/// Interval at which the broker is asked why no daemon has accepted the request.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Publish a sync request for a tenant
 #[derive(Debug, clap::Args)]
@@ -57,21 +60,23 @@ struct Message {
 }
 
 impl Message {
-    fn of(args: &Args) -> Result<Self, CliError> {
+    fn of(args: &Args, catalog: &Catalog) -> Result<Self, CliError> {
         match &args.from_file {
-            Some(path) => Ok(Self::from_bytes(read_file(path)?)),
-            None => Self::from_flags(args),
+            Some(path) => Ok(Self::from_bytes(read_file(path)?, catalog)),
+            None => Self::from_flags(args, catalog),
         }
     }
 
     /// Sets the content type: the daemon unwraps an envelope, recognised here by `specversion`, only with its content type.
-    fn from_bytes(body: Vec<u8>) -> Self {
-        let is_envelope = serde_json::from_slice::<Value>(&body).is_ok_and(|value| value.get("specversion").is_some());
+    fn from_bytes(body: Vec<u8>, catalog: &Catalog) -> Self {
+        let is_envelope = SyncRequest::looks_like_envelope(&body);
         let content_type = if is_envelope { CLOUDEVENTS_CONTENT_TYPE } else { "application/json" };
-        Self { read: SyncRequest::parse(Some(content_type), &body), body, content_type }
+        let read = SyncRequest::parse(Some(content_type), &body)
+            .and_then(|request| catalog.resolve_request(&request.selection).map(|_| request));
+        Self { read, body, content_type }
     }
 
-    fn from_flags(args: &Args) -> Result<Self, CliError> {
+    fn from_flags(args: &Args, catalog: &Catalog) -> Result<Self, CliError> {
         let request = SyncRequest {
             schema_version: SCHEMA_VERSION,
             tenant_id: args.tenant.ok_or_else(|| CliError::Usage("--tenant is required".to_owned()))?,
@@ -81,7 +86,7 @@ impl Message {
             requested_by: Some(args.requested_by.clone()),
         };
         let body = serde_json::to_vec(&request).map_err(|error| CliError::Failed(error.to_string()))?;
-        let message = Self::from_bytes(body);
+        let message = Self::from_bytes(body, catalog);
         match message.read {
             Err(rejection) => Err(CliError::Usage(rejection.detail)),
             Ok(_) => Ok(message),
@@ -97,7 +102,7 @@ impl Message {
 }
 
 pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
-    let message = Message::of(args)?;
+    let message = Message::of(args, &context.config()?.graph.catalog()?)?;
     if args.dry_run {
         return dry_run(&message, context);
     }
@@ -122,6 +127,15 @@ fn dry_run(message: &Message, context: &mut Context<'_>) -> Result<Outcome, CliE
 }
 
 async fn publish(message: &Message, context: &Context<'_>) -> Result<(), CliError> {
+    let send = async |broker: &Broker| broker.publish_request(message.body.clone(), message.content_type, None).await;
+    publish_by(message, context, send).await
+}
+
+async fn publish_by<T>(
+    message: &Message,
+    context: &Context<'_>,
+    send: impl AsyncFn(&Broker) -> Result<T, BrokerError>,
+) -> Result<T, CliError> {
     let config = context.config()?;
     if let Ok(request) = &message.read {
         let unknown = config.graph.catalog()?.resolve(&request.selection).unsupported;
@@ -133,12 +147,11 @@ async fn publish(message: &Message, context: &Context<'_>) -> Result<(), CliErro
         }
     }
     let broker = Broker::new(&config.broker, &config.topology, "inventoryd request")?;
-    let send = || broker.publish_request(message.body.clone(), message.content_type, None);
-    match send().await {
+    match send(&broker).await {
         // Before the first daemon has started the queue may not exist. The idempotency key makes a second publish safe.
         Err(BrokerError::NotTaken(_) | BrokerError::Lost { .. }) => {
             broker.ensure_topology().await?;
-            Ok(send().await?)
+            Ok(send(&broker).await?)
         }
         sent => Ok(sent?),
     }
@@ -181,8 +194,10 @@ async fn publish_and_wait(
     let request = message.request()?;
     let (store, catalog) = (context.store().await?, context.config()?.graph.catalog()?);
     refuse_dead_letter(request, &store).await?;
-    publish(message, context).await?;
-    let run_id = wait_for_run(request, &store, deadline).await?;
+    let watched = async |broker: &Broker| broker.publish_and_watch(message.body.clone(), message.content_type).await;
+    let mut watch = publish_by(message, context, watched).await?;
+    let run_id = wait_for_run(request, &store, &mut watch, deadline).await?;
+    drop(watch);
     let at = Follow { store: &store, catalog: &catalog };
     let followed = tokio::time::timeout(deadline.remaining(), follow(&at, run_id)).await;
     let details = followed
@@ -213,26 +228,64 @@ async fn refuse_dead_letter(request: &SyncRequest, store: &Store) -> Result<(), 
     Ok(())
 }
 
-async fn wait_for_run(request: &SyncRequest, store: &Store, deadline: Deadline) -> Result<Uuid, CliError> {
+async fn wait_for_run(
+    request: &SyncRequest,
+    store: &Store,
+    watch: &mut RequestWatch,
+    deadline: Deadline,
+) -> Result<Uuid, CliError> {
     let waiting = spinner("published; waiting for a daemon to accept it".to_owned());
+    let mut obstacle = None;
+    let mut next_look = tokio::time::Instant::now() + LOOK_INTERVAL;
     let run_id = loop {
         if let Some(run_id) = store.find_run(request.tenant_id, &request.idempotency_key).await? {
             break run_id;
         }
         if deadline.passed() {
-            return Err(CliError::Failed(
-                "no daemon accepted the request within --timeout-s; check that a daemon is running, and `inventoryd dead list`".to_owned(),
-            ));
+            let cause = obstacle.unwrap_or("check the daemon's log and /status");
+            return Err(CliError::Failed(format!("no daemon accepted the request within --timeout-s: {cause}")));
         }
-        tokio::time::sleep(POLL_INTERVAL).await;
+        if next_look <= tokio::time::Instant::now() {
+            next_look += LOOK_INTERVAL;
+            let found = find_obstacle(watch).await;
+            if let Some(found) = found.filter(|_| found != obstacle) {
+                waiting.suspend(|| note(format_args!("note: {found}; still waiting")));
+            }
+            obstacle = found;
+        }
+        tokio::select! {
+            letter = watch.dead_letter() => return Err(dead_lettered(&letter)),
+            () = tokio::time::sleep(POLL_INTERVAL) => {}
+        }
     };
     waiting.finish_and_clear();
     Ok(run_id)
 }
 
+/// Reason that is seen on the broker for a request that no daemon has accepted.
+async fn find_obstacle(watch: &RequestWatch) -> Option<&'static str> {
+    if watch.blocked() {
+        return Some("the broker has a memory or disk alarm, which holds up publishers");
+    }
+    match watch.consumers().await {
+        Ok(0) => Some("nobody consumes the request queue: start a daemon, or see /status of a paused one"),
+        Ok(_) => None,
+        Err(_) => Some("the broker does not answer"),
+    }
+}
+
+fn dead_lettered(letter: &DeadLetter) -> CliError {
+    let detail = letter.detail.as_ref().map(|detail| format!(": {detail}")).unwrap_or_default();
+    CliError::Failed(format!(
+        "the request was dead-lettered: {}{detail}; see `inventoryd explain {}` and `inventoryd dead list`",
+        letter.reason, letter.reason
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use serde_json::Value;
 
     use super::super::tests::call;
     use super::*;
@@ -247,7 +300,7 @@ mod tests {
 
     fn message(flags: &[&str]) -> Result<Message, CliError> {
         let line = ["request", "--tenant", TENANT].iter().chain(flags);
-        Message::of(&Line::try_parse_from(line).unwrap().args)
+        Message::of(&Line::try_parse_from(line).unwrap().args, &Catalog::built_in())
     }
 
     #[test]
@@ -274,7 +327,8 @@ mod tests {
 
     #[test]
     fn an_invalid_request_is_a_usage_error() {
-        for flags in [&["--all", "--key", "two words"][..], &["--all", "--correlation-id", ""], &[]] {
+        let foundation_alone = &["--types", "roleScopeTag", "--no-foundations"];
+        for flags in [&["--all", "--key", "two words"][..], &["--all", "--correlation-id", ""], &[], foundation_alone] {
             assert!(matches!(message(flags), Err(CliError::Usage(_))), "{flags:?}");
         }
         assert!(Line::try_parse_from(["request", "--all"]).is_err(), "no tenant");
@@ -283,12 +337,13 @@ mod tests {
 
     #[test]
     fn a_file_is_published_unchanged_with_its_content_type() {
-        let bad = Message::from_bytes(b"{ nope".to_vec());
+        let from_bytes = |bytes: Vec<u8>| Message::from_bytes(bytes, &Catalog::built_in());
+        let bad = from_bytes(b"{ nope".to_vec());
         assert_eq!((bad.body.as_slice(), bad.content_type), (&b"{ nope"[..], "application/json"));
         assert!(matches!(bad.request(), Err(CliError::Failed(text)) if text.contains("invalid_json")));
         let data = json!({ "schema_version": 1, "tenant_id": TENANT, "idempotency_key": "k", "selection": { "policy_types": ["*"] } });
         let envelope = json!({ "specversion": "1.0", "id": "1", "source": "/s", "type": "t", "data": data });
-        let good = Message::from_bytes(envelope.to_string().into_bytes());
+        let good = from_bytes(envelope.to_string().into_bytes());
         assert!(good.content_type == CLOUDEVENTS_CONTENT_TYPE && good.read.is_ok());
     }
 
@@ -298,5 +353,7 @@ mod tests {
         let shown: Value = serde_json::from_str(&text).unwrap();
         assert_eq!((code, &shown["message"]["tenant_id"]), (0, &json!(TENANT)));
         assert_eq!(shown["selection_hash"].as_str().unwrap().len(), 64);
+        let alone = ["request", "--tenant", TENANT, "--types", "roleScopeTag", "--no-foundations", "--dry-run"];
+        assert_eq!(call(&alone).0, 2, "nothing is left to read");
     }
 }

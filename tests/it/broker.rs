@@ -261,7 +261,7 @@ async fn two_dead_letters(rig: &Rig, subscription: &mut Subscription) {
 
 async fn look(rig: &Rig) -> Vec<DeadLetter> {
     let mut letters = rig.broker.dead_letters().await.unwrap();
-    let list = letters.list(10).await.unwrap();
+    let list = letters.list(10, |_| true).await.unwrap();
     letters.close().await;
     list
 }

@@ -7,8 +7,10 @@ use lapin::message::BasicGetMessage;
 use serde_json::{Value, json};
 
 use crate::dead_letters::header;
-use crate::support::daemon::Replica;
+use crate::sim::SimConfig;
+use crate::support::daemon::{Process, Replica, peak_mib};
 use crate::support::raw_amqp::{self, unreadable};
+use crate::support::servers::{self, Private};
 use crate::support::world::World;
 use crate::support::{binary, eventually};
 
@@ -96,6 +98,54 @@ async fn a_body_of_many_megabytes_is_moved_by_the_broker_and_not_kept() {
     let letter = dead(&world).await;
     assert!(letter.data == body, "byte for byte");
     replica.stop().await;
+}
+
+/// Runs `inventoryd dead list` and returns the letters and the peak of its memory in MiB.
+async fn list_with_peak(world: &World) -> (Vec<Value>, u64) {
+    let mut command = std::process::Command::new(binary());
+    command.args(["dead", "list", "--json"]).env_clear().envs(world.variables()).stdout(std::process::Stdio::piped());
+    let child = command.spawn().unwrap();
+    let (id, mut peak) = (child.id(), 0);
+    let mut ended = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
+    let output = loop {
+        match tokio::time::timeout(Duration::from_millis(5), &mut ended).await {
+            Ok(output) => break output.unwrap(),
+            Err(_) => peak = peak_mib(id).unwrap_or(peak).max(peak),
+        }
+    };
+    (serde_json::from_slice(&output.stdout).unwrap(), peak)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_of_large_bodies_needs_no_memory() {
+    const LARGE: usize = 60 * 1024 * 1024;
+    let broker = Private::start("rabbitmq", "rabbitmq-large-bodies").await;
+    // RabbitMQ 4 takes 16 MiB by default.
+    broker.act(|server| server.eval("application:set_env(rabbit, max_message_size, 134217728).")).await;
+    let postgres = tokio::task::spawn_blocking(|| servers::postgres().url.clone()).await.unwrap();
+    let world = World::on(SimConfig::default(), &postgres, &broker.url).await;
+    let large = vec![b' '; LARGE];
+    for _ in 0..8 {
+        world.publish_bytes(&large, BasicProperties::default()).await;
+    }
+    let medium = vec![b' '; 1_000_000];
+    for _ in 0..40 {
+        world.publish_bytes(&medium, BasicProperties::default()).await;
+    }
+    let (none, idle) = list_with_peak(&world).await;
+    assert!(none.is_empty());
+    let replica = Process::start(&world, "large", &[]);
+    world.sync("behind-them", &["mobileApp"]).await;
+    eventually("all are dead letters", || async { (world.depth("inventory.dead").await == 48).then_some(()) }).await;
+    let daemon = replica.peak_mib();
+    assert!(daemon < 150, "{daemon} MiB in the daemon for 520 MiB of messages");
+    let (letters, peak) = list_with_peak(&world).await;
+    assert_eq!(letters.len(), 48);
+    assert!(letters.iter().all(|letter| letter["reason"] == "message_too_large"), "{letters:?}");
+    assert_eq!(letters.iter().filter(|letter| letter["bytes"] == LARGE).count(), 8);
+    assert!(peak < idle + 32, "{peak} MiB to list them, {idle} MiB to list none");
+    let whole = eventually("a letter is read", || world.take("inventory.dead")).await;
+    assert!(whole.data == large || whole.data == medium, "byte for byte");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -76,6 +76,11 @@ impl Process {
         assert!(sent.expect("kill runs").success(), "the process is alive to receive SIG{name}");
     }
 
+    /// Peak of the resident memory so far, in MiB.
+    pub fn peak_mib(&self) -> u64 {
+        peak_mib(self.child.id()).expect("the process is alive")
+    }
+
     /// Waits until the process exits.
     pub async fn ended(&mut self, deadline: Duration) -> ExitStatus {
         let Self { child, log } = self;
@@ -100,6 +105,13 @@ impl Process {
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
+}
+
+/// Peak of the resident memory of a process, in MiB; `None` once it has ended.
+pub fn peak_mib(process: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    kib.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib / 1024)
 }
 
 impl Drop for Process {
