@@ -67,7 +67,7 @@ fn collector_layer(variables: &Variables, problems: &mut Vec<String>) -> Layer {
 }
 
 fn file_layer(path: &Path, problems: &mut Vec<String>) -> Result<Layer, ConfigError> {
-    let refuse = |problem: String| ConfigError(format!("--config {}: {problem}", path.display()));
+    let refuse = |problem: String| ConfigError(format!("configuration file {}: {problem}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|error| refuse(error.to_string()))?;
     // The error's own text would quote the line, and with it a secret.
     let mut table: toml::Table = toml::from_str(&text).map_err(|error| {
@@ -75,7 +75,7 @@ fn file_layer(path: &Path, problems: &mut Vec<String>) -> Result<Layer, ConfigEr
         let line = text.get(..start).unwrap_or(&text).matches('\n').count() + 1;
         refuse(format!("not valid TOML: line {line}"))
     })?;
-    let place = format!("--config {}", path.display());
+    let place = format!("configuration file {}", path.display());
     keep_known(&mut table, &mut Vec::new(), &mut |problem| problems.push(format!("{place}: {problem}")));
     refuse_names_that_differ_by_case(&table, problems);
     Ok(Layer(tree(&table, Some(&path.display().to_string()))))

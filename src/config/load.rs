@@ -146,6 +146,6 @@ mod tests {
         assert!(problem.contains("line 2") && problem.contains("inventoryd-broken"), "{problem}");
         assert!(!problem.contains("hunter2"), "{problem}");
         let missing = Config::load(Some(&path)).unwrap_err().to_string();
-        assert!(missing.starts_with("--config ") && missing.contains("No such file"), "{missing}");
+        assert!(missing.starts_with("configuration file ") && missing.contains("No such file"), "{missing}");
     }
 }

@@ -28,7 +28,7 @@ pub struct Setting {
 pub enum Origin {
     /// `config/default.toml`, compiled in.
     Default,
-    /// File given with `--config`.
+    /// File given with `--config` or `INVENTORYD_CONFIG`.
     File(String),
     /// Environment variable.
     Environment,

@@ -1,4 +1,4 @@
-//! The broker room by itself: topology and its drift, outcomes of published messages, dead letters.
+//! The broker module without a daemon: topology and its drift, outcomes of published messages, dead letters.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::support::{eventually, servers};
 
-/// A prefix of its own on a broker, and a hand on that broker which is not ours.
+/// Broker under test with its own prefix, and a direct connection to the same server.
 pub struct Rig {
     pub config: Config,
     pub broker: Broker,
@@ -84,7 +84,7 @@ pub fn event(key: &str) -> Outgoing {
 
 pub async fn next(subscription: &mut Subscription) -> Delivery {
     let next = tokio::time::timeout(Duration::from_secs(10), subscription.next()).await;
-    next.expect("something arrives").expect("the stream has not ended").expect("it is a delivery")
+    next.expect("a delivery arrives").expect("the stream has not ended").expect("the connection is open")
 }
 
 fn strings(table: &[(&str, &str)]) -> FieldTable {
@@ -96,7 +96,7 @@ fn strings(table: &[(&str, &str)]) -> FieldTable {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_topology_is_made_once_and_found_again() {
+async fn topology_declaration_is_idempotent() {
     let rig = Rig::new().await;
     let verify = rig.broker_with(|config| config.topology.mode = TopologyMode::Verify);
     let missing = verify.ensure_topology().await.unwrap_err();
@@ -109,7 +109,7 @@ async fn the_topology_is_made_once_and_found_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn drift_names_the_first_difference_of_each_queue_and_changes_nothing() {
+async fn topology_drift_is_reported_and_changes_nothing() {
     let rig = Rig::new().await;
     rig.broker.ensure_topology().await.unwrap();
     let other = rig.broker_with(|config| config.topology.delivery_limit = 7).ensure_topology().await.unwrap_err();
@@ -144,7 +144,7 @@ async fn drift_names_the_first_difference_of_each_queue_and_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_login_never_shows_the_password() {
+async fn refused_login_never_shows_the_password() {
     let rig = Rig::new().await;
     let url = servers::rabbitmq().url.replace("guest:guest", "guest:hunter2");
     let refused = rig.broker_with(|config| config.broker.url = url.into()).ensure_topology().await.unwrap_err();
@@ -181,11 +181,11 @@ async fn in_flight_deliveries_can_be_settled_after_a_cancel() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deleted_queue_ends_the_stream_without_an_error_and_is_made_again() {
+async fn deleted_queue_ends_the_stream_and_is_declared_again() {
     let rig = Rig::new().await;
     let mut subscription = rig.broker.subscribe(4).await.unwrap();
     rig.delete_queue(&rig.names().requests).await;
-    let end = tokio::time::timeout(Duration::from_secs(5), subscription.next()).await.expect("it is noticed");
+    let end = tokio::time::timeout(Duration::from_secs(5), subscription.next()).await.expect("the subscription ends");
     assert!(end.is_none());
     let mut again = rig.broker.subscribe(4).await.unwrap();
     rig.publish(b"x", BasicProperties::default()).await;
@@ -193,15 +193,15 @@ async fn a_deleted_queue_ends_the_stream_without_an_error_and_is_made_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unroutable_events_of_a_large_batch_are_known_one_by_one() {
+async fn unroutable_events_of_a_batch_are_reported_individually() {
     let rig = Rig::new().await;
     let mut tail = rig.broker.tail_events("run.completed.success.#").await.unwrap();
-    // All two hundred are one batch, which a busy machine may take long over.
+    // The two hundred events are one batch, which takes long on a busy machine.
     let publisher = rig.broker_with(|config| config.broker.operation_timeout_s = 30).publisher();
     assert_eq!(publisher.publish(vec![event("run.completed.failed.t")]).await, [PublishOutcome::Confirmed]);
-    assert_eq!(rig.depth(&rig.names().unrouted).await, 1, "the net holds what nobody subscribes to");
-    let net = rig.names().unrouted.as_str().into();
-    rig.channel.exchange_delete(net, ExchangeDeleteOptions::default()).await.unwrap();
+    assert_eq!(rig.depth(&rig.names().unrouted).await, 1, "the unrouted queue stores events without a subscriber");
+    let unrouted = rig.names().unrouted.as_str().into();
+    rig.channel.exchange_delete(unrouted, ExchangeDeleteOptions::default()).await.unwrap();
     for round in 0..10 {
         let fits = |number: usize| !(number * 7 + round).is_multiple_of(5);
         let key = |number| if fits(number) { "run.completed.success.t" } else { "run.completed.failed.t" };
@@ -215,12 +215,12 @@ async fn unroutable_events_of_a_large_batch_are_known_one_by_one() {
     assert_eq!(
         publisher.publish(vec![event("run.completed.success.t")]).await,
         [PublishOutcome::Confirmed],
-        "it opens again"
+        "a closed publisher reconnects"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rung_that_was_deleted_is_made_again() {
+async fn deleted_retry_tier_is_declared_again() {
     let rig = Rig::new().await;
     let mut subscription = rig.broker.subscribe(2).await.unwrap();
     let publisher = rig.broker.publisher();
@@ -238,7 +238,7 @@ async fn a_rung_that_was_deleted_is_made_again() {
 /// One dead letter rejected after a retry, and one that the broker dead-lettered at its delivery limit.
 async fn two_dead_letters(rig: &Rig, subscription: &mut Subscription) {
     let publisher = rig.broker.publisher();
-    // A user id that is not ours and a CC would each make the broker refuse or misroute an honest copy.
+    // The broker refuses a copy with the user id of another user, and routes a copy with a CC to other queues.
     let mut headers = strings(&[("team", "blue")]);
     headers.insert("CC".into(), AMQPValue::FieldArray(vec![AMQPValue::LongString("nowhere".into())].into()));
     let properties = BasicProperties::default().with_headers(headers).with_message_id("m-1".into());
@@ -246,11 +246,11 @@ async fn two_dead_letters(rig: &Rig, subscription: &mut Subscription) {
     let delivery = next(subscription).await;
     assert_eq!(publisher.schedule_retry(&delivery, RetryTier::FiveSeconds).await, PublishOutcome::Confirmed);
     assert!(delivery.ack().await.unwrap());
-    let parked = next(subscription).await;
-    assert_eq!((parked.retries, parked.deferred_s), (1, 5));
+    let retried = next(subscription).await;
+    assert_eq!((retried.retries, retried.deferred_s), (1, 5));
     let rejection = Rejection::new(DeadReason::InvalidJson, "not JSON: line 1");
-    assert_eq!(publisher.dead_letter(&parked, &rejection, "test").await, PublishOutcome::Confirmed);
-    assert!(parked.ack().await.unwrap());
+    assert_eq!(publisher.dead_letter(&retried, &rejection, "test").await, PublishOutcome::Confirmed);
+    assert!(retried.ack().await.unwrap());
     rig.publish(b"poison", BasicProperties::default()).await;
     while rig.depth(&rig.names().dead).await < 2 {
         if let Ok(Some(Ok(delivery))) = tokio::time::timeout(Duration::from_millis(500), subscription.next()).await {
@@ -259,7 +259,7 @@ async fn two_dead_letters(rig: &Rig, subscription: &mut Subscription) {
     }
 }
 
-async fn look(rig: &Rig) -> Vec<DeadLetter> {
+async fn list(rig: &Rig) -> Vec<DeadLetter> {
     let mut letters = rig.broker.dead_letters().await.unwrap();
     let list = letters.list(10, |_| true).await.unwrap();
     letters.close().await;
@@ -267,15 +267,15 @@ async fn look(rig: &Rig) -> Vec<DeadLetter> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dead_letters_are_looked_at_replayed_and_dropped() {
+async fn dead_letters_are_listed_replayed_and_dropped() {
     let rig = Rig::new().await;
     let mut subscription = rig.broker.subscribe(2).await.unwrap();
     two_dead_letters(&rig, &mut subscription).await;
     for _ in 0..25 {
-        let reasons: Vec<String> = look(&rig).await.into_iter().map(|letter| letter.reason).collect();
-        assert_eq!(reasons, ["invalid_json", "delivery_limit"], "looking takes nothing away");
+        let reasons: Vec<String> = list(&rig).await.into_iter().map(|letter| letter.reason).collect();
+        assert_eq!(reasons, ["invalid_json", "delivery_limit"], "listing removes nothing");
     }
-    let seen = look(&rig).await;
+    let seen = list(&rig).await;
     assert_eq!(
         (seen[0].detail.as_deref(), seen[0].by.as_str(), seen[0].retries),
         (Some("not JSON: line 1"), "test", 1)
@@ -294,7 +294,7 @@ async fn dead_letters_are_looked_at_replayed_and_dropped() {
     let poison = letters.next().await.unwrap().unwrap();
     assert_eq!(poison.body, b"poison");
     letters.discard(&poison).await.unwrap();
-    assert!(letters.discard(&poison).await.is_err(), "once is enough");
+    assert!(letters.discard(&poison).await.is_err(), "a letter is discarded once");
     letters.close().await;
     assert_eq!(rig.depth(&rig.names().dead).await, 0);
 }

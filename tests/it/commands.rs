@@ -1,4 +1,4 @@
-//! The command line as its users call it: the real binary, its exit code, its two outputs.
+//! Command line of the real binary: exit codes, standard output and standard error.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -11,15 +11,15 @@ use crate::support::daemon::Replica;
 use crate::support::eventually;
 use crate::support::world::World;
 
-/// What a command came to.
+/// Result of a command.
 #[derive(Debug)]
-struct Said {
+struct Completed {
     code: i32,
     out: String,
     err: String,
 }
 
-impl Said {
+impl Completed {
     fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error} in {self:?}"))
     }
@@ -31,15 +31,15 @@ fn command(world: &World, arguments: &[&str]) -> Command {
     command
 }
 
-async fn call(world: &World, arguments: &[&str]) -> Said {
+async fn call(world: &World, arguments: &[&str]) -> Completed {
     let mut command = command(world, arguments);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    Said { code: output.status.code().unwrap(), out: text(output.stdout), err: text(output.stderr) }
+    Completed { code: output.status.code().unwrap(), out: text(output.stdout), err: text(output.stderr) }
 }
 
-/// The only dead letter, once there is one.
-async fn the_dead_letter(world: &World) -> Value {
+/// Waits for a dead letter and returns it.
+async fn only_dead_letter(world: &World) -> Value {
     eventually("a dead letter is listed", || async {
         call(world, &["dead", "list", "--json"]).await.json().as_array().unwrap().first().cloned()
     })
@@ -47,16 +47,16 @@ async fn the_dead_letter(world: &World) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tenant_is_registered_asked_for_and_followed_to_its_end() {
+async fn registered_tenant_is_synced_and_reported() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     let tenant = Uuid::new_v4().to_string();
-    let ask = ["request", "--tenant", &tenant, "--types", "mobileApp", "--no-foundations", "--wait", "--json"];
-    let stranger = call(&world, &ask).await;
-    assert_eq!(stranger.code, 1);
-    assert!(stranger.err.contains("inventoryd tenant add"), "{stranger:?}");
+    let request = ["request", "--tenant", &tenant, "--types", "mobileApp", "--no-foundations", "--wait", "--json"];
+    let unknown = call(&world, &request).await;
+    assert_eq!(unknown.code, 1);
+    assert!(unknown.err.contains("inventoryd tenant add"), "{unknown:?}");
     assert_eq!(call(&world, &["tenant", "add", &tenant, "--name", "Contoso"]).await.code, 0);
-    let run = call(&world, &ask).await;
+    let run = call(&world, &request).await;
     assert_eq!(
         (run.code, &run.json()["status"], &run.json()["types"][0]["status"]),
         (0, &json!("success"), &json!("complete"))
@@ -66,26 +66,26 @@ async fn a_tenant_is_registered_asked_for_and_followed_to_its_end() {
     assert!(listed.contains(run.json()["run_id"].as_str().unwrap()) && listed.contains("Contoso"), "{listed}");
     let id = Uuid::parse_str(&tenant).unwrap();
     world.sim.delete_objects(id, "deviceAppManagement/mobileApps", Which::Count(2)).unwrap();
-    assert_eq!(call(&world, &ask).await.code, 0);
+    assert_eq!(call(&world, &request).await.code, 0);
     let missing = call(&world, &["missing", "--tenant", &tenant, "--json"]).await.json();
     assert_eq!((&missing["high"], &missing["low"]), (&json!(2), &json!(0)));
     assert_eq!(call(&world, &["tenant", "disable", &tenant]).await.code, 0);
-    let skipped = call(&world, &ask).await;
+    let skipped = call(&world, &request).await;
     assert_eq!((skipped.code, &skipped.json()["error_codes"]), (1, &json!(["tenant_disabled"])));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_letter_is_looked_at_replayed_and_dropped() {
+async fn dead_letter_is_shown_replayed_and_dropped() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     let tenant = Uuid::new_v4().to_string();
     let published = call(&world, &["request", "--tenant", &tenant, "--types", "mobileApp", "--key", "k"]).await;
     assert_eq!(published.code, 0, "{published:?}");
-    let letter = the_dead_letter(&world).await;
+    let letter = only_dead_letter(&world).await;
     let id = letter["id"].as_str().unwrap();
     for _ in 0..2 {
         let shown = call(&world, &["dead", "show", &id[..6], "--json"]).await.json();
-        assert_eq!(shown["reason"], "unknown_tenant", "looking at it takes nothing away");
+        assert_eq!(shown["reason"], "unknown_tenant", "showing a letter does not remove it");
         assert!(shown["body"].as_str().unwrap().contains(&tenant), "{shown}");
     }
     assert_eq!(call(&world, &["tenant", "add", &tenant]).await.code, 0);
@@ -96,14 +96,14 @@ async fn a_dead_letter_is_looked_at_replayed_and_dropped() {
     let bad = call(&world, &["request", "--from-file", file.to_str().unwrap()]).await;
     std::fs::remove_file(&file).unwrap();
     assert!(bad.code == 0 && bad.out.contains("invalid_json"), "{bad:?}");
-    assert_eq!(the_dead_letter(&world).await["reason"], "invalid_json");
-    assert_eq!(call(&world, &["dead", "drop", "abcdef"]).await.code, 1, "no such letter");
+    assert_eq!(only_dead_letter(&world).await["reason"], "invalid_json");
+    assert_eq!(call(&world, &["dead", "drop", "abcdef"]).await.code, 1, "unknown id");
     assert_eq!(call(&world, &["dead", "drop", "--reason", "invalid_json"]).await.code, 0);
     assert_eq!(call(&world, &["dead", "list", "--json"]).await.json(), json!([]));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn events_are_shown_as_they_pass_by() {
+async fn events_tail_prints_published_events() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     let mut tail = command(&world, &["events", "tail", "--binding", "run.completed.success.*", "--max", "1", "--json"]);
@@ -120,12 +120,12 @@ async fn events_are_shown_as_they_pass_by() {
     assert!(ended.status.success());
     let event: Value = serde_json::from_slice(&ended.stdout).unwrap();
     assert_eq!((&event["id"], &event["data"]["status"]), (&run["id"], &json!("success")));
-    let quiet = call(&world, &["events", "tail", "--max", "1", "--timeout-s", "1"]).await;
-    assert_eq!((quiet.code, quiet.out.as_str()), (1, ""));
+    let empty = call(&world, &["events", "tail", "--max", "1", "--timeout-s", "1"]).await;
+    assert_eq!((empty.code, empty.out.as_str()), (1, ""));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn doctor_names_what_to_grant() {
+async fn doctor_names_missing_permissions() {
     let world = World::new().await;
     let rule = json!({ "path": "deviceAppManagement/mobileApps", "action": { "kind": "forbidden" } });
     world.sim.add_rule(serde_json::from_value::<Rule>(rule).unwrap());
@@ -142,7 +142,7 @@ async fn doctor_names_what_to_grant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn doctor_explains_a_missing_token_and_prints_json_then_too() {
+async fn doctor_explains_a_missing_token_as_text_and_json() {
     let world = World::new().await;
     let rule = json!({ "on": "token", "action": { "kind": "status", "status": 401 } });
     world.sim.add_rule(serde_json::from_value::<Rule>(rule).unwrap());
@@ -167,7 +167,7 @@ async fn doctor_shares_pauses_with_the_daemon() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_that_goes_away_and_a_wrong_call_are_answered_in_order() {
+async fn closed_standard_output_succeeds_and_wrong_usage_exits_with_2() {
     let world = World::new().await;
     let mut child = command(&world, &["types"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
@@ -177,4 +177,35 @@ async fn a_reader_that_goes_away_and_a_wrong_call_are_answered_in_order() {
     assert_eq!((wrong.code, wrong.out.as_str()), (2, ""));
     let checked = call(&world, &["check", "--changed"]).await;
     assert!(checked.code == 0 && checked.out.contains("[redacted]") && !checked.out.contains("simulated-secret"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn inventoryd_config_names_the_file_unless_an_option_does() {
+    let world = World::new().await;
+    let file = |name: &str, prefetch: u16| {
+        let path = std::env::temp_dir().join(format!("{}{name}.toml", world.prefix));
+        std::fs::write(&path, format!("[consumer]\nprefetch = {prefetch}\n")).unwrap();
+        path
+    };
+    let (of_variable, of_option) = (file("variable", 7), file("option", 9));
+    let prefetch = |options: &[&str]| {
+        let mut command = command(&world, &[options, &["check", "--json"]].concat());
+        let output = command.env("INVENTORYD_CONFIG", &of_variable).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let keys: Value = serde_json::from_slice(&output.stdout).unwrap();
+        keys.as_array().unwrap().iter().find(|key| key["key"] == "consumer.prefetch").unwrap().clone()
+    };
+    let row = |value: &str, path: &std::path::Path| json!({ "key": "consumer.prefetch", "value": value, "origin": { "file": path.to_str().unwrap() } });
+    assert_eq!(prefetch(&[]), row("7", &of_variable));
+    assert_eq!(prefetch(&["--config", of_option.to_str().unwrap()]), row("9", &of_option));
+    for path in [&of_variable, &of_option] {
+        std::fs::remove_file(path).unwrap();
+    }
+    for arguments in [["check"], ["serve"]] {
+        let output = command(&world, &arguments).env("INVENTORYD_CONFIG", &of_variable).output().unwrap();
+        let problem = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{problem}");
+        let expected = format!("configuration file {}: No such file", of_variable.display());
+        assert!(problem.contains(&expected), "{problem}");
+    }
 }

@@ -1,4 +1,4 @@
-//! Messages that can never be run: nothing is lost, and the reason stands beside the bytes.
+//! Dead letters: a message that can never be processed keeps its body, and its headers give the reason.
 
 use lapin::BasicProperties;
 use lapin::message::BasicGetMessage;
@@ -23,11 +23,11 @@ async fn dead(world: &World) -> BasicGetMessage {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_reason_keeps_the_bytes_and_names_the_cure() {
+async fn every_reason_keeps_the_body_and_names_the_remedy() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     world.sync("taken", &["mobileApp"]).await;
-    let stranger = World::request_of(Uuid::new_v4(), "k", &["mobileApp"]);
+    let unknown = World::request_of(Uuid::new_v4(), "k", &["mobileApp"]);
     let mut wrong_type = world.request("k", &["mobileApp"]);
     wrong_type["selection"]["policy_types"] = json!("mobileApp");
     let mut version = world.request("k", &["mobileApp"]);
@@ -38,7 +38,7 @@ async fn every_reason_keeps_the_bytes_and_names_the_cure() {
         (bytes(&wrong_type), "invalid_request", "`selection.policy_types` is a string: expected an array"),
         (bytes(&world.request("k", &["roleScopeTag"])), "invalid_request", "selects nothing"),
         (bytes(&version), "unsupported_version", "`schema_version` is 2"),
-        (bytes(&stranger), "unknown_tenant", "tenant add"),
+        (bytes(&unknown), "unknown_tenant", "tenant add"),
         (bytes(&world.request("taken", &["deviceShellScript"])), "idempotency_conflict", "`idempotency_key`"),
         (vec![b' '; 300_000], "message_too_large", "300000 bytes"),
     ];
@@ -51,8 +51,8 @@ async fn every_reason_keeps_the_bytes_and_names_the_cure() {
         let letter = dead(&world).await;
         assert_eq!(letter.data, body, "{reason}: byte for byte");
         assert_eq!(header(&letter, "x-dead-reason").as_deref(), Some(reason));
-        let said = header(&letter, "x-dead-detail").unwrap();
-        assert!(said.contains(detail), "{reason}: {said}");
+        let text = header(&letter, "x-dead-detail").unwrap();
+        assert!(text.contains(detail), "{reason}: {text}");
         assert_eq!(header(&letter, "x-mine").as_deref(), Some("kept"));
         assert_eq!(letter.properties.correlation_id().as_ref().map(|id| id.as_str()), Some("c-1"));
         assert!(header(&letter, "x-dead-at").is_some() && header(&letter, "x-dead-by").is_some());
@@ -61,7 +61,7 @@ async fn every_reason_keeps_the_bytes_and_names_the_cure() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_type_does_not_stop_the_run() {
+async fn unknown_type_does_not_stop_the_run() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     let mut request = world.request("mixed", &["mobileApp", "noSuchType"]);
@@ -77,7 +77,7 @@ async fn an_unknown_type_does_not_stop_the_run() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cloudevents_envelope_is_opened() {
+async fn cloudevents_envelope_is_accepted() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     let envelope = json!({ "specversion": "1.0", "id": "1", "source": "/scheduler", "type": "sync.requested",
@@ -90,7 +90,7 @@ fn bytes(value: &Value) -> Vec<u8> {
     value.to_string().into_bytes()
 }
 
-/// Runs the real binary against the real broker.
+/// Output of an `inventoryd dead` command as JSON.
 async fn dead_command(world: &World, arguments: &[&str]) -> Value {
     let mut command = std::process::Command::new(binary());
     command.arg("dead").args(arguments).arg("--json").env_clear().envs(world.variables());
@@ -100,7 +100,7 @@ async fn dead_command(world: &World, arguments: &[&str]) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replayed_letter_is_a_new_message_with_the_old_key() {
+async fn replayed_dead_letter_keeps_its_key_in_a_new_message() {
     let world = World::new().await;
     let replica = Replica::start(&world).await;
     let request = World::request_of(Uuid::new_v4(), "the-key", &["mobileApp"]);
@@ -111,7 +111,7 @@ async fn a_replayed_letter_is_a_new_message_with_the_old_key() {
     headers.insert("traceparent".into(), AMQPValue::LongString("00-1-2-01".into()));
     let properties = BasicProperties::default().with_headers(headers).with_message_id("m-1".into());
     world.publish_bytes(&bytes(&request), properties).await;
-    let listed = eventually("it is listed", || async {
+    let listed = eventually("the dead letter is listed", || async {
         dead_command(&world, &["list"]).await.as_array().unwrap().first().cloned()
     })
     .await;
@@ -121,21 +121,21 @@ async fn a_replayed_letter_is_a_new_message_with_the_old_key() {
     assert_eq!(dead_command(&world, &["show", id]).await["body"], request.to_string());
     assert_eq!(dead_command(&world, &["replay", id]).await["replayed"], json!([id]));
     assert_eq!(dead_command(&world, &["list"]).await, json!([]));
-    let again = eventually("it is in the queue", || world.take("inventory.sync.requests")).await;
+    let again = eventually("the request is in the queue", || world.take("inventory.sync.requests")).await;
     assert_eq!(again.data, bytes(&request), "the same bytes, and with them the same key");
     let fresh = again.properties.message_id().as_ref().map(|id| id.as_str().to_owned()).expect("it has an id");
     assert!(fresh != "m-1" && Uuid::parse_str(&fresh).is_ok(), "{fresh}");
-    // The queue counts deliveries in a header of its own, from zero.
+    // The queue adds its own delivery count, starting at zero.
     let forged = |value: &AMQPValue| matches!(value, AMQPValue::LongString(_));
     let left: Vec<&str> = (again.properties.headers().iter().flat_map(|table| table.inner()))
         .filter(|(name, value)| name.as_str() != "x-delivery-count" || forged(value))
         .map(|(name, _)| name.as_str())
         .collect();
-    assert_eq!(left, ["traceparent"], "nothing of the broker's and nothing of the letter's is left");
-    // What was replayed by mistake can be dropped when it is dead again.
+    assert_eq!(left, ["traceparent"], "headers of the broker and of the dead letter are removed");
+    // A letter that was replayed by mistake can be dropped once it is dead-lettered again.
     let replica = Replica::start(&world).await;
     world.publish_bytes(&again.data, again.properties.clone()).await;
-    eventually("it is dead again", || async {
+    eventually("the request is dead-lettered again", || async {
         (dead_command(&world, &["list"]).await.as_array().unwrap().len() == 1).then_some(())
     })
     .await;

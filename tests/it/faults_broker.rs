@@ -1,5 +1,5 @@
-//! A broker that dies, forgets, blocks or changes under a working fleet. Each test that breaks the whole broker has one
-//! of its own.
+//! Broker faults under load: restarts, closed connections, alarms, topology drift. Each test that breaks a whole broker
+//! starts a private one.
 
 use std::time::Duration;
 
@@ -51,13 +51,13 @@ async fn ended_at_least(world: &World, count: i64) {
     within(Duration::from_secs(90), "runs end", || async { (world.count(ended).await >= count).then_some(()) }).await;
 }
 
-async fn nothing_ran_twice(world: &World) {
+async fn assert_nothing_ran_twice(world: &World) {
     let again = world.rows("select idempotency_key, attempt from inventory_sync_runs where attempt > 1").await;
-    assert!(again.is_empty(), "the workers lived, so no run was taken over: {again:?}");
+    assert!(again.is_empty(), "no worker was lost, so no run was taken over: {again:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_killed_and_restarted_with_its_data() {
+async fn broker_killed_and_restarted_loses_nothing() {
     let broker = Private::start("rabbitmq", "faults-killed").await;
     let world = world_on(&broker.url).await;
     world.sim.add_rule(slow(None, 100));
@@ -72,11 +72,11 @@ async fn a_broker_killed_and_restarted_with_its_data() {
     }
     publishing.await.unwrap();
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    nothing_ran_twice(&world).await;
+    assert_nothing_ran_twice(&world).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_closes_every_connection_again_and_again() {
+async fn repeatedly_closed_connections_lose_nothing() {
     let broker = Private::start("rabbitmq", "faults-closed").await;
     let world = world_on(&broker.url).await;
     world.sim.add_rule(slow(None, 100));
@@ -90,14 +90,14 @@ async fn a_broker_that_closes_every_connection_again_and_again() {
     }
     publishing.await.unwrap();
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    nothing_ran_twice(&world).await;
+    assert_nothing_ran_twice(&world).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_delivery_that_outlasts_the_brokers_consumer_timeout() {
+async fn consumer_timeout_of_the_broker_runs_nothing_twice() {
     let broker = Private::start("rabbitmq", "faults-timeout").await;
     let world = world_on(&broker.url).await;
-    // Both are read when a channel opens, and the daemon opens its own after this.
+    // The broker reads both settings when a channel opens; the daemon starts after this.
     broker.eval(
         "application:set_env(rabbit, consumer_timeout, 3000), application:set_env(rabbit, channel_tick_interval, 500).",
     );
@@ -111,13 +111,13 @@ async fn a_delivery_that_outlasts_the_brokers_consumer_timeout() {
     keys.push("long".to_owned());
     publishing.await.unwrap();
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    nothing_ran_twice(&world).await;
-    let asked = world.sim.requests().iter().filter(|request| request.path.ends_with("mobileApps")).count();
-    assert_eq!(asked, 1, "the redelivery made no second run beside the first");
+    assert_nothing_ran_twice(&world).await;
+    let requests = world.sim.requests().iter().filter(|request| request.path.ends_with("mobileApps")).count();
+    assert_eq!(requests, 1, "the redelivery started no second run");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_memory_alarm_holds_up_events_and_nothing_else() {
+async fn memory_alarm_delays_events_only() {
     let broker = Private::start("rabbitmq", "faults-alarm").await;
     let world = world_on(&broker.url).await;
     world.sim.add_rule(slow(None, 400));
@@ -128,15 +128,15 @@ async fn a_memory_alarm_holds_up_events_and_nothing_else() {
     ended_at_least(&world, 1).await;
     broker.eval("rabbit_alarm:set_alarm({{resource_limit, memory, node()}, []}).");
     ended_at_least(&world, 24).await;
-    // Long enough for a relay that does not pause to claim its events again and again.
+    // Long enough for a relay that does not pause to claim its events several times.
     sleep(Duration::from_secs(8)).await;
     let unsent = world.count("select count(*) from outbox").await;
     let claims = world.count("select coalesce(max(attempts), 0)::bigint from outbox").await;
     assert!(unsent > 0, "events wait while the alarm lasts");
-    assert!(claims <= 1, "a relay that is blocked claims nothing: {claims} claims");
+    assert!(claims <= 1, "a blocked relay claims nothing: {claims} claims");
     broker.eval("rabbit_alarm:clear_alarm({resource_limit, memory, node()}).");
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    nothing_ran_twice(&world).await;
+    assert_nothing_ran_twice(&world).await;
 }
 
 async fn channel(world: &World) -> (Connection, Channel) {
@@ -145,17 +145,17 @@ async fn channel(world: &World) -> (Connection, Channel) {
     (connection, channel)
 }
 
-fn requests_queue(world: &World) -> String {
+fn request_queue(world: &World) -> String {
     format!("{}inventory.sync.requests", world.prefix)
 }
 
-async fn delete_requests_queue(world: &World) {
+async fn delete_request_queue(world: &World) {
     let (_connection, channel) = channel(world).await;
-    channel.queue_delete(requests_queue(world).into(), QueueDeleteOptions::default()).await.unwrap();
+    channel.queue_delete(request_queue(world).into(), QueueDeleteOptions::default()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queue_deleted_under_its_consumers_is_made_again() {
+async fn queue_deleted_under_its_consumers_is_declared_again() {
     let world = World::new().await;
     invariants::record_history(&world).await;
     let events = world.subscribe().await;
@@ -173,8 +173,9 @@ async fn a_queue_deleted_under_its_consumers_is_made_again() {
             tokio::task::yield_now().await;
         }
     });
-    delete_requests_queue(&world).await;
-    within(Duration::from_secs(10), "none is ready meanwhile", || async { unready.is_finished().then_some(()) }).await;
+    delete_request_queue(&world).await;
+    within(Duration::from_secs(10), "every replica becomes unready", || async { unready.is_finished().then_some(()) })
+        .await;
     let (mut keys, requests) = requests(&world, "k", 20, ONE_TYPE).await;
     publish_all(&[&world.amqp_url], &world, requests, Duration::ZERO).await.unwrap();
     eventually("all are ready again", || async { fleet.iter().all(ready).then_some(()) }).await;
@@ -182,17 +183,17 @@ async fn a_queue_deleted_under_its_consumers_is_made_again() {
     invariants::assert_all_succeeded(&world, &keys, &events).await;
 }
 
-/// Puts another queue in the place of the requests queue, with one request in it, and starts a replica before it.
+/// Replaces the request queue by another one with one request in it, and starts a replica.
 async fn drifted(name: &'static str, arguments: &[(&str, AMQPValue)]) -> (Private, World, Replica, String) {
     let broker = Private::start("rabbitmq", name).await;
     let world = world_on(&broker.url).await;
-    delete_requests_queue(&world).await;
+    delete_request_queue(&world).await;
     let (_connection, channel) = channel(&world).await;
     let mut table = FieldTable::default();
     for (key, value) in arguments {
         table.insert((*key).into(), value.clone());
     }
-    let queue = requests_queue(&world);
+    let queue = request_queue(&world);
     channel.queue_declare(queue.as_str().into(), QueueDeclareOptions::durable(), table).await.unwrap();
     let (exchange, nothing) = (format!("{}inventory.sync", world.prefix), FieldTable::default());
     let options = QueueBindOptions::default();
@@ -202,22 +203,22 @@ async fn drifted(name: &'static str, arguments: &[(&str, AMQPValue)]) -> (Privat
     let health = replica.daemon().health();
     let problem = eventually("the drift is reported", || async { health.problem() }).await;
     assert!(!health.subscribed(), "a replica that can't consume is not ready");
-    assert_eq!(world.depth("inventory.sync.requests").await, 1, "nothing was taken and nothing deleted");
+    assert_eq!(world.depth("inventory.sync.requests").await, 1, "the request stays in the queue");
     (broker, world, replica, problem)
 }
 
-/// Makes the queue right, as an operator would, and has the replica find it so.
-async fn put_right(world: &World, replica: Replica) {
+/// Deletes the wrong queue, as an operator would, and waits until the replica has declared the right one.
+async fn repair(world: &World, replica: Replica) {
     let events = world.subscribe().await;
-    delete_requests_queue(world).await;
-    eventually("it is ready", || async { replica.daemon().health().subscribed().then_some(()) }).await;
+    delete_request_queue(world).await;
+    eventually("the replica is ready", || async { replica.daemon().health().subscribed().then_some(()) }).await;
     assert_eq!(replica.daemon().health().problem(), None);
     world.publish(&world.request("kept", ONE_TYPE)).await;
     invariants::assert_all_succeeded(world, &["kept".to_owned()], &events).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queue_with_other_arguments_is_reported_and_left_alone() {
+async fn queue_with_other_arguments_is_reported_and_unchanged() {
     let text = |value: &str| AMQPValue::LongString(value.into());
     let (_broker, world, replica, problem) = drifted(
         "faults-drift",
@@ -231,19 +232,19 @@ async fn a_queue_with_other_arguments_is_reported_and_left_alone() {
     for part in ["inventory.sync.requests: ", "inequivalent arg 'x-"] {
         assert!(problem.contains(part), "{part:?} is not in: {problem}");
     }
-    put_right(&world, replica).await;
+    repair(&world, replica).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_classic_requests_queue_is_refused() {
+async fn classic_request_queue_is_refused() {
     let (_broker, world, replica, problem) = drifted("faults-classic", &[]).await;
     assert!(problem.contains("inventory.sync.requests: "), "{problem}");
     assert!(problem.contains("inequivalent arg 'x-"), "{problem}");
-    put_right(&world, replica).await;
+    repair(&world, replica).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cluster_that_loses_the_connected_node_and_then_its_majority() {
+async fn cluster_survives_loss_of_a_node_and_waits_for_its_majority() {
     let first = Private::start("rabbitmq", "faults-cluster-1").await;
     let second = Private::join("faults-cluster-2", &first).await;
     let third = Private::join("faults-cluster-3", &first).await;
@@ -275,5 +276,5 @@ async fn a_cluster_that_loses_the_connected_node_and_then_its_majority() {
     publishing.await.unwrap();
     ended_at_least(&world, 120).await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    nothing_ran_twice(&world).await;
+    assert_nothing_ran_twice(&world).await;
 }

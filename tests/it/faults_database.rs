@@ -21,7 +21,7 @@ use crate::support::servers::{self, Private, Server};
 use crate::support::world::World;
 use crate::support::{eventually, invariants, within};
 
-/// Admissions that are cancelled somewhere on their way.
+/// Admissions that are cancelled at varying points.
 const CANCELLED: usize = 600;
 
 fn slow(delay_ms: u64) -> Rule {
@@ -40,11 +40,11 @@ async fn ended_at_least(world: &World, count: i64) {
     within(Duration::from_secs(90), "runs end", || async { (world.count(ended).await >= count).then_some(()) }).await;
 }
 
-async fn no_dead_letter(world: &World) {
+async fn assert_no_dead_letter(world: &World) {
     assert_eq!(world.depth("inventory.dead").await, 0, "an outage dead-letters nothing");
 }
 
-async fn no_worker_was_lost(world: &World) {
+async fn assert_no_worker_lost(world: &World) {
     let lost = "select count(*) from inventory_sync_runs where attempt - interruptions <> 1";
     assert_eq!(world.count(lost).await, 0, "an outage costs no attempt");
 }
@@ -65,17 +65,17 @@ async fn database_restarts(name: &'static str, verb: &'static str) {
     database.act(|server| server.start_again()).await;
     ended_at_least(&world, 40).await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    no_dead_letter(&world).await;
-    no_worker_was_lost(&world).await;
+    assert_no_dead_letter(&world).await;
+    assert_no_worker_lost(&world).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_stopped_and_restarted_under_load() {
+async fn database_stopped_and_restarted_under_load() {
     database_restarts("faults-stopped", "stop").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_killed_and_restarted_under_load() {
+async fn database_killed_and_restarted_under_load() {
     database_restarts("faults-pg-killed", "kill").await;
 }
 
@@ -102,7 +102,7 @@ async fn read_only(database: &Server, yes: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_read_only_database_pauses_consumption() {
+async fn read_only_database_pauses_consumption() {
     let database = Private::start("postgres", "faults-read-only").await;
     let world = world_on(&database).await;
     world.sim.add_rule(slow(100));
@@ -123,12 +123,12 @@ async fn a_read_only_database_pauses_consumption() {
     read_only(&database, false).await;
     ended_at_least(&world, 30).await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    no_dead_letter(&world).await;
-    no_worker_was_lost(&world).await;
+    assert_no_dead_letter(&world).await;
+    assert_no_worker_lost(&world).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pool_of_one_connection_serves_eight_runs_and_their_leases() {
+async fn pool_of_one_connection_serves_eight_runs_and_their_leases() {
     let world = World::new().await;
     invariants::record_history(&world).await;
     world
@@ -170,7 +170,7 @@ async fn leases_are_renewed_between_statements_that_lock_their_rows() {
     let _replica = Replica::with(config).await;
     world.publish(&world.request("run", &["mobileApp"])).await;
     eventually("the run starts", || async { world.runs("run").await.pop() }).await;
-    // Mimics the statements of a large run, with little time between them.
+    // Imitates the statements of a large run, with little time between them.
     let locking = async {
         loop {
             let mut held = world.db.begin().await.unwrap();
@@ -188,7 +188,7 @@ async fn leases_are_renewed_between_statements_that_lock_their_rows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_database_delays_requests_and_dead_letters_none() {
+async fn full_disk_delays_requests_and_dead_letters_none() {
     let world = World::new().await;
     invariants::record_history(&world).await;
     world
@@ -212,7 +212,7 @@ async fn a_full_database_delays_requests_and_dead_letters_none() {
     .await;
     world.execute("drop trigger full_disk on inventory_sync_runs").await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    no_dead_letter(&world).await;
+    assert_no_dead_letter(&world).await;
 }
 
 fn rules() -> AdmissionRules {
@@ -239,7 +239,7 @@ async fn admit(store: &Store, tenant: Uuid, key: &str) -> Admission {
 /// sqlx 0.9.0 returns a connection with an open transaction to the pool when `begin` is cancelled half way; later writes on
 /// it would be lost, or hold their locks for ever.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cancelled_transaction_leaves_no_connection_in_a_transaction() {
+async fn cancelled_transaction_leaves_no_open_transaction() {
     let world = World::new().await;
     let mut config = world.config();
     config.database.max_connections = 4;
@@ -288,7 +288,7 @@ async fn a_cancelled_transaction_leaves_no_connection_in_a_transaction() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flapping_database_delays_runs_and_loses_none() {
+async fn flapping_database_delays_runs_and_loses_none() {
     let database = Private::start("postgres", "faults-flaps").await;
     let world = world_on(&database).await;
     let events: Subscriber = world.subscribe().await;
@@ -307,6 +307,6 @@ async fn a_flapping_database_delays_runs_and_loses_none() {
     }
     ended_at_least(&world, 40).await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
-    no_dead_letter(&world).await;
-    no_worker_was_lost(&world).await;
+    assert_no_dead_letter(&world).await;
+    assert_no_worker_lost(&world).await;
 }

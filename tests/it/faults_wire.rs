@@ -1,4 +1,4 @@
-//! The wire cut or frozen at the worst moment, deliveries that come twice, and replicas that stop or tell another time.
+//! Network faults: connections cut or frozen at critical moments, redeliveries, shutdowns, and a wrong clock.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ async fn new_world() -> World {
 }
 
 async fn running(world: &World, key: &str) {
-    eventually("the run begins", || async {
+    eventually("the run starts", || async {
         world.runs(key).await.iter().any(|run| run["status"] == "running").then_some(())
     })
     .await;
@@ -44,7 +44,7 @@ async fn ended_at_least(world: &World, count: i64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_that_one_replica_can_not_publish_is_anothers_long_before_its_claim_ends() {
+async fn unpublished_event_is_released_to_another_replica() {
     let world = new_world().await;
     world.sim.add_rule(slow(1_500));
     let events = world.subscribe().await;
@@ -59,14 +59,14 @@ async fn an_event_that_one_replica_can_not_publish_is_anothers_long_before_its_c
     broker.cut();
     let run = world.ended("run").await;
     let claims = "select count(*) from outbox where due_at <= clock_timestamp() and attempts = 0";
-    eventually("the event is given back", || async { (world.count(claims).await == 1).then_some(()) }).await;
+    eventually("the claim of the event is released", || async { (world.count(claims).await == 1).then_some(()) }).await;
     let _other = Replica::start(&world).await;
     assert_eq!(events.event_of(&run).await["id"], run["id"]);
     invariants::assert_all_succeeded(&world, &["run".to_owned()], &events).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn graphs_wire_cut_mid_page_at_random() {
+async fn graph_connections_cut_mid_page_lose_nothing() {
     let world = World::with_three_pages("deviceAppManagement/mobileApps").await;
     invariants::record_history(&world).await;
     world.sim.add_rule(rule(json!({ "action": { "kind": "slow_body", "chunk_bytes": 1_024, "pause_ms": 10 } })));
@@ -89,17 +89,20 @@ async fn graphs_wire_cut_mid_page_at_random() {
         cuts += 1;
     }
     invariants::assert_all(&world, &keys, &events).await;
-    assert!(cuts >= 5, "the wire was cut: {cuts}");
-    let torn = "select * from inventory_sync_runs where not (status = 'success' and items_observed_count = 60
+    assert!(cuts >= 5, "connections were cut: {cuts}");
+    let incomplete = "select * from inventory_sync_runs where not (status = 'success' and items_observed_count = 60
                   or status = 'failed' and error_codes = array['graph_unavailable'])";
-    let torn = world.rows(torn).await;
-    assert!(torn.is_empty(), "a list is read to its end, each object counted once, or said not to be: {torn:?}");
-    let whole = world.count("select count(*) from inventory_sync_runs where status = 'success'").await;
-    assert!(whole >= 20, "most lists survive: {whole} of 40");
+    let incomplete = world.rows(incomplete).await;
+    assert!(
+        incomplete.is_empty(),
+        "a list is complete with each object counted once, or its run failed: {incomplete:?}"
+    );
+    let complete = world.count("select count(*) from inventory_sync_runs where status = 'success'").await;
+    assert!(complete >= 20, "most lists succeed: {complete} of 40");
 }
 
-/// Cuts a worker off its database inside the commit that ends its run; it never learns what became of it.
-async fn cut_mid_commit(lands: bool) {
+/// Cuts the connection of a worker to the database during the commit that ends its run, so that the outcome is unknown.
+async fn cut_during_commit(commits: bool) {
     let world = new_world().await;
     pause::in_commit_of(&world, ENQUEUING_THE_EVENT, 2.0).await;
     let database = Proxy::to(world.database_address()).await;
@@ -108,7 +111,7 @@ async fn cut_mid_commit(lands: bool) {
     world.publish(&world.request("run", ONE_TYPE)).await;
     pause::until_paused(&world).await;
     database.freeze(true);
-    if lands {
+    if commits {
         world.ended("run").await;
     } else {
         let end = "select count(pg_terminate_backend(pid)) from pg_stat_activity
@@ -117,31 +120,31 @@ async fn cut_mid_commit(lands: bool) {
     }
     database.cut();
     database.freeze(false);
-    let _heir = Replica::start(&world).await;
+    let _successor = Replica::start(&world).await;
     invariants::assert_all_succeeded(&world, &["run".to_owned()], &events).await;
     let run = &world.runs("run").await[0];
-    assert_eq!(run["attempt"], if lands { 1 } else { 2 }, "{run}");
+    assert_eq!(run["attempt"], if commits { 1 } else { 2 }, "{run}");
     assert_eq!(events.distinct().len(), 1);
-    eventually("its message is settled", || async {
+    eventually("the message is settled", || async {
         (world.depth("inventory.sync.requests").await + world.depth("inventory.retry.5s").await == 0).then_some(())
     })
     .await;
-    assert_eq!(world.runs("run").await, std::slice::from_ref(run), "and changed nothing");
+    assert_eq!(world.runs("run").await, std::slice::from_ref(run), "the redelivery changed nothing");
     drop(victim);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cut_mid_commit_when_the_commit_lands() {
-    cut_mid_commit(true).await;
+async fn connection_cut_after_the_commit() {
+    cut_during_commit(true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cut_mid_commit_when_the_commit_is_lost() {
-    cut_mid_commit(false).await;
+async fn connection_cut_before_the_commit() {
+    cut_during_commit(false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cut_between_publish_and_confirm() {
+async fn connection_cut_between_publish_and_confirm() {
     let world = new_world().await;
     world.sim.add_rule(slow(500));
     let broker = Proxy::to(world.amqp_address()).await;
@@ -161,14 +164,14 @@ async fn cut_between_publish_and_confirm() {
     broker.cut();
     broker.freeze_replies(false);
     invariants::assert_all_succeeded(&world, &["first".to_owned(), "second".to_owned()], &events).await;
-    eventually("what became of it is unknown, so it is published again, under the same id", || async {
+    eventually("an event of unknown outcome is published again with the same id", || async {
         (events.received().iter().filter(|event| event["id"] == second["id"]).count() >= 2).then_some(())
     })
     .await;
 }
 
-/// Freezes one direction of a wire for longer than any answer is waited for, under load.
-async fn one_direction_freezes(world: &World, proxy: &Proxy, freeze: fn(&Proxy, bool)) {
+/// Freezes one direction of a connection under load, for longer than every time limit.
+async fn freeze_one_direction(world: &World, proxy: &Proxy, freeze: fn(&Proxy, bool)) {
     let events = world.subscribe().await;
     let (keys, requests) = requests(world, "k", 40, ONE_TYPE).await;
     for (number, request) in requests.iter().enumerate() {
@@ -184,7 +187,7 @@ async fn one_direction_freezes(world: &World, proxy: &Proxy, freeze: fn(&Proxy, 
     invariants::assert_all_succeeded(world, &keys, &events).await;
 }
 
-async fn broker_freezes(freeze: fn(&Proxy, bool)) {
+async fn freeze_broker(freeze: fn(&Proxy, bool)) {
     let world = new_world().await;
     world.sim.add_rule(slow(200));
     let proxy = Proxy::to(world.amqp_address()).await;
@@ -192,10 +195,10 @@ async fn broker_freezes(freeze: fn(&Proxy, bool)) {
     config.broker.url = world.amqp_through(&proxy).into();
     config.consumer.prefetch = 4;
     let _replica = Replica::with(config).await;
-    one_direction_freezes(&world, &proxy, freeze).await;
+    freeze_one_direction(&world, &proxy, freeze).await;
 }
 
-async fn database_freezes(freeze: fn(&Proxy, bool)) {
+async fn freeze_database(freeze: fn(&Proxy, bool)) {
     let world = new_world().await;
     world.sim.add_rule(slow(200));
     let proxy = Proxy::to(world.database_address()).await;
@@ -203,31 +206,31 @@ async fn database_freezes(freeze: fn(&Proxy, bool)) {
     config.database.url = world.database_through(&proxy).into();
     config.consumer.prefetch = 4;
     let _replica = Replica::with(config).await;
-    one_direction_freezes(&world, &proxy, freeze).await;
+    freeze_one_direction(&world, &proxy, freeze).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_way_to_the_broker_freezes() {
-    broker_freezes(Proxy::freeze_requests).await;
+async fn frozen_requests_to_the_broker_lose_nothing() {
+    freeze_broker(Proxy::freeze_requests).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_way_from_the_broker_freezes() {
-    broker_freezes(Proxy::freeze_replies).await;
+async fn frozen_replies_of_the_broker_lose_nothing() {
+    freeze_broker(Proxy::freeze_replies).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_way_to_the_database_freezes() {
-    database_freezes(Proxy::freeze_requests).await;
+async fn frozen_requests_to_the_database_lose_nothing() {
+    freeze_database(Proxy::freeze_requests).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_way_from_the_database_freezes() {
-    database_freezes(Proxy::freeze_replies).await;
+async fn frozen_replies_of_the_database_lose_nothing() {
+    freeze_database(Proxy::freeze_replies).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_delivery_that_comes_again_while_the_first_worker_works() {
+async fn redelivery_during_a_run_starts_no_second_run() {
     let world = new_world().await;
     world.sim.add_rule(slow(4_000));
     let broker = Proxy::to(world.amqp_address()).await;
@@ -240,7 +243,7 @@ async fn a_delivery_that_comes_again_while_the_first_worker_works() {
     let _second = Replica::start(&world).await;
     broker.refuse(true);
     broker.cut();
-    eventually("the second has it, sees the first at work, and parks it", || async {
+    eventually("the second replica schedules a retry", || async {
         (world.depth("inventory.retry.5s").await == 1).then_some(())
     })
     .await;
@@ -248,12 +251,12 @@ async fn a_delivery_that_comes_again_while_the_first_worker_works() {
     broker.refuse(false);
     invariants::assert_all_succeeded(&world, &["run".to_owned()], &events).await;
     assert_eq!(world.runs("run").await[0]["attempt"], 1);
-    let asked = world.sim.requests().iter().filter(|request| request.path.ends_with("mobileApps")).count();
-    assert_eq!(asked, 1, "Graph was asked by the first alone");
+    let requests = world.sim.requests().iter().filter(|request| request.path.ends_with("mobileApps")).count();
+    assert_eq!(requests, 1, "only the first replica sent a request to Graph");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stopped_twice_under_load_while_others_go_on() {
+async fn two_shutdowns_under_load_lose_nothing() {
     let world = new_world().await;
     world.sim.add_rule(slow(1_200));
     let events = world.subscribe().await;
@@ -262,7 +265,7 @@ async fn stopped_twice_under_load_while_others_go_on() {
     for request in &requests {
         world.publish(request).await;
     }
-    eventually("it has its hands full", || async {
+    eventually("runs are in progress", || async {
         let running = "select count(*) from inventory_sync_runs where status = 'running'";
         (world.count(running).await >= 8).then_some(())
     })
@@ -274,13 +277,13 @@ async fn stopped_twice_under_load_while_others_go_on() {
     assert!(victim.ended(Duration::from_secs(8)).await.success(), "{}", victim.log());
     invariants::assert_all_succeeded(&world, &keys, &events).await;
     let lost = "select count(*) from inventory_sync_runs where attempt - interruptions <> 1";
-    assert_eq!(world.count(lost).await, 0, "a run that was handed back in order costs no attempt");
+    assert_eq!(world.count(lost).await, 0, "a requeued run costs no attempt");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_whose_clock_is_ten_minutes_ahead() {
+async fn replica_clock_ten_minutes_ahead_has_no_effect() {
     let Some(library) = spawn_blocking(servers::faketime).await.unwrap() else {
-        println!("SKIPPED: libfaketime is not there and could not be installed (Debian: apt-get install libfaketime)");
+        println!("SKIPPED: libfaketime is missing and could not be installed (Debian: apt-get install libfaketime)");
         return;
     };
     let world = new_world().await;
@@ -300,14 +303,18 @@ async fn a_replica_whose_clock_is_ten_minutes_ahead() {
     invariants::assert_all_succeeded(&world, &keys, &events).await;
     let off = "select count(*) from inventory_sync_runs where attempt <> 1 or finished_at > clock_timestamp()
                 or started_at > clock_timestamp() or finished_at < started_at";
-    assert_eq!(world.count(off).await, 0, "no lease was taken away or held too long, and the record keeps one clock");
-    assert!(ahead.log().contains("run ended"), "it has worked too");
+    assert_eq!(
+        world.count(off).await,
+        0,
+        "no run changed its worker, and every timestamp is by the clock of the database"
+    );
+    assert!(ahead.log().contains("run ended"), "the replica processed requests");
     let now = time_of_log(&ahead.log());
     let right = world.count("select extract(epoch from clock_timestamp())::bigint").await;
-    assert!((500..700).contains(&(now - right)), "its clock is ahead: {now} beside {right}");
+    assert!((500..700).contains(&(now - right)), "the clock of the replica is ahead: {now}, {right}");
 }
 
-/// The time of the last line of a log, in seconds since 1970.
+/// Time of the last line of a log, in Unix seconds.
 fn time_of_log(log: &str) -> i64 {
     let line: Value = serde_json::from_str(log.lines().last().expect("it has logged")).expect("a line is JSON");
     let text = line["timestamp"].as_str().expect("a line has a time");

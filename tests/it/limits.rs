@@ -1,4 +1,4 @@
-//! Limits that are really reached: prefetch, one key from many sides, one tenant beside another.
+//! Limits under load: prefetch, idempotency keys, and runs per tenant.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::support::eventually;
 use crate::support::world::World;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn prefetch_is_the_cap() {
+async fn prefetch_bounds_concurrent_runs() {
     let world = World::new().await;
     world.execute(
         "create table most_running (n bigint);
@@ -34,11 +34,11 @@ async fn prefetch_is_the_cap() {
         (world.count("select count(*) from inventory_sync_runs where status = 'success'").await == 50).then_some(())
     })
     .await;
-    assert_eq!(world.count("select max(n) from most_running").await, 4, "the cap is reached and never passed");
+    assert_eq!(world.count("select max(n) from most_running").await, 4, "the prefetch is reached and never exceeded");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hundred_copies_of_a_key_over_four_replicas_make_one_run() {
+async fn copies_of_a_key_over_four_replicas_make_one_run() {
     let world = World::new().await;
     world
         .sim
@@ -49,11 +49,11 @@ async fn a_hundred_copies_of_a_key_over_four_replicas_make_one_run() {
     }
     let events = world.subscribe().await;
     for _ in 0..100 {
-        world.publish(&world.request("storm", &["mobileApp"])).await;
+        world.publish(&world.request("repeated", &["mobileApp"])).await;
     }
-    let run = world.ended("storm").await;
+    let run = world.ended("repeated").await;
     events.event_of(&run).await;
-    eventually("every copy is answered", || async {
+    eventually("every copy is settled", || async {
         let waiting = world.depth("inventory.sync.requests").await
             + world.depth("inventory.retry.5s").await
             + world.depth("inventory.retry.30s").await;
@@ -63,14 +63,14 @@ async fn a_hundred_copies_of_a_key_over_four_replicas_make_one_run() {
     for replica in replicas {
         replica.stop().await;
     }
-    assert_eq!(world.runs("storm").await, [run]);
+    assert_eq!(world.runs("repeated").await, [run]);
     assert_eq!(events.received().len(), 1);
-    assert_eq!(world.depth("inventory.sync.requests").await, 0, "none was handed back");
+    assert_eq!(world.depth("inventory.sync.requests").await, 0, "no copy was requeued");
     assert_eq!(world.sim.requests().iter().filter(|r| r.path.ends_with("mobileApps")).count(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flood_of_one_tenant_does_not_starve_another() {
+async fn requests_of_one_tenant_do_not_starve_another() {
     let world = World::new().await;
     world
         .sim
@@ -79,15 +79,15 @@ async fn a_flood_of_one_tenant_does_not_starve_another() {
     let small = Uuid::new_v4();
     world.register(small, None).await;
     for number in 0..200 {
-        // Of many selections, so that it is the limit that holds them up and not the lock.
+        // One selection each, so that the limit applies and not the lock of a selection.
         let category = format!("category-{number}");
-        let mut request = world.request(&format!("flood{number}"), &["mobileApp"]);
+        let mut request = world.request(&format!("busy-{number}"), &["mobileApp"]);
         request["selection"]["categories"] = json!([category]);
         world.publish(&request).await;
     }
     world.publish(&World::request_of(small, "small", &["mobileApp"])).await;
     assert_eq!(world.ended("small").await["status"], "success");
-    eventually("the flood has ended, each request once", || async {
+    eventually("every request has ended", || async {
         (world.count("select count(*) from inventory_sync_runs where finished_at is not null").await == 201)
             .then_some(())
     })

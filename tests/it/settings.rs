@@ -1,4 +1,4 @@
-//! Settings that limit something, each driven to its limit; those with a story of their own have their tests there.
+//! Configuration keys that set a limit, each tested at its limit; tests of a subject test the keys of that subject.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ fn slow(delay_ms: u64) -> Rule {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_outbox_pauses_consumption_until_half_of_it_is_sent() {
+async fn full_outbox_pauses_consumption_until_half_is_sent() {
     let world = World::new().await;
     world
         .execute(&format!(
@@ -39,7 +39,7 @@ async fn a_full_outbox_pauses_consumption_until_half_of_it_is_sent() {
     let paused = || replica.daemon().health().paused();
     eventually("consumption pauses", || async { (paused() == Some("backlog")).then_some(()) }).await;
     world.publish(&world.request("waits", &["mobileApp"])).await;
-    // Six are left: below the mark, but not yet half of it.
+    // Six are left: below the high-water mark, but more than half of it.
     world
         .execute("delete from outbox using inventory_sync_runs r where r.id = run_id and r.idempotency_key ~ '-[1-4]$'")
         .await;
@@ -50,7 +50,7 @@ async fn a_full_outbox_pauses_consumption_until_half_of_it_is_sent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn so_many_lists_of_a_run_are_read_at_once_and_no_more() {
+async fn concurrent_lists_bounds_the_lists_of_a_run() {
     for (lists, expected) in [(1, 1), (3, 3)] {
         let world = World::new().await;
         world.sim.add_rule(slow(150));
@@ -63,7 +63,7 @@ async fn so_many_lists_of_a_run_are_read_at_once_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_statement_that_takes_too_long_is_given_up_and_the_run_goes_on_elsewhere() {
+async fn statement_timeout_is_retried() {
     let world = World::new().await;
     invariants::record_history(&world).await;
     pause::at_step(&world, &STEPS[1], 30.0).await;
@@ -74,11 +74,11 @@ async fn a_statement_that_takes_too_long_is_given_up_and_the_run_goes_on_elsewhe
     let begun = Instant::now();
     world.publish(&world.request("run", &["mobileApp"])).await;
     invariants::assert_all_succeeded(&world, &["run".to_owned()], &events).await;
-    assert!(begun.elapsed() < Duration::from_secs(25), "nobody waited for the statement: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(25), "the statement was cancelled: {:?}", begun.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_gets_no_connection_in_time_tries_again_and_loses_nothing() {
+async fn pool_timeout_is_retried() {
     let world = World::new().await;
     invariants::record_history(&world).await;
     world.execute("update tenants set max_concurrent_runs = 100").await;
@@ -97,13 +97,13 @@ async fn who_gets_no_connection_in_time_tries_again_and_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_host_that_does_not_answer_is_left_for_the_next() {
+async fn unresponsive_broker_address_is_skipped() {
     let world = World::new().await;
-    let mute = Proxy::to(world.amqp_address()).await;
-    mute.freeze(true);
+    let frozen = Proxy::to(world.amqp_address()).await;
+    frozen.freeze(true);
     let mut config = world.config();
     config.broker.connect_timeout_s = 1;
-    config.broker.url = format!("{},{}", world.amqp_through(&mute), world.amqp_url).into();
+    config.broker.url = format!("{},{}", world.amqp_through(&frozen), world.amqp_url).into();
     let begun = Instant::now();
     let _replica = Replica::with(config).await;
     assert_eq!(world.sync("run", &["mobileApp"]).await["status"], "success");
@@ -111,7 +111,7 @@ async fn a_host_that_does_not_answer_is_left_for_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn policy_types_of_ones_own_and_the_name_of_the_deployment() {
+async fn custom_policy_types_and_deployment_name_are_used() {
     let world = World::new().await;
     let file = std::env::temp_dir().join(format!("{}types.toml", world.prefix));
     std::fs::write(
@@ -127,7 +127,7 @@ async fn policy_types_of_ones_own_and_the_name_of_the_deployment() {
     config.telemetry.deployment = "blue".to_owned();
     let _replica = Replica::with(config).await;
     let events = world.subscribe().await;
-    let run = world.sync("ours", &["ourScripts", "mobileApp"]).await;
+    let run = world.sync("custom", &["ourScripts", "mobileApp"]).await;
     assert_eq!((&run["status"], &run["error_codes"]), (&json!("partial"), &json!(["unsupported_policy_type"])));
     assert_eq!(world.count("select count(*) from inventory_items where category = 'Ours'").await, 12);
     assert_eq!(events.event_of(&run).await["source"], "/inventoryd/blue");
@@ -135,7 +135,7 @@ async fn policy_types_of_ones_own_and_the_name_of_the_deployment() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_takes_too_long_is_asked_for_again() {
+async fn request_timeout_is_retried() {
     let world = World::new().await;
     let slow_once = json!({ "times": 1, "action": { "kind": "slow", "delay_ms": 20_000 } });
     world.sim.add_rule(serde_json::from_value::<Rule>(slow_once).unwrap());
@@ -149,7 +149,7 @@ async fn an_answer_that_takes_too_long_is_asked_for_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outbox_larger_than_a_batch_is_sent_batch_by_batch() {
+async fn outbox_larger_than_a_batch_is_sent_in_batches() {
     let world = World::new().await;
     let events = world.subscribe().await;
     let mut config = world.config();
@@ -167,12 +167,15 @@ async fn an_outbox_larger_than_a_batch_is_sent_batch_by_batch() {
         ))
         .await;
     let _replica = Replica::with(config).await;
-    eventually("all are published", || async { (events.distinct().len() == 25).then_some(()) }).await;
-    eventually("and removed", || async { (world.count("select count(*) from outbox").await == 0).then_some(()) }).await;
+    eventually("all events are published", || async { (events.distinct().len() == 25).then_some(()) }).await;
+    eventually("all events are removed", || async {
+        (world.count("select count(*) from outbox").await == 0).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_counts_as_a_suspicious_drop_can_be_said() {
+async fn suspicious_drop_thresholds_are_configurable() {
     for (share, min_items, suspicious) in [(0.9, 5, true), (0.5, 5, false), (0.9, 13, false)] {
         let world = World::new().await;
         let mut config = world.config();
@@ -188,18 +191,20 @@ async fn what_counts_as_a_suspicious_drop_can_be_said() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_answers_over_http_are_where_they_are_told_to_be_and_guarded() {
+async fn http_listens_on_its_address_and_requires_the_token() {
     let world = World::new().await;
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let listen = format!("127.0.0.1:{port}");
     let _replica = Process::start(&world, "http", &[("HTTP__LISTEN", &listen), ("HTTP__TOKEN", "open-sesame")]);
     let client = reqwest::Client::new();
     let get = async |path: &str, token: &str| {
-        let answer = client.get(format!("http://{listen}{path}")).bearer_auth(token).send().await.ok()?;
-        Some((answer.status().as_u16(), answer.text().await.ok()?))
+        let response = client.get(format!("http://{listen}{path}")).bearer_auth(token).send().await.ok()?;
+        Some((response.status().as_u16(), response.text().await.ok()?))
     };
-    eventually("it is ready, which needs no token", || async { get("/readyz", "").await.filter(|said| said.0 == 200) })
-        .await;
+    eventually("ready; the probe needs no token", || async {
+        get("/readyz", "").await.filter(|response| response.0 == 200)
+    })
+    .await;
     for path in ["/metrics", "/status"] {
         assert_eq!(get(path, "guess").await.unwrap().0, 401, "{path}");
     }

@@ -1,4 +1,4 @@
-//! Stopping in order: what is in hand is finished or handed back, and the process ends within its budget.
+//! Signals: shutdown finishes or requeues the deliveries in flight within its budget; SIGUSR1 pauses consumption.
 
 use std::time::{Duration, Instant};
 
@@ -6,9 +6,9 @@ use serde_json::json;
 
 use crate::sim::Rule;
 use crate::support::daemon::{Process, Replica};
-use crate::support::eventually;
 use crate::support::proxy::Proxy;
 use crate::support::world::World;
+use crate::support::{DEADLINE, eventually};
 
 fn slow(delay_ms: u64) -> Rule {
     serde_json::from_value(
@@ -18,14 +18,14 @@ fn slow(delay_ms: u64) -> Rule {
 }
 
 async fn running(world: &World, key: &str) {
-    eventually("the run begins", || async {
+    eventually("the run starts", || async {
         world.runs(key).await.iter().any(|run| run["status"] == "running").then_some(())
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stopping_daemon_finishes_what_it_can() {
+async fn shutdown_finishes_runs_in_flight() {
     let world = World::new().await;
     world.sim.add_rule(slow(2_000));
     let mut process = Process::start(&world, "a", &[]);
@@ -36,7 +36,7 @@ async fn a_stopping_daemon_finishes_what_it_can() {
     assert!(process.ended(Duration::from_secs(15)).await.success(), "{}", process.log());
     let run = &world.runs("run").await[0];
     assert_eq!(run["status"], "success");
-    assert_eq!(events.event_of(run).await["id"], run["id"], "the event left before the process did");
+    assert_eq!(events.event_of(run).await["id"], run["id"], "the event was published before the process ended");
     assert_eq!(world.depth("inventory.sync.requests").await, 0);
 }
 
@@ -53,8 +53,8 @@ async fn unfinished_runs_are_requeued_and_finished_by_another_replica() {
     .await;
     process.signal("TERM");
     assert!(process.ended(Duration::from_secs(10)).await.success(), "{}", process.log());
-    let handed = &world.runs("run").await[0];
-    assert_eq!((&handed["status"], &handed["lease_owner"]), (&json!("running"), &json!(null)));
+    let requeued = &world.runs("run").await[0];
+    assert_eq!((&requeued["status"], &requeued["lease_owner"]), (&json!("running"), &json!(null)));
     world.sim.remove_rules(None);
     let _next = Replica::start(&world).await;
     let run = world.ended("run").await;
@@ -62,7 +62,7 @@ async fn unfinished_runs_are_requeued_and_finished_by_another_replica() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_signal_does_not_wait() {
+async fn second_signal_requeues_at_once() {
     let world = World::new().await;
     world.sim.add_rule(slow(30_000));
     let mut process = Process::start(&world, "a", &[]);
@@ -76,43 +76,87 @@ async fn a_second_signal_does_not_wait() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_hangs_does_not_hold_up_the_end() {
+async fn third_signal_ends_the_process_at_once() {
+    let world = World::new().await;
+    world.sim.add_rule(slow(30_000));
+    let proxy = Proxy::to(world.database_address()).await;
+    let database = world.database_through(&proxy);
+    let mut process = Process::start(&world, "a", &[("DATABASE__URL", &database)]);
+    world.publish(&world.request("run", &["mobileApp"])).await;
+    running(&world, "run").await;
+    // A database that does not respond keeps an aborting process busy for seconds.
+    proxy.freeze(true);
+    for logged in ["draining: no new requests", "aborting: runs in flight"] {
+        process.signal("TERM");
+        process.wait_for_log(logged).await;
+    }
+    process.signal("TERM");
+    let status = process.ended(DEADLINE).await;
+    assert_eq!(status.code(), Some(1), "{}", process.log());
+    assert!(process.log().contains("ended at the third signal"), "{}", process.log());
+    eventually("the broker requeues the request", || async {
+        (world.depth("inventory.sync.requests").await == 1).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigusr1_pauses_consumption_until_the_next_one() {
+    let world = World::new().await;
+    let mut process = Process::start(&world, "a", &[]);
+    world.sync("before", &["mobileApp"]).await;
+    process.signal("USR1");
+    eventually("the consumer unsubscribes", || async {
+        (world.consumers("inventory.sync.requests").await == 0).then_some(())
+    })
+    .await;
+    process.wait_for_log("by_operator").await;
+    world.publish(&world.request("during", &["mobileApp"])).await;
+    assert_eq!(world.depth("inventory.sync.requests").await, 1, "the request stays in the queue");
+    process.signal("USR1");
+    assert_eq!(world.ended("during").await["status"], "success");
+    process.signal("TERM");
+    assert!(process.ended(DEADLINE).await.success(), "a pause is not counted as a stop: {}", process.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn frozen_database_does_not_delay_shutdown() {
     let world = World::new().await;
     world.sim.add_rule(slow(1_500));
-    let wire = Proxy::to(world.database_address()).await;
+    let proxy = Proxy::to(world.database_address()).await;
     let mut config = world.config();
-    config.database.url = world.database_through(&wire).into();
+    config.database.url = world.database_through(&proxy).into();
     config.consumer.drain_s = 3;
     let replica = Replica::with(config).await;
     world.publish(&world.request("run", &["mobileApp"])).await;
     running(&world, "run").await;
-    wire.freeze(true);
+    proxy.freeze(true);
     let begun = Instant::now();
     replica.stop().await;
-    // 3 s for what is in hand, 2 to hand it back, 3 for the parts beside it, 3 for the connections.
+    // 3 s for runs in flight, 2 to hand them back, 3 for the other components, 3 for the connections.
     assert!(begun.elapsed() < Duration::from_secs(14), "{:?}", begun.elapsed());
-    wire.cut();
-    let _heir = Replica::start(&world).await;
+    proxy.cut();
+    let _successor = Replica::start(&world).await;
     assert_eq!(world.ended("run").await["status"], "success");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_is_away_at_the_start_is_waited_for_by_a_process_that_answers() {
+async fn startup_waits_for_the_database_and_serves_probes() {
     let world = World::new().await;
-    let wire = Proxy::to(world.database_address()).await;
-    wire.refuse(true);
+    let proxy = Proxy::to(world.database_address()).await;
+    proxy.refuse(true);
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let listen = format!("127.0.0.1:{port}");
-    let settings = [("HTTP__LISTEN", listen.as_str()), ("DATABASE__URL", &world.database_through(&wire))];
-    let _replica = Process::start(&world, "patient", &settings);
+    let settings = [("HTTP__LISTEN", listen.as_str()), ("DATABASE__URL", &world.database_through(&proxy))];
+    let _replica = Process::start(&world, "waiting", &settings);
     let client = reqwest::Client::new();
     let status = async |path: &str| {
-        let answer = client.get(format!("http://{listen}{path}")).send().await.ok()?;
-        Some(answer.status().as_u16())
+        let response = client.get(format!("http://{listen}{path}")).send().await.ok()?;
+        Some(response.status().as_u16())
     };
-    eventually("it lives", || async { (status("/livez").await == Some(200)).then_some(()) }).await;
+    eventually("it is alive", || async { (status("/livez").await == Some(200)).then_some(()) }).await;
     assert_eq!(status("/readyz").await, Some(503));
-    wire.refuse(false);
+    proxy.refuse(false);
     eventually("it is ready", || async { (status("/readyz").await == Some(200)).then_some(()) }).await;
     world.sync("run", &["mobileApp"]).await;
 }

@@ -1,4 +1,4 @@
-//! The subscription and the publisher beside a broker that freezes, blocks or brings nothing.
+//! Subscription and publisher while the broker is frozen, blocks publishing or delivers nothing.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::support::proxy::Proxy;
 use crate::support::servers::Server;
 use crate::support::world::World;
 
-/// A broker to break, gone when the test is over.
+/// Private broker, removed at the end of the test.
 struct Fragile(Server);
 
 impl Fragile {
@@ -51,7 +51,7 @@ fn slow(delay_ms: u64) -> Rule {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_frozen_broker_is_noticed_by_its_heartbeats_and_left() {
+async fn frozen_broker_is_detected_by_heartbeats_and_replaced() {
     let fragile = Fragile::start("rabbitmq-frozen").await;
     let rig = Rig::on(&fragile.0.url).await;
     let mut subscription = rig.broker.subscribe(4).await.unwrap();
@@ -59,14 +59,15 @@ async fn a_frozen_broker_is_noticed_by_its_heartbeats_and_left() {
     assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [PublishOutcome::Confirmed]);
     fragile.command("pause").await;
     assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [PublishOutcome::Unknown]);
-    let lost = tokio::time::timeout(Duration::from_secs(15), subscription.next()).await.expect("it is noticed");
+    let lost =
+        tokio::time::timeout(Duration::from_secs(15), subscription.next()).await.expect("the subscription is lost");
     assert!(matches!(lost, Some(Err(_)) | None));
     drop(subscription);
     let begun = Instant::now();
     assert!(rig.broker.subscribe(4).await.is_err());
-    assert!(begun.elapsed() < Duration::from_secs(5), "no try is without a limit");
+    assert!(begun.elapsed() < Duration::from_secs(5), "an attempt is bounded");
     fragile.command("resume").await;
-    eventually("events flow again", || async {
+    eventually("events are published again", || async {
         (publisher.publish(vec![event("run.completed.success.t")]).await == [PublishOutcome::Confirmed]).then_some(())
     })
     .await;
@@ -74,7 +75,7 @@ async fn a_frozen_broker_is_noticed_by_its_heartbeats_and_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_memory_alarm_blocks_publishing_and_not_consuming() {
+async fn memory_alarm_blocks_publishing_and_not_consuming() {
     let fragile = Fragile::start("rabbitmq-alarm").await;
     let rig = Rig::on(&fragile.0.url).await;
     let mut subscription = rig.broker.subscribe(4).await.unwrap();
@@ -88,29 +89,29 @@ async fn a_memory_alarm_blocks_publishing_and_not_consuming() {
     }
     assert_eq!(outcomes, [PublishOutcome::Unknown, PublishOutcome::Unsent, PublishOutcome::Unsent]);
     assert!(publisher.blocked());
-    assert!(next(&mut subscription).await.ack().await.unwrap(), "deliveries and acknowledgements go on");
+    assert!(next(&mut subscription).await.ack().await.unwrap(), "consuming continues");
     assert_eq!(subscription.ready().await.unwrap(), 0);
     fragile.memory_alarm(false).await;
-    eventually("the end of the alarm is noticed", || async { (!publisher.blocked()).then_some(()) }).await;
+    eventually("publishing is unblocked", || async { (!publisher.blocked()).then_some(()) }).await;
     assert_eq!(publisher.publish(vec![event("run.completed.success.t")]).await, [PublishOutcome::Confirmed]);
     fragile.memory_alarm(true).await;
     publisher.publish(vec![event("run.completed.success.t")]).await;
     let begun = Instant::now();
     publisher.close().await;
-    assert!(begun.elapsed() < Duration::from_secs(4), "a blocked connection is cut, not waited for");
+    assert!(begun.elapsed() < Duration::from_secs(4), "a blocked connection is shut down");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_subscription_that_brings_nothing_is_rebuilt() {
+async fn subscription_without_deliveries_is_rebuilt() {
     let world = World::new().await;
-    let (swallow, address) = swallowing_proxy(world.amqp_address()).await;
+    let (discard, address) = discarding_proxy(world.amqp_address()).await;
     let mut config = world.config();
     config.broker.url = format!("amqp://guest:guest@{address}/%2f").into();
     config.consumer.watchdog_s = 2;
     config.consumer.prefetch = 2;
     let replica = Replica::with(config).await;
     eventually("subscribed", || async { replica.daemon().health().subscribed().then_some(()) }).await;
-    swallow.store(true, Ordering::Relaxed);
+    discard.store(true, Ordering::Relaxed);
     let mut keys = Vec::new();
     for number in 0..5 {
         let tenant = uuid::Uuid::new_v4();
@@ -118,22 +119,22 @@ async fn a_subscription_that_brings_nothing_is_rebuilt() {
         keys.push(format!("k{number}"));
         world.publish(&World::request_of(tenant, &keys[number], &["mobileApp"])).await;
     }
-    eventually("the watchdog gives the subscription up", || async {
+    eventually("the watchdog ends the subscription", || async {
         (!replica.daemon().health().subscribed()).then_some(())
     })
     .await;
-    swallow.store(false, Ordering::Relaxed);
+    discard.store(false, Ordering::Relaxed);
     for key in &keys {
         assert_eq!(world.ended(key).await["status"], "success");
     }
     replica.stop().await;
 }
 
-/// A proxy that, on command, loses every delivery on its way to the client and passes everything else.
-async fn swallowing_proxy(target: SocketAddr) -> (Arc<AtomicBool>, SocketAddr) {
+/// Proxy that discards deliveries to the client while told to, and passes everything else.
+async fn discarding_proxy(target: SocketAddr) -> (Arc<AtomicBool>, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (address, swallow) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
-    let flag = Arc::clone(&swallow);
+    let (address, discard) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
+    let flag = Arc::clone(&discard);
     tokio::spawn(async move {
         while let Ok((client, _)) = listener.accept().await {
             let Ok(server) = TcpStream::connect(target).await else { continue };
@@ -147,11 +148,11 @@ async fn swallowing_proxy(target: SocketAddr) -> (Arc<AtomicBool>, SocketAddr) {
             });
         }
     });
-    (swallow, address)
+    (discard, address)
 }
 
-async fn pass_frames(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, swallow: &AtomicBool) -> std::io::Result<()> {
-    let mut losing = false;
+async fn pass_frames(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, discard: &AtomicBool) -> std::io::Result<()> {
+    let mut discarding = false;
     loop {
         let mut frame = vec![0; 7];
         from.read_exact(&mut frame).await?;
@@ -160,32 +161,36 @@ async fn pass_frames(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, swallow: &
         from.read_exact(&mut frame[7..]).await?;
         match frame[0] {
             // basic.deliver; the header and body frames after it belong to it.
-            1 => losing = frame[7..11] == [0, 60, 0, 60] && swallow.load(Ordering::Relaxed),
+            1 => discarding = frame[7..11] == [0, 60, 0, 60] && discard.load(Ordering::Relaxed),
             2 | 3 => {}
             _ => {
                 to.write_all(&frame).await?;
                 continue;
             }
         }
-        if !losing {
+        if !discarding {
             to.write_all(&frame).await?;
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn operator_pause_takes_nothing_new_and_finishes_what_is_in_flight() {
+async fn operator_pause_accepts_nothing_and_finishes_runs_in_flight() {
     let world = World::new().await;
     world.sim.add_rule(slow(1_500));
     let replica = Replica::start(&world).await;
     world.publish(&world.request("before", &["mobileApp"])).await;
-    eventually("it is in hand", || async { (replica.daemon().health().in_flight() == 1).then_some(()) }).await;
+    eventually("the request is in flight", || async { (replica.daemon().health().in_flight() == 1).then_some(()) })
+        .await;
     replica.daemon().stop().quiet.send_replace(true);
-    eventually("quiet", || async { (replica.daemon().health().paused() == Some("by_operator")).then_some(()) }).await;
-    eventually("nothing is taken", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
+    eventually("intake is paused", || async {
+        (replica.daemon().health().paused() == Some("by_operator")).then_some(())
+    })
+    .await;
+    eventually("the consumer unsubscribes", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
     world.publish(&world.request("during", &["deviceShellScript"])).await;
     assert_eq!(world.ended("before").await["status"], "success");
-    eventually("its message is settled on the same channel", || async {
+    eventually("the delivery is settled on the same channel", || async {
         (replica.daemon().health().in_flight() == 0).then_some(())
     })
     .await;
@@ -198,37 +203,37 @@ async fn operator_pause_takes_nothing_new_and_finishes_what_is_in_flight() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_would_wait_too_long_behind_old_runs_is_left_to_another_replica() {
+async fn overdue_delivery_is_requeued_for_another_replica() {
     let world = World::new().await;
     world.execute("update tenants set max_concurrent_runs = 100").await;
     let apps = json!({ "path": "deviceAppManagement/mobileApps", "action": { "kind": "slow", "delay_ms": 25_000 } });
     world.sim.add_rule(serde_json::from_value::<Rule>(apps).unwrap());
-    let wire = Proxy::to(world.amqp_address()).await;
+    let proxy = Proxy::to(world.amqp_address()).await;
     let mut config = world.config();
-    config.broker.url = world.amqp_through(&wire).into();
+    config.broker.url = world.amqp_through(&proxy).into();
     config.consumer.prefetch = 1;
     config.consumer.broker_timeout_s = config.run.deadline_s + 6;
     let busy = Replica::with(config).await;
     world.publish(&world.request("long", &["mobileApp"])).await;
-    eventually("it is at work", || async { world.runs("long").await.pop() }).await;
-    wire.cut();
-    // Its own message comes again, waits for the permit of the run, and has to go back before the next can come.
+    eventually("the run starts", || async { world.runs("long").await.pop() }).await;
+    proxy.cut();
+    // `long` is redelivered, waits for the permit of its own run, and must be requeued before `short` is delivered.
     let next = world.request("short", &["deviceShellScript"]);
     world.publish(&next).await;
     eventually("the session is rebuilt", || async { busy.daemon().health().subscribed().then_some(()) }).await;
     let _idle = Replica::start(&world).await;
     assert_eq!(world.ended("short").await["status"], "success");
-    // The copy of `long` went back too, and another replica defers it while the run is in progress.
+    // The redelivery of `long` was requeued too; another replica schedules a retry while the run is in progress.
     eventually("the copy waits on a retry tier", || async {
         (world.depth("inventory.retry.5s").await == 1).then_some(())
     })
     .await;
-    assert_eq!(world.runs("long").await[0]["status"], "running", "and did not wait for it");
+    assert_eq!(world.runs("long").await[0]["status"], "running", "the other replica did not wait for it");
     assert_eq!(world.ended("long").await["status"], "success");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rebuilt_session_counts_the_runs_of_the_one_before() {
+async fn rebuilt_session_counts_runs_of_the_previous_session() {
     let world = World::new().await;
     world.execute("update tenants set max_concurrent_runs = 100").await;
     world
@@ -248,18 +253,22 @@ async fn a_rebuilt_session_counts_the_runs_of_the_one_before() {
     config.consumer.prefetch = 1;
     let replica = Replica::with(config).await;
     world.publish(&world.request("long", &["mobileApp"])).await;
-    eventually("it is in progress", || async { world.runs("long").await.pop() }).await;
+    eventually("the run starts", || async { world.runs("long").await.pop() }).await;
     broker.cut();
     world.publish(&world.request("next", &["deviceShellScript"])).await;
     for key in ["long", "next"] {
         assert_eq!(world.ended(key).await["status"], "success");
     }
-    assert_eq!(world.count("select max(n) from most_running").await, 1, "prefetch caps the runs of both sessions");
+    assert_eq!(
+        world.count("select max(n) from most_running").await,
+        1,
+        "the prefetch bounds the runs of both sessions"
+    );
     replica.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_busy_replica_is_not_mistaken_for_a_silent_subscription() {
+async fn busy_replica_is_not_a_stalled_subscription() {
     let world = World::new().await;
     world.execute("update tenants set max_concurrent_runs = 100").await;
     world.sim.add_rule(
@@ -267,8 +276,8 @@ async fn a_busy_replica_is_not_mistaken_for_a_silent_subscription() {
     );
     let replica = Process::start(&world, "busy", &[("CONSUMER__PREFETCH", "1"), ("CONSUMER__WATCHDOG_S", "5")]);
     world.publish(&world.request("long", &["mobileApp"])).await;
-    eventually("it is in progress", || async { world.runs("long").await.pop() }).await;
-    // It is ready for the whole of the long run, and cannot be delivered.
+    eventually("the run starts", || async { world.runs("long").await.pop() }).await;
+    // The request stays ready during the long run, because the prefetch is used up.
     world.publish(&world.request("next", &["deviceShellScript"])).await;
     for key in ["long", "next"] {
         assert_eq!(world.ended(key).await["status"], "success");

@@ -1,5 +1,5 @@
-//! TLS to the broker and to the database, with certificates made here: the right ones work through a whole run, wrong ones
-//! are refused in words that say what is wrong.
+//! TLS to the broker and to the database: valid certificates work for a whole run, invalid ones are refused with the
+//! cause.
 
 use inventoryd::broker::Broker;
 use inventoryd::config::Config;
@@ -13,14 +13,14 @@ use crate::support::world::World;
 
 const HOST: &str = "inventory.test";
 
-/// What a broker with this configuration has against connecting.
+/// Error of a connection to the broker with these variables.
 async fn refusal(world: &World, variables: &[(&str, &str)]) -> String {
     let config = configured(world, variables);
     let broker = match Broker::new(&config.broker, &config.topology, "test") {
         Ok(broker) => broker,
         Err(error) => return error.to_string(),
     };
-    broker.ensure_topology().await.expect_err("it is refused").to_string()
+    broker.ensure_topology().await.expect_err("the connection is refused").to_string()
 }
 
 fn configured(world: &World, variables: &[(&str, &str)]) -> Config {
@@ -30,7 +30,7 @@ fn configured(world: &World, variables: &[(&str, &str)]) -> Config {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn amqps_wants_the_right_authority_the_right_name_and_our_certificate() {
+async fn amqps_verifies_authority_name_and_client_certificate() {
     let (ours, foreign) = (Authority::new("rabbitmq-tls"), Authority::new("rabbitmq-tls-foreign"));
     ours.issue("server", HOST);
     ours.issue("client", "inventoryd");
@@ -41,33 +41,33 @@ async fn amqps_wants_the_right_authority_the_right_name_and_our_certificate() {
 
     let url = server.tls_url();
     let (ca, client, key) = (ours.file("ca.pem"), ours.file("client.pem"), ours.file("client.key"));
-    let right = [
+    let valid = [
         ("BROKER__URL", url.as_str()),
         ("BROKER__CA_FILE", &ca),
         ("BROKER__CLIENT_CERTIFICATE_FILE", &client),
         ("BROKER__CLIENT_KEY_FILE", &key),
         ("BROKER__SERVER_NAME", HOST),
     ];
-    let replica = Replica::with(configured(&world, &right)).await;
+    let replica = Replica::with(configured(&world, &valid)).await;
     assert_eq!(world.sync("encrypted", &["mobileApp"]).await["status"], "success");
     replica.stop().await;
 
     let but = |key: &'static str, value: &str| -> Vec<(&'static str, String)> {
-        right.iter().map(|(name, was)| (*name, if *name == key { value } else { was }.to_owned())).collect()
+        valid.iter().map(|(name, was)| (*name, if *name == key { value } else { was }.to_owned())).collect()
     };
     let (foreign_ca, foreign_client, foreign_key) =
         (foreign.file("ca.pem"), foreign.file("client.pem"), foreign.file("client.key"));
-    let mut stranger = but("BROKER__CLIENT_CERTIFICATE_FILE", &foreign_client);
-    stranger[3].1 = foreign_key;
-    let mut nobody = but("BROKER__CLIENT_CERTIFICATE_FILE", "");
-    nobody[3].1 = String::new();
+    let mut of_foreign_authority = but("BROKER__CLIENT_CERTIFICATE_FILE", &foreign_client);
+    of_foreign_authority[3].1 = foreign_key;
+    let mut without_certificate = but("BROKER__CLIENT_CERTIFICATE_FILE", "");
+    without_certificate[3].1 = String::new();
     for (variables, expected) in [
         (but("BROKER__CA_FILE", &foreign_ca), "UnknownIssuer"),
         (but("BROKER__CA_FILE", ""), "UnknownIssuer"),
         (but("BROKER__SERVER_NAME", "other.test"), "not valid for name \"other.test\""),
         (but("BROKER__SERVER_NAME", ""), "not valid for name \"127.0.0.1\""),
-        (nobody, "set broker.client_certificate_file"),
-        (stranger, "set broker.client_certificate_file"),
+        (without_certificate, "set broker.client_certificate_file"),
+        (of_foreign_authority, "set broker.client_certificate_file"),
         (but("BROKER__CA_FILE", &key), "broker.ca_file: "),
         (but("BROKER__CLIENT_KEY_FILE", &client), "broker.client_key_file: "),
         (
@@ -82,7 +82,7 @@ async fn amqps_wants_the_right_authority_the_right_name_and_our_certificate() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgresql_is_verified_to_its_name() {
+async fn postgresql_certificate_name_is_verified() {
     let (ours, foreign) = (Authority::new("postgres-tls"), Authority::new("postgres-tls-foreign"));
     ours.issue("server", "localhost");
     let server = Private::start_with_tls("postgres", "postgres-tls", &ours).await;
@@ -96,7 +96,7 @@ async fn postgresql_is_verified_to_its_name() {
     assert_eq!(world.sync("encrypted", &["mobileApp"]).await["status"], "success");
     let plain = "select count(*) from pg_stat_activity join pg_stat_ssl using (pid)
                   where datname = current_database() and application_name = 'inventoryd' and not ssl";
-    assert_eq!(world.count(plain).await, 0, "no connection of the daemon is in the clear");
+    assert_eq!(world.count(plain).await, 0, "every connection of the daemon is encrypted");
     replica.stop().await;
 
     for (url, expected) in [

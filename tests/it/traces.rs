@@ -1,4 +1,4 @@
-//! Traces: one request is one trace, from the message to the event, and a collector that is away disturbs nobody.
+//! Traces: one trace per request, from message to event; an unavailable collector has no other effect.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ const APPS: &str = "deviceAppManagement/mobileApps";
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CALLER: &str = "00f067aa0ba902b7";
 
-/// Publishes a request as a scheduler does that traces itself.
+/// Publishes a request with the trace context of its publisher.
 async fn publish(world: &World, key: &str, sampled: bool) {
     let mut headers = FieldTable::default();
     let traceparent = format!("00-{TRACE}-{CALLER}-0{}", u8::from(sampled));
@@ -30,11 +30,11 @@ async fn publish(world: &World, key: &str, sampled: bool) {
     world.publish_bytes(&body, BasicProperties::default().with_headers(headers)).await;
 }
 
-fn sending_to(endpoint: &str) -> [(&str, &str); 2] {
+fn exporting_to(endpoint: &str) -> [(&str, &str); 2] {
     [("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint), ("OTEL_BSP_SCHEDULE_DELAY", "100")]
 }
 
-/// The names of spans from the top of the trace down to each, and how often there is such a span.
+/// Number of spans by their path of names from the root of the trace.
 fn paths(spans: &[Span]) -> BTreeMap<String, usize> {
     let by_id: BTreeMap<&str, &Span> = spans.iter().map(|span| (span.span_id.as_str(), span)).collect();
     let mut paths = BTreeMap::new();
@@ -45,7 +45,7 @@ fn paths(spans: &[Span]) -> BTreeMap<String, usize> {
             names.push(&parent.name);
             above = &parent.parent_id;
         }
-        assert_eq!(above, CALLER, "{span:?} hangs below the message");
+        assert_eq!(above, CALLER, "{span:?} is a descendant of the message");
         names.reverse();
         *paths.entry(names.join(" ")).or_default() += 1;
     }
@@ -53,12 +53,12 @@ fn paths(spans: &[Span]) -> BTreeMap<String, usize> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_request_is_one_trace_from_the_message_to_the_event() {
+async fn request_is_one_trace_from_message_to_event() {
     let world = World::with_three_pages(APPS).await;
     world.sim.add_rule(Rule::status(429, Some("1")).path(APPS).times(1));
     let (collector, events) = (Collector::start().await, world.subscribe().await);
     let endpoint = format!("http://{}/", collector.address);
-    let mut process = Process::start_under(&world, "a", &[], &sending_to(&endpoint));
+    let mut process = Process::start_under(&world, "a", &[], &exporting_to(&endpoint));
     publish(&world, "traced", true).await;
     let run = world.ended("traced").await;
     assert_eq!(run["status"], "success");
@@ -94,13 +94,13 @@ async fn one_request_is_one_trace_from_the_message_to_the_event() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_scheduler_does_not_sample_is_not_sent_but_still_named() {
+async fn unsampled_trace_is_propagated_and_not_exported() {
     let world = World::new().await;
     let (collector, events) = (Collector::start().await, world.subscribe().await);
     let endpoint = format!("http://{}", collector.address);
-    let mut process = Process::start_under(&world, "a", &[], &sending_to(&endpoint));
-    publish(&world, "quiet", false).await;
-    let event = events.event_of(&world.ended("quiet").await).await;
+    let mut process = Process::start_under(&world, "a", &[], &exporting_to(&endpoint));
+    publish(&world, "unsampled", false).await;
+    let event = events.event_of(&world.ended("unsampled").await).await;
     process.signal("TERM");
     assert!(process.ended(Duration::from_secs(15)).await.success(), "{}", process.log());
     assert_eq!(collector.spans().len(), 0);
@@ -110,7 +110,7 @@ async fn what_the_scheduler_does_not_sample_is_not_sent_but_still_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_collector_the_event_carries_what_the_message_brought() {
+async fn without_a_collector_the_event_keeps_the_trace_context() {
     let world = World::new().await;
     let events = world.subscribe().await;
     let _process = Process::start(&world, "a", &[]);
@@ -120,29 +120,29 @@ async fn without_a_collector_the_event_carries_what_the_message_brought() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_collector_that_is_away_costs_traces_and_nothing_else() {
+async fn unavailable_collector_loses_traces_only() {
     let world = World::new().await;
     let events = world.subscribe().await;
-    // One hangs up on every batch, the other never answers.
-    let (deaf, silent) =
+    // One closes every connection, the other never responds.
+    let (closing, silent) =
         (TcpListener::bind("127.0.0.1:0").await.unwrap(), TcpListener::bind("127.0.0.1:0").await.unwrap());
-    let endpoints = [&deaf, &silent].map(|listener| format!("http://{}", listener.local_addr().unwrap()));
+    let endpoints = [&closing, &silent].map(|listener| format!("http://{}", listener.local_addr().unwrap()));
     let refused = Arc::new(AtomicU32::new(0));
     let count = Arc::clone(&refused);
     tokio::spawn(async move {
-        while deaf.accept().await.is_ok() {
+        while closing.accept().await.is_ok() {
             count.fetch_add(1, Ordering::Relaxed);
         }
     });
-    for (name, endpoint) in ["deaf", "silent"].iter().zip(&endpoints) {
-        let mut process = Process::start_under(&world, name, &[], &sending_to(endpoint));
+    for (name, endpoint) in ["closing", "silent"].iter().zip(&endpoints) {
+        let mut process = Process::start_under(&world, name, &[], &exporting_to(endpoint));
         for key in ["one", "two"].map(|key| format!("{name}-{key}")) {
             let before = refused.load(Ordering::Relaxed);
             publish(&world, &key, true).await;
             let run = world.ended(&key).await;
             assert_eq!(run["status"], "success");
             events.event_of(&run).await;
-            if *name == "deaf" {
+            if *name == "closing" {
                 eventually("a batch is refused", || async { (refused.load(Ordering::Relaxed) > before).then_some(()) })
                     .await;
             }
@@ -150,6 +150,6 @@ async fn a_collector_that_is_away_costs_traces_and_nothing_else() {
         process.signal("TERM");
         assert!(process.ended(Duration::from_secs(10)).await.success(), "{}", process.log());
         let warnings = process.log().matches("the trace collector is failing").count();
-        assert_eq!(warnings, usize::from(*name == "deaf"), "{}", process.log());
+        assert_eq!(warnings, usize::from(*name == "closing"), "{}", process.log());
     }
 }

@@ -203,13 +203,22 @@ impl World {
         assert!(confirmed.is_ack() && confirmed.take_message().is_none(), "the message was routed");
     }
 
-    /// Counts the ready messages of a queue.
+    /// Number of messages that are ready in a queue.
     pub async fn depth(&self, queue: &str) -> u32 {
+        self.inspect(queue).await.message_count()
+    }
+
+    /// Number of consumers that are subscribed to a queue.
+    pub async fn consumers(&self, queue: &str) -> u32 {
+        self.inspect(queue).await.consumer_count()
+    }
+
+    async fn inspect(&self, queue: &str) -> lapin::Queue {
         let channel = self.connection.create_channel().await.expect("a channel opens");
         let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
         let name = format!("{}{queue}", self.prefix);
         let declared = channel.queue_declare(name.into(), options, FieldTable::default()).await;
-        declared.expect("the queue exists").message_count()
+        declared.expect("the queue exists")
     }
 
     /// Takes one message from a queue.
