@@ -159,7 +159,7 @@ impl Relay {
             total.add(counts?);
             more_due &= total.all_confirmed();
         }
-        self.note_unroutable(total.unroutable);
+        self.note_unpublished(total);
         Ok(match total {
             Counts { confirmed: 0, unroutable: 0, unconfirmed: 0 } => Round::Idle,
             total if total.all_confirmed() => Round::Sent,
@@ -189,14 +189,13 @@ impl Relay {
         Ok(batch)
     }
 
-    fn note_unroutable(&mut self, count: usize) {
-        if count == 0 {
-            return;
-        }
-        telemetry::event_unroutable(count as u64);
-        if self.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY) {
+    fn note_unpublished(&mut self, counts: Counts) {
+        telemetry::event_unroutable(counts.unroutable as u64);
+        let due = self.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
+        if !counts.all_confirmed() && due {
             self.warned = Some(Instant::now());
-            warn!(count, "no queue takes these events, not even the one for unrouted events; they stay in the outbox");
+            let Counts { unroutable, unconfirmed, .. } = counts;
+            warn!(unroutable, unconfirmed, "events not published; they stay in the outbox and are published again");
         }
     }
 
