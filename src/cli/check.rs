@@ -19,7 +19,7 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
     if args.changed {
         settings.retain(|setting| setting.origin != Origin::Default);
     }
-    context.out.rows(["key", "value", "from"], &settings, |setting| {
+    context.out.rows(["key", "value", "from"], &["from"], &settings, |setting| {
         let value = if setting.value.is_empty() { "\"\"".to_owned() } else { setting.value.clone() };
         [setting.key.clone(), value, setting.origin.to_string()]
     })?;

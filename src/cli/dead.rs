@@ -4,9 +4,12 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Subcommand;
-use serde_json::{Value, json};
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde_json::json;
 
-use super::output::{or_dash, printable, second, table};
+use super::confirm::Confirm;
+use super::output::{or_dash, printable};
 use super::selection::read_file;
 use super::{CliError, Context, Outcome};
 use crate::broker::{Broker, BrokerError, DeadLetter, DeadLetters};
@@ -28,7 +31,7 @@ enum Action {
     /// Publish dead letters to the request queue again and remove them
     Replay(Replay),
     /// Remove dead letters permanently
-    Drop(Which),
+    Drop(Drop),
 }
 
 #[derive(Debug, clap::Args)]
@@ -59,12 +62,48 @@ struct Which {
 }
 
 #[derive(Debug, clap::Args)]
+struct Drop {
+    #[command(flatten)]
+    which: Which,
+    #[command(flatten)]
+    confirm: Confirm,
+}
+
+#[derive(Debug, clap::Args)]
 struct Replay {
     #[command(flatten)]
     which: Which,
     /// Replay one dead letter with the body in this file instead of its own; - for standard input
     #[arg(long, value_name = "FILE", conflicts_with_all = ["reason", "all"])]
     body: Option<PathBuf>,
+}
+
+/// Dead letter, as printed with `--json`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Facts<'a> {
+    /// Short id.
+    id: &'a str,
+    /// Reason; `inventoryd explain REASON` shows cause and remedy.
+    reason: &'a str,
+    /// Detail of the rejection, if the daemon rejected the message.
+    detail: Option<&'a str>,
+    /// Time of rejection, RFC 3339.
+    at: Option<&'a str>,
+    /// Rejecting replica, or `broker`.
+    by: &'a str,
+    /// Message id of the publisher.
+    message_id: Option<&'a str>,
+    /// Correlation id of the publisher.
+    correlation_id: Option<&'a str>,
+    /// Content type.
+    content_type: Option<&'a str>,
+    /// Number of retries before the rejection.
+    retries: u64,
+    /// Size of the body.
+    bytes: u64,
+    /// Body as text, for a single letter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body: Option<&'a str>,
 }
 
 pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
@@ -77,7 +116,7 @@ pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome
         Action::List(args) => list(&args, &mut letters, context).await,
         Action::Show(args) => show(&args, &mut letters, context).await,
         Action::Replay(args) => replay(&args, &mut letters, context).await,
-        Action::Drop(which) => discard(&which, &mut letters, context).await,
+        Action::Drop(args) => discard(&args, &mut letters, context).await,
     };
     // In all cases, to return unchanged messages to the queue.
     letters.close().await;
@@ -88,19 +127,21 @@ async fn list(args: &List, letters: &mut DeadLetters, context: &mut Context<'_>)
     let all = letters.left();
     let found = letters.list(args.limit, |_| false).await?;
     if context.out.is_json() {
-        return context.out.json(&found.iter().map(facts).collect::<Vec<_>>());
+        return context.out.json(&found.iter().map(Facts::from).collect::<Vec<_>>());
     }
+    let times = context.out.times();
     let row = |letter: &DeadLetter| {
         [
             letter.id.clone(),
             letter.reason.clone(),
             or_dash(letter.detail.as_ref()),
-            letter.at.as_deref().map_or_else(|| "-".to_owned(), second),
+            letter.at.as_deref().map_or_else(|| "-".to_owned(), |at| times.show(at)),
             letter.by.clone(),
             letter.bytes.to_string(),
         ]
     };
-    context.out.line(table(["id", "reason", "detail", "since", "by", "bytes"], found.iter().map(row)))?;
+    let header = ["id", "reason", "detail", "since", "by", "bytes"];
+    context.out.table(header, &["by", "bytes", "detail", "since"], found.iter().map(row))?;
     if (found.len() as u64) < u64::from(all) {
         context.out.line(format_args!("{} of {all} shown; use --limit for more", found.len()))?;
     }
@@ -111,17 +152,16 @@ async fn show(args: &Show, letters: &mut DeadLetters, context: &mut Context<'_>)
     let letter = letters.find(&args.id).await?.ok_or_else(|| unknown(&args.id))?;
     let body = String::from_utf8_lossy(&letter.body);
     if context.out.is_json() {
-        let mut document = facts(&letter);
-        document["body"] = json!(body);
-        return context.out.json(&document);
+        return context.out.json(&Facts { body: Some(&body), ..Facts::from(&letter) });
     }
+    let times = context.out.times();
     let reason = DeadReason::from_str(&letter.reason).ok();
     let rows = [
         ("reason", Some(letter.reason.clone())),
         ("detail", letter.detail.clone()),
         ("cause", reason.map(|reason| reason.cause().to_owned())),
         ("remedy", reason.map(|reason| reason.remedy().to_owned())),
-        ("since", letter.at.as_deref().map(second)),
+        ("since", letter.at.as_deref().map(|at| times.show_exactly(at))),
         ("by", Some(letter.by.clone())),
         ("message id", letter.message_id.clone()),
         ("correlation id", letter.correlation_id.clone()),
@@ -129,7 +169,7 @@ async fn show(args: &Show, letters: &mut DeadLetters, context: &mut Context<'_>)
         ("retries before", Some(format!("{} times", letter.retries))),
     ];
     let rows = rows.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?]));
-    context.out.line(table(["dead letter", &letter.id], rows))?;
+    context.out.table(["dead letter", &letter.id], &[], rows)?;
     context.out.line(printable(&body))
 }
 
@@ -148,7 +188,14 @@ async fn replay(args: &Replay, letters: &mut DeadLetters, context: &mut Context<
     each("replayed", &chosen, context, async |letter| letters.replay(letter).await).await
 }
 
-async fn discard(which: &Which, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
+async fn discard(args: &Drop, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
+    let which = &args.which;
+    let question = match which.reason {
+        _ if which.all => format!("permanently remove all {} dead letters?", letters.left()),
+        Some(reason) => format!("permanently remove every dead letter with reason {reason}?"),
+        None => format!("permanently remove {} dead letters?", which.ids.len()),
+    };
+    args.confirm.ask(&question)?;
     if which.ids.is_empty() {
         return each_matching("dropped", which, letters, context, DeadLetters::discard).await;
     }
@@ -236,11 +283,22 @@ fn sum_up(what: &str, done: &[String], context: &mut Context<'_>) -> Result<(), 
     if done.is_empty() { context.out.line("no matching dead letters") } else { Ok(()) }
 }
 
-fn facts(letter: &DeadLetter) -> Value {
-    json!({
-        "id": letter.id, "reason": letter.reason, "detail": letter.detail, "at": letter.at, "by": letter.by,
-        "message_id": letter.message_id, "correlation_id": letter.correlation_id, "content_type": letter.content_type,
-        "retries": letter.retries, "bytes": letter.bytes })
+impl<'a> From<&'a DeadLetter> for Facts<'a> {
+    fn from(letter: &'a DeadLetter) -> Self {
+        Self {
+            id: &letter.id,
+            reason: &letter.reason,
+            detail: letter.detail.as_deref(),
+            at: letter.at.as_deref(),
+            by: &letter.by,
+            message_id: letter.message_id.as_deref(),
+            correlation_id: letter.correlation_id.as_deref(),
+            content_type: letter.content_type.as_deref(),
+            retries: letter.retries,
+            bytes: letter.bytes,
+            body: None,
+        }
+    }
 }
 
 fn unknown(id: &str) -> CliError {

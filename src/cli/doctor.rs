@@ -4,14 +4,15 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
+use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::json;
 use uuid::Uuid;
 
-use super::output::{or_dash, table};
+use super::ids::unknown_tenant;
+use super::output::or_dash;
 use super::progress::spinner;
 use super::selection::SelectionArgs;
-use super::{CliError, Context, Outcome, note, tenant};
+use super::{CliError, Context, Outcome, note};
 use crate::config::{CredentialConfig, CredentialKind};
 use crate::domain::catalog::{Catalog, Listing, Scope};
 use crate::domain::failure::{ErrorCode, Failure};
@@ -38,16 +39,74 @@ pub(super) struct Args {
 }
 
 /// Result for one policy type.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 struct Finding {
+    /// Policy type.
     policy_type: String,
+    /// True if its list can be read.
     works: bool,
     #[serde(flatten)]
     failure: Option<Failure>,
     #[serde(skip_serializing_if = "Option::is_none")]
     detail: Option<String>,
+    /// Permission that the list requires.
     permission: String,
+    /// Permissions to grant; one of them is enough.
     missing_permissions: Vec<String>,
+}
+
+/// Result for a tenant, as printed with `--json`.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(title = "inventoryd doctor, version 1")]
+pub(super) struct Document<'a> {
+    /// The tenant.
+    tenant_id: Uuid,
+    /// Name of the tested credential.
+    credential: &'a str,
+    /// Proxy in use, or an empty text.
+    proxy: &'a str,
+    /// Permissions in the token; null if they are not known.
+    granted_permissions: Option<&'a [String]>,
+    /// Permissions to grant.
+    missing_permissions: BTreeSet<&'a str>,
+    /// Admin consent link, if the application is known.
+    consent_link: Option<&'a str>,
+    /// Number of types that can be read.
+    working: usize,
+    /// Types that can be read.
+    readable_types: Vec<&'a str>,
+    /// The tested types.
+    types: &'a [Finding],
+    /// Failure to get a token, in which case nothing was tested.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token: Option<NoToken>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+struct NoToken {
+    failure: Failure,
+    cause: String,
+    cure: String,
+    retry_after_s: Option<u64>,
+}
+
+impl<'a> Document<'a> {
+    fn of(probe: &'a ProbeContext<'a>, findings: &'a [Finding], roles: Option<&'a [String]>) -> Self {
+        let missing = findings.iter().flat_map(|finding| &finding.missing_permissions);
+        let readable_types = readable(findings);
+        Self {
+            tenant_id: probe.tenant_id,
+            credential: probe.credential,
+            proxy: probe.proxy,
+            granted_permissions: roles,
+            missing_permissions: missing.map(String::as_str).collect(),
+            consent_link: probe.consent_link.as_deref(),
+            working: readable_types.len(),
+            readable_types,
+            types: findings,
+            token: None,
+        }
+    }
 }
 
 struct ProbeContext<'a> {
@@ -64,7 +123,7 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
         Some(name) => (name.clone(), None),
         None => {
             let store = context.store().await?;
-            let name = store.tenant_credential(args.tenant).await?.ok_or_else(|| tenant::unknown(args.tenant))?;
+            let name = store.tenant_credential(args.tenant).await?.ok_or_else(|| unknown_tenant(args.tenant))?;
             (name, Some(store))
         }
     };
@@ -111,7 +170,11 @@ fn consent_link(authority: &str, tenant_id: Uuid, credential: &CredentialConfig)
 /// Selected types; all types by default.
 fn scope(flags: &SelectionArgs, catalog: &Catalog) -> Result<Scope, CliError> {
     let selection = if flags.is_absent() { Selection::everything() } else { flags.to_selection()? };
-    let scope = catalog.resolve(&selection);
+    let scope = catalog.resolve_request(&selection).map_err(|_| {
+        CliError::Usage(
+            "nothing to check: the selection names only foundations, and --no-foundations excludes them".to_owned(),
+        )
+    })?;
     match scope.unsupported.as_slice() {
         [] => Ok(scope),
         unknown => Err(CliError::Usage(format!("unknown: {}; `inventoryd types` lists all types", unknown.join(", ")))),
@@ -122,11 +185,13 @@ fn scope(flags: &SelectionArgs, catalog: &Catalog) -> Result<Scope, CliError> {
 fn no_token(probe: &ProbeContext<'_>, failed: &TokenFailure, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let (cause, cure) = failed.explain(probe.credential);
     if context.out.is_json() {
-        context.out.json(&json!({
-            "tenant_id": probe.tenant_id, "credential": probe.credential, "proxy": probe.proxy, "granted_permissions": null,
-            "missing_permissions": [], "consent_link": probe.consent_link, "working": 0, "types": [],
-            "token": { "failure": failed.failure, "cause": cause, "cure": cure,
-                       "retry_after_s": failed.retry_after.map(|wait| wait.as_secs()) } }))?;
+        let token = NoToken {
+            failure: failed.failure.clone(),
+            cause,
+            cure,
+            retry_after_s: failed.retry_after.map(|wait| wait.as_secs()),
+        };
+        context.out.json(&Document { token: Some(token), ..Document::of(probe, &[], None) })?;
         return Ok(Outcome::Unsuccessful);
     }
     let number = failed.failure.graph_code.as_deref().map(|code| format!(" ({code})")).unwrap_or_default();
@@ -193,16 +258,13 @@ fn report(
         ));
     }
     if context.out.is_json() {
-        return context.out.json(&json!({
-            "tenant_id": probe.tenant_id, "credential": probe.credential, "proxy": probe.proxy, "granted_permissions": roles,
-            "missing_permissions": to_grant, "consent_link": probe.consent_link, "working": working, "readable_types": readable(findings),
-            "types": findings }));
+        return context.out.json(&Document::of(probe, findings, roles));
     }
     if !probe.proxy.is_empty() {
         context.out.line(format_args!("through the proxy {}", probe.proxy))?;
     }
     let header = ["type", "readable", "problem", "grant", "remedy"];
-    context.out.line(table(header, findings.iter().map(row)))?;
+    context.out.table(header, &["remedy"], findings.iter().map(row))?;
     context.out.line(format_args!("{working} of {} types can be read", findings.len()))?;
     if working > 0 && working < findings.len() {
         context.out.line(format_args!("a request that succeeds now: --types {}", readable(findings).join(",")))?;

@@ -5,9 +5,9 @@ use std::time::Duration;
 use clap::Subcommand;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
+use super::moment::moment;
 use super::output::{printable, second};
 use super::{CliError, Context, Outcome, note};
 use crate::broker::{Broker, EventTail, Outgoing, PublishOutcome, TailedEvent};
@@ -46,7 +46,7 @@ struct Tail {
 
 #[derive(Debug, clap::Args)]
 struct Replay {
-    /// Events of runs that ended at this time or later, RFC 3339 such as 2026-11-28T00:00:00Z
+    /// Events of runs that ended at this time or later: RFC 3339 such as 2026-11-28T00:00:00Z, or an age such as 24h
     #[arg(long, value_name = "TIME", value_parser = moment)]
     since: OffsetDateTime,
     /// Only of runs that ended before this time
@@ -61,10 +61,6 @@ struct Replay {
     /// Straight to this queue, so that no other subscriber sees them
     #[arg(long, value_name = "QUEUE")]
     to_queue: Option<String>,
-}
-
-fn moment(text: &str) -> Result<OffsetDateTime, String> {
-    OffsetDateTime::parse(text, &Rfc3339).map_err(|error| format!("expected an RFC 3339 time: {error}"))
 }
 
 pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {

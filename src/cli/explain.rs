@@ -3,6 +3,7 @@
 use std::str::FromStr;
 
 use clap::ValueEnum;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{CliError, Context, Outcome};
@@ -26,18 +27,25 @@ enum Page {
     Metrics,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum Kind {
+    /// Error code of a run.
     ErrorCode,
+    /// Reason of a dead letter.
     DeadReason,
 }
 
-#[derive(Debug, Clone, Copy, Serialize)]
-struct Meaning {
+/// Code, as printed with `--json`.
+#[derive(Debug, Clone, Copy, Serialize, JsonSchema)]
+pub(super) struct Meaning {
+    /// Stable code.
     code: &'static str,
+    /// List that the code belongs to.
     kind: Kind,
+    /// Cause, for operators.
     cause: &'static str,
+    /// Remedy, for operators.
     remedy: &'static str,
 }
 
@@ -81,7 +89,7 @@ fn one(code: &str, context: &mut Context<'_>) -> Result<(), CliError> {
 }
 
 fn every(context: &mut Context<'_>) -> Result<(), CliError> {
-    context.out.rows(["code", "of a", "cause", "remedy"], &meanings(), |meaning| {
+    context.out.rows(["code", "of a", "cause", "remedy"], &["of a"], &meanings(), |meaning| {
         let of = if meaning.kind == Kind::ErrorCode { "run" } else { "dead letter" };
         [meaning.code, of, meaning.cause, meaning.remedy].map(str::to_owned)
     })

@@ -15,17 +15,22 @@ use crate::store::{Store, StoreError};
 
 mod check;
 mod completions;
+mod confirm;
 mod dead;
 mod doctor;
 mod events;
 mod explain;
 mod hash;
+mod ids;
+mod items;
 mod man;
 mod migrate;
 mod missing;
+mod moment;
 mod output;
 mod progress;
 mod request;
+mod run_diff;
 mod runs;
 mod schema;
 mod selection;
@@ -58,6 +63,7 @@ enum Command {
     Tenant(tenant::Args),
     Request(request::Args),
     Runs(runs::Args),
+    Items(items::Args),
     Missing(missing::Args),
     Dead(dead::Args),
     Events(events::Args),
@@ -183,13 +189,14 @@ fn note(text: impl std::fmt::Display) {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let mut stdout = std::io::stdout().lock();
-    let ended = run(cli, &mut stdout);
+    let ended = run(cli, &mut stdout, output::terminal_width());
     report(&ended);
     ExitCode::from(exit_code(&ended))
 }
 
-fn run(cli: Cli, stdout: &mut dyn Write) -> Result<Outcome, CliError> {
-    let mut context = Context { config_file: cli.config, out: Out::new(stdout, cli.json) };
+/// Runs a command. `width` is that of the terminal, if standard output is one.
+fn run(cli: Cli, stdout: &mut dyn Write, width: Option<u16>) -> Result<Outcome, CliError> {
+    let mut context = Context { config_file: cli.config, out: Out::new(stdout, cli.json).sized(width) };
     let outcome = dispatch(cli.command, &mut context)?;
     context.out.flush()?;
     Ok(outcome)
@@ -204,6 +211,7 @@ fn dispatch(command: Command, context: &mut Context<'_>) -> Result<Outcome, CliE
         Command::Tenant(args) => block_on(tenant::run(args, context)),
         Command::Request(args) => block_on(request::run(&args, context)),
         Command::Runs(args) => block_on(runs::run(args, context)),
+        Command::Items(args) => block_on(items::run(args, context)),
         Command::Missing(args) => block_on(missing::run(&args, context)),
         Command::Dead(args) => block_on(dead::run(args, context)),
         Command::Events(args) => block_on(events::run(args, context)),
@@ -244,7 +252,7 @@ mod tests {
     pub(super) fn call(arguments: &[&str]) -> (u8, String) {
         let cli = Cli::try_parse_from(std::iter::once(&"inventoryd").chain(arguments)).unwrap();
         let mut stdout = Vec::new();
-        let code = exit_code(&run(cli, &mut stdout));
+        let code = exit_code(&run(cli, &mut stdout, None));
         (code, String::from_utf8(stdout).unwrap())
     }
 
@@ -276,7 +284,7 @@ mod tests {
     #[test]
     fn a_closed_pipe_exits_0() {
         let cli = Cli::try_parse_from(["inventoryd", "types"]).unwrap();
-        let ended = run(cli, &mut Closed);
+        let ended = run(cli, &mut Closed, None);
         assert!(matches!(ended, Err(CliError::BrokenPipe)));
         assert_eq!(exit_code(&ended), 0);
     }

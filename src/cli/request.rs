@@ -6,9 +6,10 @@ use std::time::Duration;
 use serde_json::json;
 use uuid::Uuid;
 
+use super::ids::unknown_tenant;
 use super::progress::{Follow, follow, spinner};
 use super::selection::{SelectionArgs, read_file};
-use super::{CliError, Context, Outcome, note, runs, tenant};
+use super::{CliError, Context, Outcome, note, runs};
 use crate::broker::{Broker, BrokerError, DeadLetter, RequestWatch};
 use crate::domain::catalog::Catalog;
 use crate::domain::clock::Deadline;
@@ -214,7 +215,7 @@ async fn publish_and_wait(
 /// Refuses a request that the daemon would dead-letter, because no run would ever start for it.
 async fn refuse_dead_letter(request: &SyncRequest, store: &Store) -> Result<(), CliError> {
     if store.tenant_credential(request.tenant_id).await?.is_none() {
-        return Err(tenant::unknown(request.tenant_id));
+        return Err(unknown_tenant(request.tenant_id));
     }
     let Some(run_id) = store.find_run(request.tenant_id, &request.idempotency_key).await? else { return Ok(()) };
     let Some(earlier) = store.show_run(run_id).await? else { return Ok(()) };

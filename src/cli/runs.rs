@@ -3,11 +3,12 @@
 use clap::Subcommand;
 use uuid::Uuid;
 
-use super::output::{or_dash, second, seconds, table};
+use super::ids::{IdPrefix, unknown_run};
+use super::output::{Times, or_dash, seconds};
 use super::progress::{Follow, follow};
-use super::{CliError, Context, Outcome};
+use super::{CliError, Context, Outcome, run_diff};
 use crate::domain::run::{RunStatus, TypeOutcome};
-use crate::store::{Run, RunDetails, RunFilter};
+use crate::store::{Run, RunDetails, RunFilter, Store};
 
 /// List runs, show one, watch one to its end
 #[derive(Debug, clap::Args)]
@@ -24,13 +25,15 @@ enum Action {
     Show(Show),
     /// Follow a run to its end; exit code 0 if it succeeds
     Watch(Watch),
+    /// Compare two completed runs of a selection: new, changed and missing items
+    Diff(run_diff::Args),
 }
 
 #[derive(Debug, clap::Args)]
 struct List {
-    /// Only runs of this tenant
+    /// Only runs of this tenant; a unique prefix of its id is enough
     #[arg(long, value_name = "GUID")]
-    tenant: Option<Uuid>,
+    tenant: Option<IdPrefix>,
     /// Only runs with this status: running, success, partial, failed or skipped
     #[arg(long)]
     status: Option<RunStatus>,
@@ -41,19 +44,19 @@ struct List {
 
 #[derive(Debug, clap::Args)]
 struct Show {
-    /// Run id
+    /// Run id, or a unique prefix
     #[arg(value_name = "RUN")]
-    run_id: Uuid,
+    run_id: IdPrefix,
 }
 
 #[derive(Debug, clap::Args)]
 struct Watch {
-    /// Run id [default: the newest running run]
+    /// Run id, or a unique prefix [default: the newest running run]
     #[arg(value_name = "RUN")]
-    run_id: Option<Uuid>,
+    run_id: Option<IdPrefix>,
     /// Tenant of the run, if no run id is given
     #[arg(long, value_name = "GUID", conflicts_with = "run_id")]
-    tenant: Option<Uuid>,
+    tenant: Option<IdPrefix>,
 }
 
 pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
@@ -61,14 +64,18 @@ pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome
         Action::List(args) => list(args, context).await,
         Action::Show(args) => show(&args, context).await,
         Action::Watch(args) => watch(&args, context).await,
+        Action::Diff(args) => run_diff::run(&args, context).await,
     }
 }
 
 async fn list(args: List, context: &mut Context<'_>) -> Result<Outcome, CliError> {
-    let filter = RunFilter { tenant_id: args.tenant, status: args.status, limit: args.limit };
-    let runs = context.store().await?.list_runs(&filter).await?;
+    let store = context.store().await?;
+    let tenant_id = tenant_of(args.tenant, &store).await?;
+    let runs = store.list_runs(&RunFilter { tenant_id, status: args.status, limit: args.limit }).await?;
+    let times = context.out.times();
     let header = ["run", "tenant", "key", "status", "items", "new", "changed", "codes", "took", "started"];
-    context.out.rows(header, &runs, |run| {
+    let optional = ["key", "took", "changed", "new", "codes", "tenant", "items"];
+    context.out.rows(header, &optional, &runs, |run| {
         [
             run.run_id.to_string(),
             run.tenant_name.clone(),
@@ -79,14 +86,23 @@ async fn list(args: List, context: &mut Context<'_>) -> Result<Outcome, CliError
             run.counters.items_changed_count.to_string(),
             run.error_codes.join(" "),
             seconds(run.duration_s),
-            second(&run.started_at),
+            times.show(&run.started_at),
         ]
     })?;
     Ok(Outcome::Done)
 }
 
+async fn tenant_of(prefix: Option<IdPrefix>, store: &Store) -> Result<Option<Uuid>, CliError> {
+    match prefix {
+        Some(prefix) => Ok(Some(prefix.tenant(store).await?)),
+        None => Ok(None),
+    }
+}
+
 async fn show(args: &Show, context: &mut Context<'_>) -> Result<Outcome, CliError> {
-    let details = context.store().await?.show_run(args.run_id).await?.ok_or_else(|| unknown(args.run_id))?;
+    let store = context.store().await?;
+    let run_id = args.run_id.run(&store).await?;
+    let details = store.show_run(run_id).await?.ok_or_else(|| unknown_run(run_id))?;
     print(&details, context)?;
     Ok(Outcome::Done)
 }
@@ -94,16 +110,18 @@ async fn show(args: &Show, context: &mut Context<'_>) -> Result<Outcome, CliErro
 async fn watch(args: &Watch, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     let (store, catalog) = (context.store().await?, context.config()?.graph.catalog()?);
     let run_id = match args.run_id {
-        Some(run_id) => run_id,
+        Some(run_id) => run_id.run(&store).await?,
         None => {
-            let filter = RunFilter { tenant_id: args.tenant, status: Some(RunStatus::Running), limit: 1 };
+            let tenant_id = tenant_of(args.tenant, &store).await?;
+            let filter = RunFilter { tenant_id, status: Some(RunStatus::Running), limit: 1 };
             let newest = store.list_runs(&filter).await?.pop();
             newest
                 .ok_or_else(|| CliError::Failed("no run is in progress; `inventoryd runs list` lists runs".to_owned()))?
                 .run_id
         }
     };
-    let details = follow(&Follow { store: &store, catalog: &catalog }, run_id).await?.ok_or_else(|| unknown(run_id))?;
+    let details =
+        follow(&Follow { store: &store, catalog: &catalog }, run_id).await?.ok_or_else(|| unknown_run(run_id))?;
     print(&details, context)?;
     Ok(by_status(details.run.status))
 }
@@ -113,24 +131,21 @@ pub(super) fn by_status(status: RunStatus) -> Outcome {
     if status == RunStatus::Success { Outcome::Done } else { Outcome::Unsuccessful }
 }
 
-fn unknown(run_id: Uuid) -> CliError {
-    CliError::Failed(format!("run {run_id} not found; `inventoryd runs list` lists runs"))
-}
-
 /// Prints a run and its types.
 pub(super) fn print(details: &RunDetails, context: &mut Context<'_>) -> Result<(), CliError> {
     if context.out.is_json() {
         return context.out.json(details);
     }
-    context.out.line(table(["run", &details.run.run_id.to_string()], facts(&details.run)))?;
+    let times = context.out.times();
+    context.out.table(["run", &details.run.run_id.to_string()], &[], facts(&details.run, times))?;
     if details.types.is_empty() {
         return Ok(());
     }
     let header = ["type", "status", "items", "new", "changed", "errors", "code", "note"];
-    context.out.line(table(header, details.types.iter().map(type_row)))
+    context.out.table(header, &["errors", "changed", "new", "note"], details.types.iter().map(type_row))
 }
 
-fn facts(run: &Run) -> Vec<[String; 2]> {
+fn facts(run: &Run, times: Times) -> Vec<[String; 2]> {
     let (counters, usage) = (&run.counters, &run.usage);
     let throttled = format!(
         "{} requests, {} throttled, waited {}",
@@ -155,8 +170,8 @@ fn facts(run: &Run) -> Vec<[String; 2]> {
         ("key", Some(run.idempotency_key.clone())),
         ("correlation id", run.correlation_id.clone()),
         ("requested by", run.requested_by.clone()),
-        ("started", Some(second(&run.started_at))),
-        ("finished", run.finished_at.as_deref().map(second)),
+        ("started", Some(times.show_exactly(&run.started_at))),
+        ("finished", run.finished_at.as_deref().map(|at| times.show_exactly(at))),
         ("took", Some(seconds(run.duration_s))),
         ("lease", lease.map(|(owner, left)| format!("{owner}, expires in {}", seconds(left)))),
         ("attempt", Some(run.attempt.to_string())),

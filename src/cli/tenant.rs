@@ -4,7 +4,8 @@ use clap::Subcommand;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::output::{or_dash, second, yes};
+use super::ids::{IdPrefix, unknown_tenant};
+use super::output::{or_dash, yes};
 use super::{CliError, Context, Outcome, note};
 use crate::store::{NewTenant, Store, Tenant};
 
@@ -30,7 +31,7 @@ enum Action {
 #[derive(Debug, clap::Args)]
 struct Add {
     /// Tenant id (Entra directory id)
-    #[arg(value_name = "GUID")]
+    #[arg(value_name = "GUID", value_parser = directory_id)]
     tenant_id: Uuid,
     /// Display name [default: the id]
     #[arg(long, value_parser = label::<200>)]
@@ -43,6 +44,14 @@ struct Add {
     max_runs: Option<i32>,
 }
 
+/// Validates a tenant id by the rules of a request.
+fn directory_id(text: &str) -> Result<Uuid, String> {
+    match Uuid::try_parse(text) {
+        Ok(id) if text.len() == 36 && !id.is_nil() => Ok(id),
+        _ => Err("expected the GUID of a directory, such as 6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d".to_owned()),
+    }
+}
+
 /// Validates a text for its database column.
 fn label<const MOST: usize>(text: &str) -> Result<String, String> {
     let fits = (1..=MOST).contains(&text.chars().count()) && !text.chars().any(char::is_control);
@@ -51,9 +60,9 @@ fn label<const MOST: usize>(text: &str) -> Result<String, String> {
 
 #[derive(Debug, clap::Args)]
 struct Which {
-    /// Tenant id (Entra directory id)
+    /// Tenant id, or a unique prefix
     #[arg(value_name = "GUID")]
-    tenant_id: Uuid,
+    tenant_id: IdPrefix,
 }
 
 pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
@@ -105,7 +114,8 @@ fn merge(args: Add, registered: Option<Tenant>) -> NewTenant {
 async fn list(store: &Store, context: &mut Context<'_>) -> Result<(), CliError> {
     let tenants = store.list_tenants().await?;
     let header = ["tenant", "name", "enabled", "credential", "max runs", "items", "registered"];
-    context.out.rows(header, &tenants, |tenant| {
+    let times = context.out.times();
+    context.out.rows(header, &["registered", "credential", "max runs", "enabled"], &tenants, |tenant| {
         [
             tenant.tenant_id.to_string(),
             tenant.display_name.clone(),
@@ -113,14 +123,15 @@ async fn list(store: &Store, context: &mut Context<'_>) -> Result<(), CliError> 
             tenant.credential.clone(),
             or_dash(tenant.max_concurrent_runs.as_ref()),
             tenant.items_count.to_string(),
-            second(&tenant.created_at),
+            times.show(&tenant.created_at),
         ]
     })
 }
 
-async fn set_enabled(id: Uuid, enabled: bool, store: &Store, context: &mut Context<'_>) -> Result<(), CliError> {
+async fn set_enabled(id: IdPrefix, enabled: bool, store: &Store, context: &mut Context<'_>) -> Result<(), CliError> {
+    let id = id.tenant(store).await?;
     if !store.set_tenant_enabled(id, enabled).await? {
-        return Err(unknown(id));
+        return Err(unknown_tenant(id));
     }
     if context.out.is_json() {
         return context.out.json(&json!({ "tenant_id": id, "enabled": enabled }));
@@ -128,16 +139,17 @@ async fn set_enabled(id: Uuid, enabled: bool, store: &Store, context: &mut Conte
     context.out.line(format_args!("{} {id}", if enabled { "enabled" } else { "disabled" }))
 }
 
-/// Error for a tenant that is not registered.
-pub(super) fn unknown(tenant_id: Uuid) -> CliError {
-    CliError::Failed(format!(
-        "tenant {tenant_id} is not registered; register it with `inventoryd tenant add {tenant_id}`"
-    ))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ids_that_no_request_may_name_are_refused() {
+        assert!(directory_id("6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d").is_ok());
+        for wrong in [Uuid::nil().to_string().as_str(), "{6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d}", "contoso", ""] {
+            assert!(directory_id(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn adding_again_changes_only_given_values() {

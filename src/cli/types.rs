@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::output::yes;
@@ -16,14 +17,22 @@ pub(super) struct Args {
     category: Vec<String>,
 }
 
-#[derive(Serialize)]
-struct Row<'a> {
+/// Policy type, as printed with `--json`.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct Row<'a> {
+    /// Name in requests.
     key: &'a str,
+    /// Name for people.
     label: &'a str,
+    /// Category that selects it.
     category: &'a str,
+    /// True if others refer to it, such as scope tags.
     foundation: bool,
+    /// Graph ring, `v1.0` or `beta`.
     api_version: &'a str,
+    /// Path below the ring.
     path: &'a str,
+    /// Application permission that listing requires.
     permission: &'a str,
 }
 
@@ -51,7 +60,7 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
     let wanted = |one: &&PolicyType| args.category.is_empty() || args.category.contains(&one.category);
     let rows: Vec<Row<'_>> = catalog.types().map(AsRef::as_ref).filter(wanted).map(Row::from).collect();
     let header = ["key", "label", "category", "foundation", "version", "path", "permission"];
-    context.out.rows(header, &rows, |row| {
+    context.out.rows(header, &["path", "version", "foundation", "label", "category"], &rows, |row| {
         let text = str::to_owned;
         [
             text(row.key),

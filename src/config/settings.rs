@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use config::{Value, ValueKind};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::layers::ENVIRONMENT;
@@ -12,7 +13,7 @@ use super::schema::{self, Key, SECRETS};
 const REDACTED: &str = "[redacted]";
 
 /// One key of the configuration.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Setting {
     /// Key, such as `consumer.prefetch`.
     pub key: String,
@@ -23,7 +24,7 @@ pub struct Setting {
 }
 
 /// Origin of a value.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Origin {
     /// `config/default.toml`, compiled in.

@@ -1,5 +1,6 @@
 //! Queries of the command line and of other readers.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
@@ -23,7 +24,7 @@ pub struct RunFilter {
 }
 
 /// A run for readers.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Run {
     /// The run.
     pub run_id: Uuid,
@@ -74,7 +75,7 @@ pub struct Run {
 }
 
 /// A run with its types.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct RunDetails {
     /// The run.
     #[serde(flatten)]
@@ -86,7 +87,7 @@ pub struct RunDetails {
 }
 
 /// A missing item.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct MissingItem {
     /// Policy type.
     pub policy_type: String,

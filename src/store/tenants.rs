@@ -1,5 +1,6 @@
 //! Registered tenants.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -20,7 +21,7 @@ pub struct NewTenant {
 }
 
 /// A registered tenant.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Tenant {
     /// Entra directory id.
     pub tenant_id: Uuid,
@@ -74,6 +75,11 @@ impl Store {
             items_count: row.items_count,
         });
         Ok(tenants.collect())
+    }
+
+    /// Ids of all tenants.
+    pub async fn tenant_ids(&self) -> Result<Vec<Uuid>, StoreError> {
+        Ok(sqlx::query_scalar!("select tenant_id from tenants").fetch_all(&self.control).await?)
     }
 
     /// Enables or disables a tenant; returns whether it is registered.

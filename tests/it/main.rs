@@ -33,6 +33,7 @@ mod growth;
 mod hostile_messages;
 mod inventory;
 mod limits;
+mod listings;
 mod logs;
 mod long_history;
 mod lost_workers;
