@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Tour of `deploy/dev demo`, sourced by deploy/dev: three tenants, seven requests and their results.
+# Tour of `deploy/dev demo`, sourced by deploy/dev: three tenants, eight requests and their results.
 
 readonly CONTOSO=c0170500-0000-4000-8000-000000000001
 readonly FABRIKAM=fab21ca0-0000-4000-8000-000000000002
@@ -27,15 +27,16 @@ tour() {
   head_line 'Requests'
   graph_rules
   subscribe "$events"
-  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-clean" 'Contoso    two types and the foundations'
-  ask "$FABRIKAM" "$FIRST_TYPES" "$stamp-throttled" 'Fabrikam   the same; Graph responds twice with 429, Retry-After 2 s'
-  ask "$TAILSPIN" "$FIRST_TYPES,mobileApp" "$stamp-forbidden" 'Tailspin   the same and apps, which Graph forbids'
+  ask "$CONTOSO" "$stamp-clean" 'Contoso    two types and the foundations' --types "$FIRST_TYPES"
+  ask "$FABRIKAM" "$stamp-throttled" 'Fabrikam   the same; Graph responds twice with 429, Retry-After 2 s' --types "$FIRST_TYPES"
+  ask "$TAILSPIN" "$stamp-forbidden" 'Tailspin   the same and apps, which Graph forbids' --types "$FIRST_TYPES,mobileApp"
   settle
-  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-clean" 'Contoso    the first key again: a duplicate'
+  ask "$FABRIKAM" "$stamp-licence" 'Fabrikam   all scripts; the tenant has no licence for remediations' --category Scripts --no-foundations
+  ask "$CONTOSO" "$stamp-clean" 'Contoso    the first key again: a duplicate' --types "$FIRST_TYPES"
   settle
-  ask "$CONTOSO" "$OTHER_TYPES" "$stamp-slow" 'Contoso    another selection; Graph is slow'
+  ask "$CONTOSO" "$stamp-slow" 'Contoso    another selection; Graph is slow' --types "$OTHER_TYPES"
   until_running "$CONTOSO"
-  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-over" 'Contoso    a concurrent request, above the limit of one run'
+  ask "$CONTOSO" "$stamp-over" 'Contoso    a concurrent request, above the limit of one run' --types "$FIRST_TYPES"
   settle
   say '  -          an invalid request: tenant_id is not a GUID'
   malformed "$stamp"
@@ -44,13 +45,15 @@ tour() {
   gone deviceCompliancePolicies 2
   gone deviceCompliancePolicies 3
   gone assignmentFilters 2
-  ask "$CONTOSO" "$FIRST_TYPES" "$stamp-again" 'Contoso    the first selection again'
+  ask "$CONTOSO" "$stamp-again" 'Contoso    the first selection again' --types "$FIRST_TYPES"
   settle
 
   head_line 'Runs: inventoryd runs list'
-  cli runs list --limit 6
+  cli runs list --limit 7
   head_line 'Events: inventoryd events tail'
-  show_events "$events" 6
+  show_events "$events" 7
+  head_line 'Scripts of Fabrikam: inventoryd runs show'
+  cli runs show "$(latest_run "$FABRIKAM")"
   head_line 'Missing at Contoso: inventoryd missing'
   cli missing --tenant "$CONTOSO" --types "$FIRST_TYPES"
   head_line 'Dead letters: inventoryd dead list'
@@ -87,15 +90,16 @@ graph_rules() {
   admin POST rules "[
     {\"tenant\":\"$FABRIKAM\",\"path\":\"deviceManagement/deviceCompliancePolicies\",\"times\":2,
      \"action\":{\"kind\":\"status\",\"status\":429,\"retry_after\":\"2\"}},
+    {\"tenant\":\"$FABRIKAM\",\"path\":\"deviceManagement/deviceHealthScripts\",\"action\":{\"kind\":\"not_licensed\"}},
     {\"tenant\":\"$TAILSPIN\",\"path\":\"deviceAppManagement/mobileApps\",\"action\":{\"kind\":\"forbidden\"}},
     {\"tenant\":\"$CONTOSO\",\"path\":\"deviceManagement/deviceConfigurations\",\"action\":{\"kind\":\"slow\",\"delay_ms\":3000}}]"
 }
 
 ASKED=()
 # Publishes a request in the background; `settle` waits for all of them.
-ask() { # TENANT TYPES KEY WORDS
-  say "  $4"
-  timeout 120 "$BIN" request --tenant "$1" --types "$2" --key "$3" --wait >>"$DEV/log/demo.log" 2>&1 &
+ask() { # TENANT KEY WORDS SELECTION...
+  say "  $3"
+  timeout 120 "$BIN" request --tenant "$1" --key "$2" --wait "${@:4}" >>"$DEV/log/demo.log" 2>&1 &
   ASKED+=($!)
 }
 
@@ -107,6 +111,10 @@ settle() { # ignores exit codes of partial and skipped runs
     [[ $code -ne 124 ]] || die "a request did not complete within two minutes: $(tail -n 1 "$DEV/log/demo.log")"
   done
   ASKED=()
+}
+
+latest_run() { # TENANT: the id of its newest run
+  cli runs list --tenant "$1" --limit 1 --json | grep -m 1 -oE '"run_id": *"[0-9a-f-]+"' | grep -oE '[0-9a-f-]{36}'
 }
 
 until_running() { # TENANT
@@ -136,7 +144,7 @@ subscribe() { # FILE
   "$BIN" events tail >"$1" 2>"$1.err" &
   SUBSCRIBER=$!
   trap 'kill "$SUBSCRIBER" 2>/dev/null || true' EXIT
-  until grep -q listening "$1.err"; do
+  until grep -qs listening "$1.err"; do
     if ((SECONDS >= deadline)) || ! kill -0 "$SUBSCRIBER" 2>/dev/null; then die "cannot listen for events: $(tail -n 1 "$1.err")"; fi
     sleep 0.1
   done
