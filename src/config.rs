@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use secrecy::SecretString;
 use serde::Deserialize;
 
@@ -15,12 +16,14 @@ mod cloud;
 mod credential;
 mod layers;
 mod load;
+mod reference;
 mod rotation;
 mod schema;
 mod settings;
 
 pub use cloud::Cloud;
-pub use credential::{CredentialConfig, CredentialKind};
+pub use credential::{CredentialConfig, CredentialKind, credential_by_name};
+pub use reference::{KeyReference, find as find_keys, json_schema};
 pub use rotation::RotatedSecret;
 pub use settings::{Origin, Setting};
 
@@ -35,8 +38,9 @@ pub const ENVIRONMENT_PREFIX: &str = "INVENTORYD";
 pub struct ConfigError(pub String);
 
 /// Complete configuration. `config/default.toml` documents every field.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(title = "inventoryd configuration")]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct Config {
     pub broker: BrokerConfig,
@@ -53,10 +57,11 @@ pub struct Config {
 }
 
 /// `[broker]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct BrokerConfig {
+    #[schemars(with = "String")]
     pub url: SecretString,
     #[serde(default, deserialize_with = "path_or_none")]
     pub url_file: Option<PathBuf>,
@@ -73,7 +78,7 @@ pub struct BrokerConfig {
 }
 
 /// `[topology]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct TopologyConfig {
@@ -83,7 +88,7 @@ pub struct TopologyConfig {
 }
 
 /// Handling of exchanges and queues.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TopologyMode {
     /// Declare missing objects.
@@ -93,7 +98,7 @@ pub enum TopologyMode {
 }
 
 /// `[consumer]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct ConsumerConfig {
@@ -104,7 +109,7 @@ pub struct ConsumerConfig {
 }
 
 /// `[run]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct RunConfig {
@@ -120,7 +125,7 @@ pub struct RunConfig {
 }
 
 /// `[limits]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct LimitsConfig {
@@ -131,7 +136,7 @@ pub struct LimitsConfig {
 }
 
 /// Handling of a request above a limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum WhenFull {
     /// Record a skipped run.
@@ -141,7 +146,7 @@ pub enum WhenFull {
 }
 
 /// `[graph]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct GraphConfig {
@@ -189,10 +194,11 @@ fn or_cloud<'a>(given: &'a str, cloud: Option<&'a str>) -> &'a str {
 }
 
 /// `[database]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct DatabaseConfig {
+    #[schemars(with = "String")]
     pub url: SecretString,
     #[serde(default, deserialize_with = "path_or_none")]
     pub url_file: Option<PathBuf>,
@@ -203,7 +209,7 @@ pub struct DatabaseConfig {
 }
 
 /// `[outbox]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct OutboxConfig {
@@ -214,7 +220,7 @@ pub struct OutboxConfig {
 }
 
 /// `[retention]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct RetentionConfig {
@@ -223,19 +229,21 @@ pub struct RetentionConfig {
 }
 
 /// `[http]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct HttpConfig {
     #[serde(deserialize_with = "address_or_none")]
+    #[schemars(with = "String")]
     pub listen: Option<SocketAddr>,
+    #[schemars(with = "String")]
     pub token: SecretString,
     #[serde(default, deserialize_with = "path_or_none")]
     pub token_file: Option<PathBuf>,
 }
 
 /// `[telemetry]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct TelemetryConfig {
@@ -246,7 +254,7 @@ pub struct TelemetryConfig {
 }
 
 /// Format of log lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LogFormat {
     /// One JSON object per line.

@@ -2,7 +2,7 @@
 
 use super::{CliError, Context, Outcome, note};
 use crate::broker::Broker;
-use crate::config::{Config, Origin};
+use crate::config::{Config, KeyReference, Origin, find_keys};
 use crate::graph::GraphClient;
 use crate::telemetry;
 
@@ -12,9 +12,15 @@ pub(super) struct Args {
     /// Only keys whose value is not the default
     #[arg(long)]
     changed: bool,
+    /// Explain a key, or every key of a section, instead: meaning, default, unit and variable
+    #[arg(long, value_name = "KEY", conflicts_with = "changed")]
+    explain: Option<String>,
 }
 
 pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    if let Some(name) = &args.explain {
+        return explain(name, context);
+    }
     let (mut settings, loaded) = Config::explain(context.config_file.as_deref())?;
     if args.changed {
         settings.retain(|setting| setting.origin != Origin::Default);
@@ -25,11 +31,30 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
     })?;
     // Printed before the validation result, because the origin of an invalid value is needed to correct it.
     let config = loaded?;
-    if let Some(warning) = config.warning() {
+    for warning in config.warnings() {
         note(format_args!("warning: {warning}"));
     }
     let problems = problems(&config);
     if problems.is_empty() { Ok(Outcome::Done) } else { Err(CliError::Failed(problems.join("\n"))) }
+}
+
+/// Prints the documentation of the keys that `name` means.
+fn explain(name: &str, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+    let keys = find_keys(name);
+    if keys.is_empty() {
+        return Err(CliError::Usage("unknown key or section; `inventoryd check` lists every key".to_owned()));
+    }
+    if context.out.is_json() {
+        context.out.json(&keys)?;
+        return Ok(Outcome::Done);
+    }
+    for KeyReference { key, text, default, unit, variable } in keys {
+        context.out.line(format_args!("{key}\n  {text}"))?;
+        context.out.line(format_args!("  default   {}", default.as_deref().unwrap_or("none")))?;
+        context.out.line(format_args!("  unit      {}", unit.unwrap_or("none")))?;
+        context.out.line(format_args!("  variable  {variable}"))?;
+    }
+    Ok(Outcome::Done)
 }
 
 /// Problems that would stop `serve` before it connects.
@@ -65,6 +90,18 @@ mod tests {
         assert_eq!(code, 1);
         let rows: Vec<serde_json::Value> = serde_json::from_str(&shown).unwrap();
         assert_eq!(rows.len(), 2, "a bad value is shown too: {shown}");
+    }
+
+    #[test]
+    fn a_key_is_explained_with_default_unit_and_variable() {
+        let (code, shown) = call(&["check", "--explain", "run.lease_s"]);
+        assert_eq!(code, 0);
+        for part in ["run.lease_s", "A crashed worker's run", "60", "seconds", "INVENTORYD__RUN__LEASE_S"] {
+            assert!(shown.contains(part), "{part}: {shown}");
+        }
+        let (_, json) = call(&["check", "--explain", "INVENTORYD__GRAPH__CREDENTIALS__EMEA__CLIENT_ID", "--json"]);
+        assert!(json.contains("graph.credentials.*.client_id"), "{json}");
+        assert_eq!(call(&["check", "--explain", "run.leese_s"]).0, 2);
     }
 
     #[test]

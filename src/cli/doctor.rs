@@ -13,7 +13,7 @@ use super::output::or_dash;
 use super::progress::spinner;
 use super::selection::SelectionArgs;
 use super::{CliError, Context, Outcome, note};
-use crate::config::{CredentialConfig, CredentialKind};
+use crate::config::{CredentialConfig, CredentialKind, credential_by_name};
 use crate::domain::catalog::{Catalog, Listing, Scope};
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::policy_type::PolicyType;
@@ -127,11 +127,11 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
             (name, Some(store))
         }
     };
-    if !config.graph.credentials.contains_key(&credential) {
-        return Err(CliError::Failed(format!(
+    let configured = credential_by_name(&config.graph.credentials, &credential).ok_or_else(|| {
+        CliError::Failed(format!(
             "graph.credentials.{credential}: not found in the configuration; add it, or choose another with --credential"
-        )));
-    }
+        ))
+    })?;
     let scope = scope(&args.selection, &config.graph.catalog()?)?;
     let graph = GraphClient::new(&config.graph).map_err(|error| CliError::Failed(error.to_string()))?;
     // The daemon's pauses hold for this command too, and a 429 of this command holds for the daemon.
@@ -141,7 +141,7 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
             graph.pause(args.tenant, &pause.family, Duration::from_secs_f64(pause.left_s.max(0.0)));
         }
     }
-    let consent_link = consent_link(config.graph.authority(), args.tenant, &config.graph.credentials[&credential]);
+    let consent_link = consent_link(config.graph.authority(), args.tenant, configured);
     let probe = ProbeContext {
         graph: &graph,
         tenant_id: args.tenant,

@@ -15,6 +15,7 @@ use crate::store::{Store, StoreError};
 
 mod check;
 mod completions;
+mod config;
 mod confirm;
 mod dead;
 mod doctor;
@@ -59,6 +60,7 @@ enum Command {
     Serve(serve::Args),
     Migrate(migrate::Args),
     Check(check::Args),
+    Config(config::Args),
     Doctor(doctor::Args),
     Tenant(tenant::Args),
     Request(request::Args),
@@ -207,6 +209,7 @@ fn dispatch(command: Command, context: &mut Context<'_>) -> Result<Outcome, CliE
         Command::Serve(args) => block_on_all_cores(serve::run(&args, context)),
         Command::Migrate(args) => block_on(migrate::run(&args, context)),
         Command::Check(args) => check::run(&args, context),
+        Command::Config(args) => config::run(&args, context),
         Command::Doctor(args) => block_on(doctor::run(&args, context)),
         Command::Tenant(args) => block_on(tenant::run(args, context)),
         Command::Request(args) => block_on(request::run(&args, context)),

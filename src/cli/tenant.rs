@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::ids::{IdPrefix, unknown_tenant};
 use super::output::{or_dash, yes};
 use super::{CliError, Context, Outcome, note};
+use crate::config::credential_by_name;
 use crate::store::{NewTenant, Store, Tenant};
 
 /// Register tenants, list them, enable and disable them
@@ -81,7 +82,7 @@ async fn add(args: Add, store: &Store, context: &mut Context<'_>) -> Result<(), 
     let registered = store.list_tenants().await?.into_iter().find(|tenant| tenant.tenant_id == args.tenant_id);
     let is_new = registered.is_none();
     let tenant = merge(args, registered);
-    if !credentials.contains_key(&tenant.credential) {
+    if credential_by_name(&credentials, &tenant.credential).is_none() {
         note(format_args!(
             "note: graph.credentials.{} is not in this configuration; make sure that it is in the daemon's",
             tenant.credential

@@ -2,7 +2,7 @@
 
 use secrecy::ExposeSecret;
 
-use super::{Cloud, Config, ConfigError};
+use super::{Cloud, Config, ConfigError, CredentialConfig};
 
 /// Rejects invalid values and combinations.
 pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
@@ -24,19 +24,23 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
 }
 
 impl Config {
-    /// Warns of a combination that works, but more slowly than an operator may expect.
+    /// Warnings of what works less well than an operator may expect, or not for every tenant.
     #[must_use]
-    pub fn warning(&self) -> Option<String> {
+    pub fn warnings(&self) -> Vec<String> {
         let lists = u64::from(self.consumer.prefetch) * self.run.concurrent_lists as u64;
         let connections = u64::from(self.database.max_connections);
-        (lists > 4 * connections).then(|| {
+        let many_lists = (lists > 4 * connections).then(|| {
             format!(
                 "consumer.prefetch x run.concurrent_lists is {lists}, so that many lists can write at the same time over the \
                  {connections} connections of database.max_connections: runs will wait for each other. Raise \
                  database.max_connections to {} or more, or lower one of the others",
                 lists.div_ceil(4)
             )
-        })
+        });
+        let is_unset = self.graph.credentials.get("default").is_some_and(CredentialConfig::is_unset);
+        let unset = "graph.credentials.default: client_id is not set, so that no token can be requested for tenants without \
+                     a credential of their own. Set it and the client secret, or choose another kind";
+        many_lists.into_iter().chain(is_unset.then(|| unset.to_owned())).collect()
     }
 }
 
@@ -108,12 +112,8 @@ fn check_graph(config: &Config, require: &mut dyn FnMut(bool, &str)) {
             &format!("{key}: must be https://HOST without user, path and query; tokens are sent over TLS only"),
         );
     }
-    let proxy = url::Url::parse(&graph.proxy);
     require(
-        graph.proxy.is_empty()
-            || proxy.is_ok_and(|url| {
-                ["http", "https"].contains(&url.scheme()) && url.host().is_some() && url.username().is_empty()
-            }),
+        graph.proxy.is_empty() || is_bare_address(&graph.proxy, &["http", "https"]),
         "graph.proxy: must be http://HOST:PORT; graph.proxy_credential_file names the file with its user and password",
     );
     require(

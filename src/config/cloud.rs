@@ -1,9 +1,10 @@
 //! Microsoft national clouds and their documented endpoints.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 /// Microsoft national cloud.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Cloud {
     /// Worldwide, and Microsoft 365 GCC.

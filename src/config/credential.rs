@@ -1,7 +1,9 @@
 //! Credentials for the token service.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
@@ -9,17 +11,19 @@ use super::load::read_secret;
 use super::{ConfigError, path_or_none};
 
 /// `[graph.credentials.<name>]`
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[expect(missing_docs, reason = "config/default.toml documents every key")]
 pub struct CredentialConfig {
     pub kind: CredentialKind,
     pub client_id: String,
+    #[schemars(with = "String")]
     pub client_secret: SecretString,
     #[serde(deserialize_with = "path_or_none")]
     pub client_secret_file: Option<PathBuf>,
     #[serde(deserialize_with = "path_or_none")]
     pub client_certificate_file: Option<PathBuf>,
+    #[schemars(with = "String")]
     pub client_certificate_password: SecretString,
     #[serde(deserialize_with = "path_or_none")]
     pub client_certificate_password_file: Option<PathBuf>,
@@ -30,7 +34,7 @@ pub struct CredentialConfig {
 }
 
 /// Kind of a credential.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CredentialKind {
     /// Client secret of the application.
@@ -42,6 +46,16 @@ pub enum CredentialKind {
     WorkloadIdentity,
     /// Managed identity of the Azure host.
     ManagedIdentity,
+}
+
+/// Credential of a name; without regard to case, because variables are: no two names differ by case alone.
+#[must_use]
+pub fn credential_by_name<'a>(
+    credentials: &'a BTreeMap<String, CredentialConfig>,
+    name: &str,
+) -> Option<&'a CredentialConfig> {
+    let mut named = credentials.iter().filter(|(known, _)| known.to_lowercase() == name.to_lowercase());
+    named.next().map(|(_, credential)| credential)
 }
 
 impl CredentialConfig {
@@ -67,6 +81,28 @@ impl CredentialConfig {
             &mut password,
         )?;
         Ok(password)
+    }
+
+    /// File with the federated token of a workload identity: the configured one, or the one that Kubernetes names.
+    #[must_use]
+    pub fn federated_token_file(&self) -> Option<PathBuf> {
+        self.token_file.clone().or_else(|| std::env::var_os("AZURE_FEDERATED_TOKEN_FILE").map(PathBuf::from))
+    }
+
+    /// Client id of a workload identity: the configured one, or the one that Kubernetes gives.
+    #[must_use]
+    pub fn federated_client_id(&self) -> Option<String> {
+        let configured = Some(self.client_id.clone()).filter(|id| !id.is_empty());
+        configured.or_else(|| std::env::var("AZURE_CLIENT_ID").ok()).filter(|id| !id.is_empty())
+    }
+
+    /// Returns `true` for a client secret of which nothing is set, as by default.
+    #[must_use]
+    pub fn is_unset(&self) -> bool {
+        self.kind == CredentialKind::ClientSecret
+            && self.client_id.is_empty()
+            && self.client_secret.expose_secret().is_empty()
+            && self.client_secret_file.is_none()
     }
 
     /// Invalid or missing values; each starts with the name of its key.

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use super::DEFAULTS;
 
 /// Keys without a default: files that replace a secret.
-const SECRET_FILES: [&str; 5] = [
+pub(super) const SECRET_FILES: [&str; 5] = [
     "broker.url_file",
     "database.url_file",
     "http.token_file",
@@ -16,7 +16,16 @@ const SECRET_FILES: [&str; 5] = [
 /// Last parts of the keys that hold a secret.
 pub(super) const SECRETS: [&str; 4] = ["client_secret", "client_certificate_password", "token", "url"];
 /// Keys that hold an address without user and password.
-const ADDRESSES: [&str; 3] = ["graph.base_url", "graph.authority", "telemetry.otlp_endpoint"];
+const ADDRESSES: [&str; 4] = ["graph.base_url", "graph.authority", "graph.proxy", "telemetry.otlp_endpoint"];
+
+/// Values of the keys that name one of a few: any other value may be a secret in the wrong place.
+const CHOICES: [(&str, &[&str]); 5] = [
+    ("topology.mode", &["declare", "verify"]),
+    ("limits.when_full", &["skip", "defer"]),
+    ("graph.cloud", &["global", "usgov_l4", "usgov_l5", "china", "custom"]),
+    ("graph.credentials.*.kind", &["client_secret", "client_certificate", "workload_identity", "managed_identity"]),
+    ("telemetry.format", &["json", "pretty"]),
+];
 
 /// Kind of a key's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +92,12 @@ fn collect(table: &toml::Table, path: &str, keys: &mut BTreeMap<String, Kind>) {
     }
 }
 
+/// Every key.
+#[cfg(test)]
+pub(super) fn all_keys() -> impl Iterator<Item = String> {
+    KEYS.keys().cloned()
+}
+
 /// Keys that name a file.
 #[cfg(test)]
 pub(super) fn file_keys() -> impl Iterator<Item = String> {
@@ -94,7 +109,10 @@ pub(super) fn file_keys() -> impl Iterator<Item = String> {
 pub(super) fn keys_that_hide_text() -> impl Iterator<Item = String> {
     let hides = |(key, kind): &(&String, &Kind)| {
         let last = key.rsplit('.').next().unwrap_or(key);
-        **kind != Kind::Text || SECRETS.contains(&last) || ADDRESSES.contains(&key.as_str())
+        **kind != Kind::Text
+            || SECRETS.contains(&last)
+            || ADDRESSES.contains(&key.as_str())
+            || !is_plausible(key, "no such value")
     };
     KEYS.iter().filter(hides).map(|(key, _)| key.clone())
 }
@@ -132,11 +150,20 @@ pub(super) fn shown(key: &str, kind: Kind, text: &str) -> String {
         addresses.map_or_else(hidden, |addresses| addresses.join(","))
     } else if SECRETS.contains(&last) {
         hidden()
-    } else if kind.matches(text) {
+    } else if kind.matches(text) && is_plausible(key, text) {
         text.to_owned()
     } else {
-        format!("[not {}]", kind.name())
+        "[invalid]".to_owned()
     }
+}
+
+/// Returns `false` for a text that the key cannot have as its value.
+fn is_plausible(key: &str, text: &str) -> bool {
+    let is_kind = key.starts_with("graph.credentials.") && key.ends_with(".kind");
+    let known = if is_kind { "graph.credentials.*.kind" } else { key };
+    let choices = CHOICES.iter().find(|(choice, _)| *choice == known);
+    choices.is_none_or(|(_, values)| values.contains(&text))
+        && (key != "http.listen" || text.parse::<std::net::SocketAddr>().is_ok())
 }
 
 /// Address without password and query; none if a password with an unescaped `/`, `?`, `#`, `,` or `@` could be taken for

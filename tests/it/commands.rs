@@ -209,3 +209,20 @@ async fn inventoryd_config_names_the_file_unless_an_option_does() {
         assert!(problem.contains(&expected), "{problem}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_huge_timeout_is_no_timeout() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    let (tenant, longest) = (world.tenant.to_string(), u64::MAX.to_string());
+    let ask = ["request", "--tenant", &tenant, "--types", "mobileApp", "--wait", "--timeout-s", &longest];
+    let asked = call(&world, &ask).await;
+    assert_eq!(asked.code, 0, "{asked:?}");
+    let mut tail = command(&world, &["events", "tail", "--max", "1", "--json", "--timeout-s", &longest]);
+    let tail = tail.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let heard = tokio::task::spawn_blocking(move || tail.wait_with_output().unwrap());
+    while !heard.is_finished() {
+        world.sync(&Uuid::new_v4().to_string(), &["mobileApp"]).await;
+    }
+    assert!(heard.await.unwrap().status.success());
+}

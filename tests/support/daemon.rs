@@ -56,10 +56,21 @@ impl Process {
         variables.insert("INVENTORYD__TELEMETRY__LOG".to_owned(), "info".to_owned());
         variables.extend(extra.iter().map(|(key, value)| (format!("INVENTORYD__{key}"), (*value).to_owned())));
         variables.extend(foreign.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+        Self::spawn(world, name, Command::new(binary()).arg("serve"), variables)
+    }
+
+    /// Starts the real binary with extra variables, and with at most `files` open file descriptors.
+    pub fn start_with_files(world: &World, name: &str, extra: &[(&str, &str)], files: u32) -> Self {
+        let mut variables: BTreeMap<String, String> = world.variables();
+        variables.extend(extra.iter().map(|(key, value)| (format!("INVENTORYD__{key}"), (*value).to_owned())));
+        let limited = format!("ulimit -n {files} && exec \"$0\" serve");
+        Self::spawn(world, name, Command::new("/bin/sh").arg("-c").arg(limited).arg(binary()), variables)
+    }
+
+    fn spawn(world: &World, name: &str, command: &mut Command, variables: BTreeMap<String, String>) -> Self {
         let log = std::env::temp_dir().join(format!("{}{name}.log", world.prefix));
         let stderr = std::fs::File::create(&log).expect("a log can be written");
-        let child = Command::new(binary())
-            .arg("serve")
+        let child = command
             .env_clear()
             .envs(variables)
             .stdin(Stdio::null())
@@ -79,6 +90,11 @@ impl Process {
     /// Peak of the resident memory so far, in MiB.
     pub fn peak_mib(&self) -> u64 {
         peak_mib(self.child.id()).expect("the process is alive")
+    }
+
+    /// Process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Waits until the process exits.

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::client_assertion::{Assertion, Certificate};
 use super::token_service::TokenServiceClient;
-use crate::config::{CredentialConfig, CredentialKind, GraphConfig};
+use crate::config::{CredentialConfig, CredentialKind, GraphConfig, credential_by_name};
 use crate::graph::transport::metadata_client;
 
 /// Credentials of the configuration, by name.
@@ -49,7 +49,8 @@ impl Credentials {
         name: &str,
         http: &TokenServiceClient,
     ) -> Result<Arc<dyn TokenCredential>, String> {
-        let config = self.configs.get(name).ok_or("the configuration has no credential of that name")?;
+        let config =
+            credential_by_name(&self.configs, name).ok_or("the configuration has no credential of that name")?;
         let tenant_id = tenant_id.to_string();
         match config.kind {
             CredentialKind::ClientSecret => self.client_secret(config, &tenant_id, http),
@@ -61,7 +62,8 @@ impl Credentials {
 
     /// HTTP client for a credential: the transport's for the token service, one of its own for the metadata service.
     pub(in crate::graph) fn client(&self, name: &str, http: &Client) -> Result<TokenServiceClient, String> {
-        let is_local = self.configs.get(name).is_some_and(|config| config.kind == CredentialKind::ManagedIdentity);
+        let is_local = credential_by_name(&self.configs, name)
+            .is_some_and(|config| config.kind == CredentialKind::ManagedIdentity);
         let metadata = || metadata_client().map_err(|_| "cannot create an HTTP client".to_owned());
         if is_local {
             return Ok(TokenServiceClient::new(metadata()?, ""));
@@ -72,19 +74,11 @@ impl Credentials {
     /// Problems of every credential that show without a network, each with the key of its credential.
     pub(in crate::graph) fn problems(&self, http: &Client) -> Vec<String> {
         let problem = |(name, config): (&String, &CredentialConfig)| {
-            let is_unset = config.client_id.is_empty()
-                && config.client_secret.expose_secret().is_empty()
-                && config.client_secret_file.is_none()
-                && config.kind == CredentialKind::ClientSecret;
-            if is_unset || config.kind == CredentialKind::ManagedIdentity {
+            if config.is_unset() || config.kind == CredentialKind::ManagedIdentity {
                 return None;
             }
-            let token_file = config.token_file.as_ref().filter(|_| config.kind == CredentialKind::WorkloadIdentity);
-            let unreadable = token_file.and_then(|file| {
-                std::fs::read(file).err().map(|error| format!("cannot read {}: {error}", file.display()))
-            });
             let created = self.create(Uuid::nil(), name, &TokenServiceClient::new(http.clone(), &self.proxy));
-            unreadable.or(created.err()).map(|problem| format!("graph.credentials.{name}: {problem}"))
+            created.err().map(|problem| format!("graph.credentials.{name}: {problem}"))
         };
         self.configs.iter().filter_map(problem).collect()
     }
@@ -138,18 +132,25 @@ impl Credentials {
         tenant_id: String,
         http: &TokenServiceClient,
     ) -> Result<Arc<dyn TokenCredential>, String> {
-        let credential_options = ClientAssertionCredentialOptions { client_options: self.options(http.clone()) };
-        let client_id = (!config.client_id.is_empty()).then(|| config.client_id.clone());
-        // The vendor reads what is not configured from the variables that Kubernetes sets.
+        let client_id =
+            config.federated_client_id().ok_or("client_id is not set, and the variable AZURE_CLIENT_ID neither")?;
+        let file = config
+            .federated_token_file()
+            .ok_or("token_file is not set, and the variable AZURE_FEDERATED_TOKEN_FILE neither")?;
+        let token = std::fs::read_to_string(&file)
+            .map_err(|error| format!("cannot read the federated token in {}: {error}", file.display()))?;
+        if token.trim().is_empty() {
+            return Err(format!("the federated token in {} is empty", file.display()));
+        }
         let options = WorkloadIdentityCredentialOptions {
-            credential_options,
-            client_id,
+            credential_options: ClientAssertionCredentialOptions { client_options: self.options(http.clone()) },
+            client_id: Some(client_id),
             tenant_id: Some(tenant_id),
-            token_file_path: config.token_file.clone(),
+            token_file_path: Some(file),
         };
         match WorkloadIdentityCredential::new(Some(options)) {
             Ok(credential) => Ok(credential),
-            Err(_) => Err("client_id or the federated token cannot be read".to_owned()),
+            Err(_) => Err("client_id or the federated token cannot be used".to_owned()),
         }
     }
 
