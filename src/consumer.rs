@@ -36,9 +36,9 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// Session lifetime after which the reconnect backoff starts anew.
 const STABLE_SESSION: Duration = Duration::from_secs(30);
-/// Most deliveries that are held without taking the place of others.
+/// Maximum number of held deliveries that extend the prefetch.
 const MAX_HELD: u16 = 256;
-/// Time after which a session is widened although its first run is still at work.
+/// Time after which a session is widened although its first run is still in progress.
 const SLOW_START: Duration = Duration::from_secs(1);
 /// Time that runs have to stop after `abort`.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
@@ -100,7 +100,7 @@ impl Consumer {
     /// budget at the latest.
     pub async fn run(self, stop: Stop) {
         let (trouble, settled) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-        let intake = Intake::new(self.store, self.settings.high_water, stop.quiet.subscribe(), Arc::clone(&trouble));
+        let intake = Intake::new(self.store, self.settings.high_water, stop.paused.subscribe(), Arc::clone(&trouble));
         let watched = intake.watch();
         let handler = DeliveryHandler {
             runner: self.runner,
@@ -158,12 +158,12 @@ impl ConsumeLoop {
         loop {
             let begun = Instant::now();
             let opened = health.beating(BROKER_ALLOWANCE, self.open(&mut session)).await;
-            let standstill = match opened {
+            let exit = match opened {
                 Ok(Some(subscription)) => self.consume(subscription).await,
                 Ok(None) => self.wait_while_paused(&mut session).await,
                 Err(error) => LoopExit::Lost("error", Some(error)),
             };
-            match standstill {
+            match exit {
                 LoopExit::Drain => break,
                 LoopExit::IntakeChanged => {}
                 LoopExit::Lost(cause, error) => {
@@ -225,7 +225,7 @@ impl ConsumeLoop {
                     }
                 }
                 permit = permits.acquire_owned(), if !self.waiting.is_empty() => {
-                    let permit = permit.expect("nobody closes the semaphore");
+                    let permit = permit.expect("the semaphore is never closed");
                     if let Some((_, delivery)) = self.waiting.pop_front() {
                         self.handle_delivery(delivery, permit);
                     }

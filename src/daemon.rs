@@ -145,7 +145,7 @@ impl Parts {
     /// has settled, the relay publishes what is left, and HTTP ends last.
     async fn run(self, stop: Stop, http: AbortOnDropHandle<()>) {
         let (health, draining) = (self.consumer.health(), stop.drain.clone());
-        let tell = AbortOnDropHandle::new(tokio::spawn(async move { systemd::report(&health, &draining).await }));
+        let notifier = AbortOnDropHandle::new(tokio::spawn(async move { systemd::report(&health, &draining).await }));
         let late = CancellationToken::new();
         let mut background = JoinSet::new();
         let (leases, stopping) = (self.runner.leases(), late.clone());
@@ -173,7 +173,7 @@ impl Parts {
         if timeout(SHUTDOWN_TIMEOUT, ended).await.is_err() {
             warn!("some components did not stop in time; another replica or the next start continues their work");
         }
-        drop((http, tell));
+        drop((http, notifier));
         // Closing waits for a server that does not respond.
         if timeout(SHUTDOWN_TIMEOUT, self.store.close()).await.is_err() {
             warn!("the database connections did not close in time");

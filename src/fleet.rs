@@ -10,7 +10,7 @@ use crate::graph::{GraphClient, PauseNotice};
 use crate::store::{Store, StoreError};
 
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
-/// Age of a heartbeat from which its replica does not count any more.
+/// Age of a heartbeat from which its replica is no longer counted.
 const HEARTBEAT_EXPIRES_AFTER: Duration = Duration::from_secs(50);
 const PAUSE_POLL_INTERVAL: Duration = Duration::from_secs(3);
 
@@ -29,7 +29,7 @@ impl Fleet {
         Self { store, graph, replica: replica.to_owned() }
     }
 
-    /// Works until `stop`. While the database is unavailable each replica uses its own pauses and the last known number.
+    /// Runs until `stop`. While the database is unavailable each replica uses its own pauses and the last known number.
     pub async fn run(self, stop: &CancellationToken) {
         let mut notices = self.graph.pause_notices();
         let mut heartbeat = tokio::time::interval(HEARTBEAT_INTERVAL);

@@ -29,7 +29,7 @@ use status::{ProblemLog, Readiness};
 
 /// Longest wait for the database before a probe is answered without it; below common probe timeouts.
 const DATABASE_TIMEOUT: Duration = Duration::from_millis(800);
-/// Interval at which histograms are compacted and problems are dated, even if nobody asks.
+/// Interval at which histograms are compacted and problems are dated, also without requests.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -313,16 +313,16 @@ mod tests {
     #[tokio::test]
     async fn idle_and_slow_clients_are_closed_and_never_block_a_probe() {
         let server = Server::start(state()).await;
-        let mut strangers = Vec::new();
+        let mut idle = Vec::new();
         for n in 0..MAX_CONNECTIONS * 3 {
-            let mut stranger = TcpStream::connect(server.address).await.unwrap();
+            let mut client = TcpStream::connect(server.address).await.unwrap();
             if n % 2 == 0 {
-                stranger.write_all(b"GET /metrics HTTP/1.1\r\nhost:").await.unwrap();
+                client.write_all(b"GET /metrics HTTP/1.1\r\nhost:").await.unwrap();
             }
-            strangers.push(stranger);
+            idle.push(client);
         }
         assert_eq!(server.get("/livez", "").await.0, 200);
-        let mut newest = strangers.pop().unwrap();
+        let mut newest = idle.pop().unwrap();
         let closed = tokio::time::timeout(HEADER_TIMEOUT * 2, newest.read_to_end(&mut Vec::new())).await;
         assert!(closed.is_ok(), "a connection without a request is closed after the header timeout");
     }

@@ -1,4 +1,4 @@
-//! Janitor: restarts runs that nobody works on, and deletes old runs. Every replica has one; they do not conflict.
+//! Janitor: restarts runs without a worker, and deletes old runs. Every replica runs one; they do not conflict.
 
 use std::time::Duration;
 
@@ -16,11 +16,11 @@ use crate::domain::run::{RunKey, RunStatus};
 use crate::store::{InterruptedRun, Store, StoreError};
 use crate::telemetry;
 
-/// Longest pause between two looks for interrupted runs.
+/// Maximum interval between two searches for interrupted runs.
 const RESTART_INTERVAL: Duration = Duration::from_secs(30);
-/// Interrupted runs of one round.
+/// Maximum number of interrupted runs per round.
 const MAX_INTERRUPTED: u32 = 100;
-/// Batches deleted in one round; a long backlog is worked off over several.
+/// Maximum number of batches deleted per round.
 const MAX_BATCHES: u32 = 50;
 
 /// Restarts interrupted runs and deletes old ones.
@@ -59,7 +59,7 @@ impl Janitor {
         }
     }
 
-    /// Works until `stop`. The two duties do not wait for each other.
+    /// Runs until `stop`. The two tasks do not wait for each other.
     pub async fn run(self, stop: &CancellationToken) {
         tokio::join!(self.restart_runs(stop), self.delete_old_runs(stop));
     }
@@ -83,7 +83,7 @@ impl Janitor {
         for run in interrupted.await? {
             match run {
                 InterruptedRun::Restart(request, traceparent) => self.publish_again(&request, traceparent).await,
-                // One that cannot be ended must not keep the others waiting.
+                // A run that cannot be ended must not delay the others.
                 InterruptedRun::GiveUp(run, request) => {
                     if let Err(error) = self.give_up(run, &request).await {
                         warn!(%error, run_id = %run.run_id, "a lost run could not be ended");
@@ -145,7 +145,7 @@ impl Janitor {
     }
 }
 
-/// Waits for about `interval`, jittered so that replicas that started together do not work together; false at the stop.
+/// Waits for about `interval`, jittered so that replicas that started together do not work at the same moment; false on stop.
 async fn pause(stop: &CancellationToken, interval: Duration) -> bool {
     let jittered = interval.mul_f64(0.8) + full_jitter(interval.mul_f64(0.4));
     stop.run_until_cancelled(tokio::time::sleep(jittered)).await.is_some()

@@ -37,24 +37,35 @@
 //!
 //! # Glossary
 //!
-//! * **Backpressure**: the pause of consumption while the database is unreachable or the outbox is full.
-//! * **Concurrency limit**: requests in flight per tenant, adapted by AIMD (additive increase, multiplicative decrease).
-//! * **Credential**: a named application identity in `graph.credentials`.
-//! * **Dead letter**: a message that can never be processed, moved to the dead-letter queue with a reason.
-//! * **Drain**: shutdown that accepts nothing new and lets runs in flight finish.
-//! * **Fencing token**: `attempt` of a run; a write with an outdated token is rejected.
-//! * **Foundation**: a type that others refer to, such as scope tags and assignment filters.
-//! * **In flight**: delivered or sent, and not settled yet.
-//! * **Lease**: time-limited permission of one worker to write for a run.
-//! * **Next link**: URL of a list's next page; followed only to the configured Graph host.
-//! * **Outbox**: table of events written in the transaction of their run, and published by the relay.
-//! * **Pause**: time during which a tenant gets no requests, from `Retry-After`.
-//! * **Prefetch**: maximum number of unacknowledged deliveries per replica.
-//! * **Rate limiter**: sliding window that keeps requests under Graph's documented limits.
-//! * **Retry tier**: queue with a time to live that returns its messages to the request queue.
-//! * **Run budget**: total time that a run may wait because of throttling.
-//! * **Selection**: policy types and categories of a request; its hash identifies what is compared between runs.
-//! * **Suspicious drop**: a complete type with far fewer objects than in the previous completed run.
+//! * **Admission** (`store/admission.rs`): decision about a request, serialised per tenant.
+//! * **Backpressure** (`consumer/backpressure.rs`): the pause of consumption while the database is unreachable or the
+//!   outbox is full.
+//! * **Concurrency limit** (`graph/limits/concurrency.rs`): requests in flight per tenant, adapted by AIMD (additive
+//!   increase, multiplicative decrease).
+//! * **Credential** (`graph/auth/credential.rs`): a named application identity in `graph.credentials`.
+//! * **Dead letter** (`domain/dead_letter.rs`, `broker/dead_letters.rs`): a message that can never be processed, moved to
+//!   the dead-letter queue with a reason.
+//! * **Drain** (`consumer.rs`): shutdown that accepts nothing new and lets runs in flight finish.
+//! * **Fence** (`store/items.rs`, `store/run_outcome.rs`): check in every write of a run that its **fencing token** is
+//!   current. The token is the `attempt` of the run, which each take-over increments (`store/admission.rs`).
+//! * **Foundation** (`domain/policy_type.rs`): a type that others refer to, such as scope tags and assignment filters.
+//! * **Idempotency key** (`domain/request.rs`, `store/admission.rs`): key of a request; a repeated key of a tenant never
+//!   starts a second run.
+//! * **In flight** (`consumer/health.rs`): delivered or sent, and not settled yet.
+//! * **Lease** (`run/lease.rs`, `store/leases.rs`): time-limited permission of one worker to write for a run.
+//! * **Next link** (`graph/listing/next_link.rs`): URL of a list's next page; followed only to the configured Graph host.
+//! * **Outbox** (`store/outbox.rs`, `relay.rs`): table of events written in the transaction of their run, and published by
+//!   the relay.
+//! * **Pause** (`graph/limits/pause.rs`): time during which a tenant gets no requests, from the `Retry-After` of a 429.
+//! * **Prefetch** (`broker/deliveries.rs`): maximum number of unacknowledged deliveries per replica.
+//! * **Rate limiter** (`graph/limits/rate_limit.rs`): sliding window that keeps requests under Graph's documented limits.
+//! * **Retry tier** (`broker/retry_tier.rs`): queue with a time to live that returns its messages to the request queue, for
+//!   requests that are busy or over a limit.
+//! * **Run budget** (`graph/limits/budget.rs`): total time that a run may wait because of throttling.
+//! * **Selection** (`domain/selection.rs`): policy types and categories of a request; its hash identifies what is compared
+//!   between runs.
+//! * **Suspicious drop** (`store/run_outcome.rs`): a complete type with far fewer objects than in the previous completed
+//!   run.
 
 pub mod domain;
 

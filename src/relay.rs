@@ -94,7 +94,7 @@ impl Relay {
         }
     }
 
-    /// Works until `stop`, then publishes what is left, for a short time, and closes the publisher.
+    /// Runs until `stop`, then publishes what is left, for a short time, and closes the publisher.
     pub async fn run(mut self, stop: &CancellationToken) {
         let mut waits = waits();
         while !stop.is_cancelled() {
@@ -176,10 +176,10 @@ impl Relay {
         {
             batch.push(run);
         }
-        let room = limit.saturating_sub(batch.len());
-        if room > 0 && self.next_poll <= Instant::now() {
-            let due = self.outlet.store.claim_due_events(room as u32, self.config.claim_s).await?;
-            if due.len() < room {
+        let capacity = limit.saturating_sub(batch.len());
+        if capacity > 0 && self.next_poll <= Instant::now() {
+            let due = self.outlet.store.claim_due_events(capacity as u32, self.config.claim_s).await?;
+            if due.len() < capacity {
                 // Jittered, so that replicas do not poll together.
                 let poll = Duration::from_millis(self.config.poll_ms);
                 self.next_poll = Instant::now() + poll.mul_f64(0.75) + full_jitter(poll / 2);

@@ -6,7 +6,7 @@
 --     psql "$OWNER_URL" -v partitions=16 -f deploy/sql/partition_items.sql
 --     psql "$OWNER_URL" -v ON_ERROR_STOP=1 -f deploy/sql/roles.sql
 --
--- It copies every row, in one transaction, and needs the room for that; the views and functions stay as they are. Run again
+-- It copies every row, in one transaction, and needs disk space for the copy; the views and functions stay as they are. Run again
 -- with another number of partitions it splits anew.
 \set ON_ERROR_STOP on
 \if :{?partitions} \else \set partitions 16 \endif

@@ -43,7 +43,7 @@ begin
 end
 $$;
 
--- The views read with the rights of whoever asks, so that row level security is the asker's.
+-- The views read with the rights of the caller, so that the row level security of the caller applies.
 alter view inventory_latest_runs set (security_invoker = true);
 alter view inventory_items_current set (security_invoker = true);
 

@@ -46,11 +46,11 @@ pub(super) fn body_size(payload: &[u8]) -> u64 {
     payload.get(BODY_SIZE).and_then(|size| size.try_into().ok()).map_or(0, u64::from_be_bytes)
 }
 
-/// Rebuilds the payload of a content-header frame with everything that the client can parse, in at most `room` bytes.
+/// Rebuilds the payload of a content-header frame with everything that the client can parse, in at most `capacity` bytes.
 /// With `discard_body` the header announces an empty body.
-pub(super) fn repair(payload: &[u8], room: usize, discard_body: bool) -> Vec<u8> {
+pub(super) fn repair(payload: &[u8], capacity: usize, discard_body: bool) -> Vec<u8> {
     let mut found = Found::read(payload);
-    found.fit(room);
+    found.fit(capacity);
     found.write(payload, discard_body)
 }
 
@@ -120,15 +120,15 @@ impl<'a> Found<'a> {
 
     /// Removes the largest headers until the rest fits: RabbitMQ sends a header frame above the negotiated size when
     /// its own headers (`x-death`, `x-delivery-count`) were added to a publisher's that just fitted.
-    fn fit(&mut self, room: usize) {
+    fn fit(&mut self, capacity: usize) {
         let values: usize = self.values.iter().flatten().map(|value| value.len()).sum();
         let mut size = FIXED_BYTES + 6 + values;
         size += self.headers.iter().map(|(_, entry)| entry.len()).sum::<usize>();
-        if size <= room && self.unreadable.is_empty() {
+        if size <= capacity && self.unreadable.is_empty() {
             return;
         }
         size += MARKS_BYTES;
-        while size > room {
+        while size > capacity {
             let largest = self.headers.iter().enumerate().max_by_key(|(_, (_, entry))| entry.len());
             let Some(index) = largest.map(|(index, _)| index) else { return };
             let (name, entry) = self.headers.remove(index);

@@ -13,14 +13,14 @@ impl Outgoing {
     /// largest headers of the publisher are dropped; those of the daemon always fit.
     pub(super) fn properties_within(&self, frame_max: usize) -> BasicProperties {
         let Some(headers) = self.properties.headers() else { return self.properties.clone() };
-        let room = frame_max.saturating_sub(OTHER_PROPERTIES_BYTES);
-        if table_bytes(headers) <= room {
+        let capacity = frame_max.saturating_sub(OTHER_PROPERTIES_BYTES);
+        if table_bytes(headers) <= capacity {
             return self.properties.clone();
         }
         let mut kept = headers.clone();
         let mut theirs: Vec<_> = headers.inner().iter().filter(|(name, _)| !is_ours(name.as_str())).collect();
         theirs.sort_by_key(|(_, value)| value_bytes(value));
-        while table_bytes(&kept) > room
+        while table_bytes(&kept) > capacity
             && let Some((name, _)) = theirs.pop()
         {
             let mut rest = kept.inner().clone();

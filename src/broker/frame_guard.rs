@@ -135,8 +135,8 @@ impl FrameGuard {
         if size > MAX_BODY_KEPT {
             self.discarded.insert(channel, size);
         }
-        let room = if self.frame_max == 0 { usize::MAX } else { self.frame_max - OVERHEAD };
-        let repaired = content_header::repair(payload, room, size > MAX_BODY_KEPT);
+        let capacity = if self.frame_max == 0 { usize::MAX } else { self.frame_max - OVERHEAD };
+        let repaired = content_header::repair(payload, capacity, size > MAX_BODY_KEPT);
         self.ready.push(HEADER);
         self.ready.extend(channel.to_be_bytes());
         self.ready.extend(u32::try_from(repaired.len()).unwrap_or(u32::MAX).to_be_bytes());

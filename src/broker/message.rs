@@ -9,7 +9,8 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::content_header::{BODY_DISCARDED, UNREADABLE};
-use super::topology::{Names, RetryTier, SYNC_REQUESTED};
+use super::retry_tier::RetryTier;
+use super::topology::{Names, SYNC_REQUESTED};
 use crate::backoff::full_jitter;
 use crate::domain::clock;
 use crate::domain::event::{RunCompleted, rfc3339};

@@ -25,6 +25,7 @@ mod message;
 mod publish_outcome;
 mod publisher;
 mod request_watch;
+mod retry_tier;
 mod tail;
 mod tls;
 mod topology;
@@ -36,8 +37,9 @@ pub use message::Outgoing;
 pub use publish_outcome::PublishOutcome;
 pub use publisher::Publisher;
 pub use request_watch::RequestWatch;
+pub use retry_tier::RetryTier;
 pub use tail::{EventTail, TailedEvent};
-pub use topology::{Names, RetryTier, SYNC_REQUESTED};
+pub use topology::{Names, SYNC_REQUESTED};
 
 use address::Address;
 use confirm_channel::ConfirmChannel;

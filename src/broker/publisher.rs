@@ -14,14 +14,14 @@ use super::deliveries::Delivery;
 use super::error::BrokerError;
 use super::message::{Outgoing, Target};
 use super::publish_outcome::PublishOutcome;
-use super::topology::RetryTier;
+use super::retry_tier::RetryTier;
 use super::{Broker, Purpose};
 use crate::backoff::{Waits, full_jitter};
 use crate::domain::clock::Deadline;
 use crate::domain::failure::Rejection;
 use crate::telemetry;
 
-/// Most messages in one batch; they share a time limit for their confirms.
+/// Maximum number of messages in a batch, which share a time limit for their confirms.
 const MAX_BATCH: usize = 512;
 const QUEUED_JOBS: usize = 64;
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);

@@ -54,7 +54,7 @@ struct Bars {
     total: ProgressBar,
     reading: BTreeMap<String, ProgressBar>,
     ended: BTreeSet<String>,
-    quiet: bool,
+    plain: bool,
 }
 
 impl Bars {
@@ -62,8 +62,8 @@ impl Bars {
         let all = MultiProgress::new();
         let total = all.add(ProgressBar::new(types_in(selection, catalog)));
         total.set_style(style("{bar:24} {pos}/{len} types  {elapsed}  {msg}"));
-        let quiet = !std::io::stderr().is_terminal();
-        Self { all, total, reading: BTreeMap::new(), ended: BTreeSet::new(), quiet }
+        let plain = !std::io::stderr().is_terminal();
+        Self { all, total, reading: BTreeMap::new(), ended: BTreeSet::new(), plain }
     }
 
     fn show(&mut self, details: &RunDetails, throttled: Option<String>) {
@@ -102,10 +102,10 @@ impl Bars {
                 self.all.remove(&bar);
             }
             let line = type_line(outcome);
-            if self.quiet {
+            if self.plain {
                 note(line);
             } else {
-                // Fails only if the terminal is gone.
+                // Fails only if the terminal was closed.
                 let _ = self.all.println(line);
             }
         }

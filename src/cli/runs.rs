@@ -183,12 +183,12 @@ fn facts(run: &Run, times: Times) -> Vec<[String; 2]> {
 fn type_row(outcome: &TypeOutcome) -> [String; 8] {
     let counters = &outcome.counters;
     let failure = outcome.failure.as_ref();
-    let told = |name: &str, value: Option<String>| value.map(|value| format!("{name} {value}"));
+    let labelled = |name: &str, value: Option<String>| value.map(|value| format!("{name} {value}"));
     let notes = [
         outcome.suspicious_drop.then(|| "suspicious drop".to_owned()),
-        told("HTTP", failure.and_then(|f| f.http_status).map(|status| status.to_string())),
+        labelled("HTTP", failure.and_then(|f| f.http_status).map(|status| status.to_string())),
         failure.and_then(|f| f.graph_code.clone()),
-        told("request", failure.and_then(|f| f.request_id.clone())),
+        labelled("request", failure.and_then(|f| f.request_id.clone())),
     ];
     [
         outcome.policy_type.clone(),

@@ -58,8 +58,8 @@ pub(super) async fn run(_: &Args, context: &mut Context<'_>) -> Result<Outcome, 
 fn apply(received: SignalAction, count: u32, stop: &Stop) -> bool {
     match (received, count) {
         (SignalAction::TogglePause, _) => {
-            stop.quiet.send_modify(|quiet| *quiet = !*quiet);
-            info!(paused = *stop.quiet.borrow(), "SIGUSR1 received: consumption paused or resumed");
+            stop.paused.send_modify(|paused| *paused = !*paused);
+            info!(paused = *stop.paused.borrow(), "SIGUSR1 received: consumption paused or resumed");
         }
         (SignalAction::Stop, 1) => {
             info!("draining: no new requests are accepted; runs in flight may finish");
@@ -127,7 +127,7 @@ mod tests {
         let stop = Stop::default();
         for expected in [true, false] {
             assert!(apply(SignalAction::TogglePause, 0, &stop));
-            assert_eq!(*stop.quiet.borrow(), expected);
+            assert_eq!(*stop.paused.borrow(), expected);
         }
         assert!(!stop.drain.is_cancelled());
     }

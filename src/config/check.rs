@@ -281,7 +281,7 @@ fn check_telemetry(config: &Config, require: &mut dyn FnMut(bool, &str)) {
             && url.username().is_empty()
             && url.password().is_none()
     });
-    // A backslash is read as a slash: what stands before an `@` would be taken for a path.
+    // A backslash is read as a slash: the text before an `@` would be parsed as a path.
     let has_stray_user = endpoint.contains(['@', '\\']);
     require(
         endpoint.is_empty() || fits && !has_query && !has_stray_user,

@@ -308,7 +308,7 @@ mod tests {
         ]
     }
 
-    /// A secret by itself, and inside of what looks like an address.
+    /// A secret alone, and inside an address.
     fn secret() -> impl Strategy<Value = String> {
         let around = "[ -~]{0,12}";
         prop_oneof![

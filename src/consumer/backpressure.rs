@@ -20,7 +20,7 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct Intake {
     store: Store,
     high_water: i64,
-    quiet: watch::Receiver<bool>,
+    by_operator: watch::Receiver<bool>,
     state: watch::Sender<Option<Paused>>,
     /// Wakes the check early: a delivery met a database problem.
     trouble: Arc<Notify>,
@@ -28,8 +28,8 @@ pub(super) struct Intake {
 
 impl Intake {
     /// An intake that is paused until the database has answered once.
-    pub(super) fn new(store: Store, high_water: i64, quiet: watch::Receiver<bool>, trouble: Arc<Notify>) -> Self {
-        Self { store, high_water, quiet, state: watch::Sender::new(Some(Paused::DatabaseUnavailable)), trouble }
+    pub(super) fn new(store: Store, high_water: i64, by_operator: watch::Receiver<bool>, trouble: Arc<Notify>) -> Self {
+        Self { store, high_water, by_operator, state: watch::Sender::new(Some(Paused::DatabaseUnavailable)), trouble }
     }
 
     pub(super) fn watch(&self) -> watch::Receiver<Option<Paused>> {
@@ -46,13 +46,13 @@ impl Intake {
                 () = sleep(wait.mul_f64(0.8) + full_jitter(wait.mul_f64(0.4))) => {}
                 () = self.trouble.notified() => {}
                 // A closed channel means that no operator pause can follow.
-                () = async { if self.quiet.changed().await.is_err() { std::future::pending().await } } => {}
+                () = async { if self.by_operator.changed().await.is_err() { std::future::pending().await } } => {}
             }
         }
     }
 
     async fn check(&self) -> Option<Paused> {
-        if *self.quiet.borrow() {
+        if *self.by_operator.borrow() {
             return Some(Paused::ByOperator);
         }
         match timeout(CHECK_TIMEOUT, self.unsent()).await {

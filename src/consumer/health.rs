@@ -159,7 +159,7 @@ mod tests {
         let health = ConsumerHealth::default();
         let work = tokio::time::sleep(Duration::from_secs(60));
         health.beating(Duration::from_secs(10), work).await;
-        // Beats at 0, 1, .., 10 s; the clock stands at 60 s now.
+        // Beats at 0, 1, .., 10 s; the clock is at 60 s now.
         assert_eq!(health.heartbeat().age(), Duration::from_secs(50));
     }
 

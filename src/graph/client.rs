@@ -104,7 +104,7 @@ impl GraphClient {
         self.0.limits.set_replicas(replicas);
     }
 
-    /// Receiver of every pause that Graph asks this replica for, to be told to the other replicas.
+    /// Receiver of every pause that Graph asks this replica for, to be announced to the other replicas.
     #[must_use]
     pub fn pause_notices(&self) -> broadcast::Receiver<PauseNotice> {
         self.0.limits.notices()

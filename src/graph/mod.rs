@@ -1,9 +1,9 @@
 //! Read-only Microsoft Graph client: access tokens, authorised GETs with retries, and lists page by page.
 //!
-//! `listing/pages.rs` reads one list, `listing/pager.rs` follows its next links, `listing/retry.rs` repeats a request
-//! until it succeeds or fails for good, `limits/` keeps it below Graph's quotas, `auth/` adds the token and
-//! `transport.rs` sends it. Error texts of Graph are judged in `listing/error_body.rs` and never leave this module:
-//! callers see only a [`Failure`](crate::domain::failure::Failure).
+//! `listing/pages.rs` reads one list, `listing/pager.rs` follows its next links, which `listing/next_link.rs` validates.
+//! `listing/retry.rs` repeats a request until it succeeds or fails for good, `limits/` keeps it below Graph's quotas,
+//! `auth/` adds the token and `transport.rs` sends it. Error texts of Graph are judged in `listing/error_body.rs` and never
+//! leave this module: callers see only a [`Failure`](crate::domain::failure::Failure).
 
 mod auth;
 mod client;

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::auth::token_failure::TokenFailure;
 use crate::domain::failure::ErrorCode;
 
-/// Time for which a failed request counts as a present problem: a tenant that nobody requests any more has none.
+/// Time for which a failed request counts as a present problem: a tenant that is no longer requested has none.
 const REMEMBERED_FOR: Duration = Duration::from_secs(24 * 3_600);
 /// Maximum number of problems that are listed.
 const MAX_LISTED: usize = 20;

@@ -135,7 +135,7 @@ impl<'a> Collector<'a> {
         Ok(ListOutcome::Recorded(outcomes))
     }
 
-    /// Writes the pending objects of every type that has `at_least` so many.
+    /// Writes the pending objects of every type that has at least `at_least` of them.
     async fn write(&self, buffers: &mut [TypeBuffer], at_least: usize) -> Result<(), StoreError> {
         for buffer in buffers.iter_mut().filter(|buffer| buffer.pending.len() >= at_least) {
             for batch in buffer.pending.chunks(self.settings.batch_rows) {

@@ -1,5 +1,5 @@
-//! Leases of this process: renewed together in the background, given up by the worker itself before the database would give
-//! them to another replica.
+//! Leases of this process: renewed together in the background. A worker stops before the database can grant its lease to
+//! another replica.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -25,16 +25,16 @@ const HAND_BACK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Renews the leases of this process.
 #[derive(Debug, Clone)]
 pub struct LeaseKeeper {
-    /// Leases that are worked under, each with its local deadline.
+    /// Leases of active workers, each with its local deadline.
     held: Arc<Mutex<HashMap<Lease, watch::Sender<Deadline>>>>,
-    /// Leases that nobody works under, still to be handed back.
+    /// Leases without a worker, still to be handed back.
     orphaned: Arc<Mutex<HashSet<Lease>>>,
     store: Store,
     owner: Arc<str>,
     lease_s: u64,
 }
 
-/// A lease while it is worked under; dropped, it is no longer renewed.
+/// Lease of an active worker; no longer renewed after drop.
 #[derive(Debug)]
 pub(super) struct HeldLease {
     lease: Lease,
@@ -58,7 +58,7 @@ impl LeaseKeeper {
         HeldLease { lease, keeper: self.clone(), until }
     }
 
-    /// True if a worker of this process works under the lease.
+    /// True if a worker of this process holds the lease.
     pub(super) fn holds(&self, lease: &Lease) -> bool {
         self.held.lock().contains_key(lease)
     }
@@ -82,7 +82,7 @@ impl LeaseKeeper {
         let mut leases: Vec<Lease> = self.held.lock().keys().copied().collect();
         loop {
             leases = self.renew(&leases).await;
-            // Of those that were not renewed, only those that are still worked under.
+            // Of those that were not renewed, only those that still have a worker.
             leases.retain(|lease| self.held.lock().contains_key(lease));
             if leases.is_empty() {
                 return;

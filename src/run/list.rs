@@ -1,4 +1,4 @@
-//! One list, read on a task of its own: while a page of it is written, the next one is fetched and decoded.
+//! Reader of one list on its own task: while a page is written, the next one is fetched and decoded.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -15,13 +15,13 @@ use crate::domain::run::TypeCounters;
 use crate::graph::{GraphReader, PageObject, Pages};
 use crate::store::ObservedItem;
 
-/// Objects that go to the database together; pages may have ten thousand.
+/// Objects passed to the writer together; pages may have ten thousand.
 const PART_OBJECTS: usize = 100;
 /// Parts that may wait between the network and the database: with the current one the 500 rows of a usual batch, so that one
 /// batch is ready when another is written. A list whose writer waits for a connection reads no further page.
 const PARTS_AHEAD: usize = 4;
 
-/// A list that is being read; dropped, it is read no further.
+/// A list that is being read; reading stops on drop.
 pub(super) struct List {
     parts: mpsc::Receiver<Vec<Found>>,
     end: AbortOnDropHandle<ListEnd>,
@@ -38,7 +38,7 @@ pub(super) struct ListEnd {
     pub(super) failure: Option<Failure>,
 }
 
-/// Objects of one type that were seen.
+/// Counters of the objects of one type.
 #[derive(Default)]
 pub(super) struct Seen {
     pub(super) counters: TypeCounters,

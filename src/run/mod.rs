@@ -85,7 +85,7 @@ pub struct Stop {
     /// Hand every run back now.
     pub abort: CancellationToken,
     /// While `true`: take no new requests, without draining.
-    pub quiet: tokio::sync::watch::Sender<bool>,
+    pub paused: tokio::sync::watch::Sender<bool>,
 }
 
 /// Handles requests; clones share everything.
@@ -242,7 +242,7 @@ impl RunnerInner {
         Ok(())
     }
 
-    /// Works under a lease until the run ends, the lease is lost or this process stops.
+    /// Runs under a lease until the run ends, the lease is lost or this process stops.
     async fn run(&self, admitted: Admitted, scope: &Scope, abort: &CancellationToken) -> Disposition {
         let lease = admitted.lease;
         tracing::Span::current().record("run_id", tracing::field::display(lease.run_id));
@@ -292,7 +292,7 @@ impl RunnerInner {
         collector.collect(scope, &admitted.finished).await
     }
 
-    /// Tells the relay. If it cannot keep up, the event is found in the outbox once it is due.
+    /// Notifies the relay. If it cannot keep up, the event is found in the outbox once it is due.
     fn report_end(&self, run: RunKey) {
         let _ = self.ended.try_send(run);
     }

@@ -51,7 +51,7 @@ impl Store {
         let metas: Vec<&str> = items.iter().map(|observed| observed.item.meta.as_str()).collect();
         let times: Vec<OffsetDateTime> = items.iter().map(|observed| clock.at(observed.requested_at)).collect();
         let mut connection = self.work.acquire().await?;
-        // The fence locks the run FOR KEY SHARE: whoever takes the run away locks FOR UPDATE and waits for this batch, and a later
+        // The fence locks the run FOR KEY SHARE: a take-over locks FOR UPDATE and waits for this batch, and a later
         // batch finds another attempt. It does not conflict with the updates that renew the lease or record a type, which would
         // otherwise starve while the lists of a run write without a break.
         //

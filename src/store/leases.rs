@@ -1,4 +1,4 @@
-//! Leases: renewed together, handed back in order, and the runs whose lease expired.
+//! Leases: renewal, hand-back, and the runs whose lease expired.
 
 use tracing::warn;
 use uuid::Uuid;
@@ -26,7 +26,7 @@ pub enum InterruptedRun {
 }
 
 impl Store {
-    /// Renews leases in one statement. A lease that has expired is not renewed, even if nobody else has it yet.
+    /// Renews leases in one statement. A lease that has expired is not renewed, even if no other worker has taken it over.
     pub async fn renew_leases(&self, leases: &[Lease], owner: &str, lease_s: u64) -> Result<Renewed, StoreError> {
         let tenants: Vec<Uuid> = leases.iter().map(|lease| lease.tenant_id).collect();
         let runs: Vec<Uuid> = leases.iter().map(|lease| lease.run_id).collect();
@@ -57,9 +57,9 @@ impl Store {
         Ok(Renewed { leases, least_left_s })
     }
 
-    /// Hands a run back in order: another replica may take it over at once, and no attempt is counted.
+    /// Hands back a lease: another replica may take the run over at once, and no attempt is counted.
     ///
-    /// If its row is locked nothing happens, and the lease expires by itself: neither a stop nor another run waits for a session
+    /// If its row is locked nothing happens, and the lease expires: neither a stop nor another run waits for a session
     /// that lingers in a dead transaction.
     pub async fn hand_back_lease(&self, lease: &Lease) -> Result<(), StoreError> {
         let handed_back = sqlx::query!(
@@ -81,7 +81,7 @@ impl Store {
     /// published again, and those to be given up.
     ///
     /// The first restart is due `restart_after_s` after the end of the lease, each further one after twice the time, so that a
-    /// backlog of hours does not fill with copies. A run is given up when its attempts are used up, or when nobody took
+    /// backlog of hours does not fill with copies. A run is given up when its attempts are used up, or when no worker took
     /// it over for `give_up_after_s` after its request was published again.
     pub async fn claim_interrupted_runs(
         &self,
@@ -90,7 +90,7 @@ impl Store {
         max_attempts: i32,
         limit: u32,
     ) -> Result<Vec<InterruptedRun>, StoreError> {
-        // The claim is the new republished_at: of replicas that look at the same time one publishes. SKIP LOCKED: a row that is locked is
+        // The claim is the new republished_at: of several replicas at the same time one publishes. SKIP LOCKED: a row that is locked is
         // being taken over or ended.
         let claimed = sqlx::query!(
             r#"with due as (
@@ -120,7 +120,7 @@ impl Store {
         let runs = claimed.into_iter().filter_map(|row| {
             let run = RunKey { tenant_id: row.tenant_id, run_id: row.id };
             let selection = serde_json::from_value(row.selection_payload)
-                // The others must not wait for it.
+                // An unreadable run must not delay the others.
                 .inspect_err(
                     |error| warn!(%error, run_id = %run.run_id, "the selection of an interrupted run cannot be read"),
                 )

@@ -7,11 +7,11 @@
 
 mod admission;
 mod error;
-mod events;
 mod fleet;
 mod inventory;
 mod items;
 mod leases;
+mod outbox;
 mod pool;
 mod queries;
 mod retention;
@@ -32,11 +32,11 @@ use tokio::time::timeout;
 
 pub use admission::{Admission, AdmissionRequest, AdmissionRules, Admitted};
 pub use error::StoreError;
-pub use events::{Backlog, ReplayFilter};
 pub use fleet::TenantPause;
 pub use inventory::{Change, Difference, Item, ItemFilter, RunDiff};
 pub use items::{BatchCounts, ObservedItem};
 pub use leases::{InterruptedRun, Renewed};
+pub use outbox::{Backlog, ReplayFilter};
 pub use queries::{MissingItem, Run, RunDetails, RunFilter};
 pub use run_outcome::{RunEnd, SuspiciousDropRule};
 pub use tenants::{NewTenant, Tenant};

@@ -57,7 +57,7 @@ pub(super) fn pool(options: &PgConnectOptions, connections: u32, acquire_timeout
         .connect_lazy_with(options.clone())
 }
 
-/// Pool for the writes of runs, in which waiting for a turn is backpressure and not an outage.
+/// Pool for the writes of runs, in which waiting for a connection is backpressure and not an outage.
 ///
 /// sqlx has one timeout for both: no free connection, and no connection to the server. Here a permit is taken first, without
 /// a limit (the lease of the run is the limit), and there are as many permits as connections; what remains of sqlx's timeout is the
@@ -76,7 +76,7 @@ impl WorkPool {
         Self { pool: pool(&options, config.max_connections, seconds(config.acquire_timeout_s)), permits }
     }
 
-    /// A connection, after however long all of them are busy.
+    /// Acquires a connection; waits without a limit while all are busy.
     pub(super) async fn acquire(&self) -> Result<WorkConnection, StoreError> {
         let permit = Arc::clone(&self.permits).acquire_owned().await.expect("the semaphore is never closed");
         Ok(WorkConnection { connection: self.pool.acquire().await?, _permit: permit })
@@ -94,7 +94,7 @@ impl WorkPool {
 
 /// A connection of the [`WorkPool`]; dropped, it goes back.
 pub(super) struct WorkConnection {
-    // Dropped before the permit, so that whoever gets the permit finds a connection.
+    // Dropped before the permit, so that the next holder of the permit finds a connection.
     connection: PoolConnection<Postgres>,
     _permit: OwnedSemaphorePermit,
 }

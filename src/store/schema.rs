@@ -73,7 +73,7 @@ impl Store {
     }
 }
 
-/// Compares the newest applied migration with the newest of this version. The checksum tells a schema of another program, or
+/// Compares the newest applied migration with the newest of this version. The checksum detects a schema of another program, or
 /// of an unreleased version, that happens to have the same number.
 fn compare(applied: Option<(i64, Vec<u8>)>) -> Result<(), StoreError> {
     let newest = MIGRATIONS.iter().max_by_key(|migration| migration.version);
@@ -88,7 +88,7 @@ fn compare(applied: Option<(i64, Vec<u8>)>) -> Result<(), StoreError> {
     Err(StoreError::Schema(format!("the database schema has version {version}, this daemon needs {needed}: {cure}")))
 }
 
-/// Each failure has a cure of its own.
+/// Error for a failed migration, with its remedy.
 fn migration_error(error: MigrateError) -> StoreError {
     match error {
         MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => StoreError::Database(error),

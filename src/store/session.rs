@@ -115,7 +115,7 @@ impl ServerProperties {
         Err(StoreError::Setting(problem))
     }
 
-    /// Settings of the server that an operator may have chosen, and ought to know of.
+    /// Settings of the server that an operator may have chosen, and should know of.
     pub(super) fn warnings(&self) -> Vec<&'static str> {
         let doubtful = [
             (!self.fsync, "fsync is off: a crash of the server can lose or corrupt the inventory"),

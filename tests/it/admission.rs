@@ -264,7 +264,7 @@ async fn a_run_that_nothing_restarts_fails_and_casts_doubt_on_missing_items() {
     let replica = Replica::with(config).await;
     let events = world.subscribe().await;
     // Nobody consumes: the copies of the request wait in the queue.
-    replica.daemon().stop().quiet.send_replace(true);
+    replica.daemon().stop().paused.send_replace(true);
     let run = world.ended("interrupted").await;
     assert_eq!((&run["status"], &run["error_codes"]), (&json!("failed"), &json!(["worker_lost"])));
     assert!(world.depth("inventory.sync.requests").await >= 1, "the request was published again first");
@@ -290,7 +290,7 @@ async fn a_run_whose_message_waits_in_the_queue_is_taken_over() {
     let mut config = world.config();
     config.run.restart_after_s = 1;
     let replica = Replica::with(config).await;
-    replica.daemon().stop().quiet.send_replace(true);
+    replica.daemon().stop().paused.send_replace(true);
     eventually("consumption is paused", || async { (!replica.daemon().health().subscribed()).then_some(()) }).await;
     world.publish(&request).await;
     eventually("the request is published again", || async {
@@ -298,7 +298,7 @@ async fn a_run_whose_message_waits_in_the_queue_is_taken_over() {
     })
     .await;
     assert_eq!(world.runs("interrupted").await[0]["status"], "running", "the run is not ended");
-    replica.daemon().stop().quiet.send_replace(false);
+    replica.daemon().stop().paused.send_replace(false);
     let run = world.ended("interrupted").await;
     assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(2)));
 }

@@ -155,6 +155,18 @@ fn figures_and_configuration_keys_are_real() {
     assert!(checked > 15, "only {checked} keys were found");
 }
 
+#[test]
+fn files_of_the_crate_documentation_exist() {
+    let page = std::fs::read_to_string(root().join("src/lib.rs")).unwrap();
+    let named = page.split(|c: char| !c.is_alphanumeric() && !"/._".contains(c)).filter(|name| name.ends_with(".rs"));
+    let mut checked = 0;
+    for name in named {
+        checked += 1;
+        assert!(root().join("src").join(name).exists() || root().join(name).exists(), "no file {name}");
+    }
+    assert!(checked > 30, "only {checked} files were found");
+}
+
 /// Names of tests in a page: `module::test`, where `*` stands for any part of a name.
 fn named_tests(page: &str) -> impl Iterator<Item = (&str, &str)> {
     page.split('`').skip(1).step_by(2).filter_map(|name| name.split_once("::")).filter(|(_, test)| test.len() > 1)

@@ -68,7 +68,7 @@ async fn replicas_divide_the_rate_limit() {
     let members = || world.count("select count(*) from daemon_replicas");
     let idle = Replica::with(config.clone()).await;
     eventually("the idle replica is registered", || async { (members().await == 1).then_some(()) }).await;
-    idle.daemon().stop().quiet.send_replace(true);
+    idle.daemon().stop().paused.send_replace(true);
     eventually("it takes no requests", || async { (!idle.daemon().health().subscribed()).then_some(()) }).await;
     let _worker = Replica::with(config).await;
     eventually("both are registered", || async { (members().await == 2).then_some(()) }).await;

@@ -11,7 +11,7 @@ const FACTS: &[Fact] = &[
         &[
             "tests/it/graph_client.rs::every_contract_list_is_read_to_its_end",
             "tests/it/graph_client.rs::next_links_are_followed_verbatim_over_http2_and_each_attempt_has_its_own_id",
-            "src/graph/listing/pager.rs::a_double_encoded_link_survives_byte_for_byte",
+            "src/graph/listing/next_link.rs::a_double_encoded_link_survives_byte_for_byte",
         ],
     ),
     (
@@ -44,8 +44,8 @@ const FACTS: &[Fact] = &[
     (
         "A link to another host would be sent the token",
         &[
-            "src/graph/listing/pager.rs::next_links_to_other_hosts_are_rejected",
-            "src/graph/listing/pager.rs::no_next_link_sends_the_token_to_another_host",
+            "src/graph/listing/next_link.rs::next_links_to_other_hosts_are_rejected",
+            "src/graph/listing/next_link.rs::no_next_link_sends_the_token_to_another_host",
         ],
     ),
     (

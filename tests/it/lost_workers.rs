@@ -143,15 +143,15 @@ async fn run_that_nobody_restarts_is_given_up_and_its_late_copies_change_nothing
     config.run.give_up_after_s = 5;
     let replica = Replica::with(config).await;
     let events = world.subscribe().await;
-    let quiet = replica.daemon().stop().quiet;
-    quiet.send_replace(true);
+    let paused = replica.daemon().stop().paused;
+    paused.send_replace(true);
     let run = world.ended("lost").await;
     assert_eq!((&run["status"], &run["error_codes"]), (&json!("failed"), &json!(["worker_lost"])), "{run}");
     let types = world.rows("select policy_type, status, error_code from inventory_sync_run_types").await;
     assert_eq!(types, [json!({ "policy_type": "mobileApp", "status": "failed", "error_code": "worker_lost" })]);
     assert_eq!(events.event_of(&run).await["data"]["status"], "failed");
     assert!(world.depth("inventory.sync.requests").await > 0, "its request was published again");
-    quiet.send_replace(false);
+    paused.send_replace(false);
     eventually("the copies are taken", || async { (world.depth("inventory.sync.requests").await == 0).then_some(()) })
         .await;
     world.sync("next", &["mobileApp"]).await;

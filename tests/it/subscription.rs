@@ -182,7 +182,7 @@ async fn operator_pause_accepts_nothing_and_finishes_runs_in_flight() {
     world.publish(&world.request("before", &["mobileApp"])).await;
     eventually("the request is in flight", || async { (replica.daemon().health().in_flight() == 1).then_some(()) })
         .await;
-    replica.daemon().stop().quiet.send_replace(true);
+    replica.daemon().stop().paused.send_replace(true);
     eventually("intake is paused", || async {
         (replica.daemon().health().paused() == Some("by_operator")).then_some(())
     })
@@ -196,7 +196,7 @@ async fn operator_pause_accepts_nothing_and_finishes_runs_in_flight() {
     .await;
     assert_eq!(world.depth("inventory.sync.requests").await, 1);
     assert!(world.runs("during").await.is_empty());
-    replica.daemon().stop().quiet.send_replace(false);
+    replica.daemon().stop().paused.send_replace(false);
     assert_eq!(world.ended("during").await["status"], "success");
     assert_eq!(world.runs("before").await.len(), 1);
     replica.stop().await;

@@ -74,7 +74,7 @@ pub enum Action {
     PublishUnconfirmed(usize, bool),
     /// Publishes an event that the broker refuses or can't route.
     PublishRefused(usize),
-    /// Deletes the outbox row of a confirmed event (`src/store/events.rs`).
+    /// Deletes the outbox row of a confirmed event (`src/store/outbox.rs`).
     DeleteEvent(usize),
     /// Ends a relay between claim and deletion: its process dies.
     RelayCrash(usize),

@@ -191,7 +191,7 @@ mod tests {
             path
         };
         let chain = file("tls.crt", &pem[..key_begins]);
-        let stranger = file("other.crt", &pem[..own_begins]);
+        let foreign = file("other.crt", &pem[..own_begins]);
         let key = file("tls.key", &pem[key_begins..]);
         assert_eq!(Certificate::read(&chain, Some(&key), "").map(|read| read.thumbprint), Ok(THUMBPRINT.to_owned()));
         let problem = |certificate: &Path, key: Option<&Path>| Certificate::read(certificate, key, "").err().unwrap();
@@ -203,7 +203,7 @@ mod tests {
         let encrypted =
             file("encrypted.key", "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMII\n-----END ENCRYPTED PRIVATE KEY-----");
         assert!(problem(&chain, Some(&encrypted)).contains("is encrypted"));
-        assert!(problem(&stranger, Some(&key)).contains("matches the key"));
+        assert!(problem(&foreign, Some(&key)).contains("matches the key"));
         assert!(problem(&folder.join("none.pem"), None).contains("cannot read"));
         std::fs::remove_dir_all(&folder).unwrap();
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
-/// Upper bound, above the number of lists that are commonly read of one tenant at once: without throttling nobody waits.
+/// Upper bound, above the number of lists that are commonly read of one tenant at once: without throttling no request waits.
 const MAX_LIMIT: usize = 32;
 /// Successful responses that raise the limit by one.
 const SUCCESSES_PER_STEP: usize = 16;

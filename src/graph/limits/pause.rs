@@ -23,7 +23,7 @@ const NOTICES_KEPT: usize = 256;
 /// Several requests are throttled at about the same time: an extension below this is not announced again.
 const ANNOUNCE_AFTER: Duration = Duration::from_millis(250);
 
-/// Pause that Graph asked for, as told to the other replicas.
+/// Pause that Graph asked for, as announced to the other replicas.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PauseNotice {
     /// The throttled tenant.

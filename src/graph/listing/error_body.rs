@@ -32,7 +32,7 @@ enum Source {
     /// An OData error: Graph itself responded.
     Graph,
     /// No body.
-    Nobody,
+    Empty,
     /// Anything else, as an HTML page: a proxy or gateway responded, and its status says nothing about Graph.
     Gateway,
 }
@@ -87,7 +87,7 @@ impl ErrorBody {
         let is_empty = body.trim_ascii().is_empty();
         let body: Value = serde_json::from_slice(body).unwrap_or_default();
         let parsed = Self::of(&body["error"]);
-        let source = if is_empty { Source::Nobody } else { parsed.source };
+        let source = if is_empty { Source::Empty } else { parsed.source };
         Self { source, ..parsed }
     }
 
@@ -234,9 +234,9 @@ mod tests {
         let twice = json!({"ErrorCode": "Forbidden", "Message": intune("An error has occurred")}).to_string();
         let thrice = json!({"Message": twice}).to_string();
         for message in [once, twice, thrice] {
-            let told = error_body("UnknownError", &message);
-            assert!(told.means_forbidden());
-            let failure = told.failure(401, None, false);
+            let body = error_body("UnknownError", &message);
+            assert!(body.means_forbidden());
+            let failure = body.failure(401, None, false);
             assert_eq!(failure.code, ErrorCode::GraphForbidden);
             assert_eq!(failure.graph_code.as_deref(), Some("Forbidden"));
         }

@@ -4,6 +4,7 @@ mod body_text;
 pub(super) mod decode;
 mod error;
 mod error_body;
+mod next_link;
 mod pager;
 pub(super) mod pages;
 pub(super) mod probe;

@@ -6,6 +6,7 @@ use std::hash::{BuildHasher, Hash, RandomState};
 use reqwest::Url;
 
 use super::error::{ListError, Recovery};
+use super::next_link;
 use super::retry::{Decode, Fetched, Request};
 use crate::domain::catalog::Collection;
 use crate::domain::failure::{ErrorCode, Failure};
@@ -13,7 +14,7 @@ use crate::domain::policy_type::Shape;
 use crate::graph::client::{GraphReader, QueryOptions};
 use crate::graph::limits::pause::Family;
 
-/// Empty pages are legal anywhere in a list, but only so many in a row.
+/// Maximum number of consecutive empty pages; single ones are legal anywhere in a list.
 const MAX_EMPTY_PAGES: u32 = 100;
 /// Restarts of one list whose page token expired.
 const MAX_RESTARTS: u32 = 2;
@@ -106,7 +107,7 @@ impl Pager {
 
     /// Follows a next link exactly as received.
     async fn follow(&mut self, link: &str, reader: &GraphReader, decode: Decode<'_>) -> Result<Fetched, ListError> {
-        let url = validate_next_link(&reader.shared.base, link)?;
+        let url = next_link::validate(&reader.shared.base, link)?;
         self.remember(&url)?;
         let fetched = reader.get(self.request(&url, decode, true)).await;
         // The list existed a page ago: the failure proves neither that the path is unknown nor that the list has ended.
@@ -196,18 +197,6 @@ impl Pager {
     }
 }
 
-/// Parses a next link and rejects one that would send the token to another host. `Url` keeps percent sequences, so that
-/// the request is sent to the link as received.
-fn validate_next_link(base: &Url, link: &str) -> Result<Url, ListError> {
-    let url = Url::parse(link).map_err(|_| ListError::from(ErrorCode::GraphBadResponse))?;
-    let is_ours = url.scheme() == base.scheme()
-        && url.host() == base.host()
-        && url.port_or_known_default() == base.port_or_known_default()
-        && url.username().is_empty()
-        && url.password().is_none();
-    if is_ours { Ok(url) } else { Err(ErrorCode::GraphForeignLink.into()) }
-}
-
 fn not_unsupported(failure: Failure) -> Failure {
     let code = if failure.code == ErrorCode::GraphUnsupported { ErrorCode::GraphBadRequest } else { failure.code };
     Failure { code, ..failure }
@@ -216,8 +205,6 @@ fn not_unsupported(failure: Failure) -> Failure {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-
-    use proptest::prelude::*;
 
     use super::*;
 
@@ -239,40 +226,6 @@ mod tests {
             types: Vec::new(),
         };
         Pager::new(&collection, &collection.path)
-    }
-
-    #[test]
-    fn a_double_encoded_link_survives_byte_for_byte() {
-        let link = "https://graph.example/beta/deviceManagement/configurationPolicies?$top=25&$skiptoken=%255Bcosmosdb\
-                    %255D%255B%257B%2522compositeToken%2522%253A%2522%2bRID%253a~x%2523RT%253a1%2522%257D%255D&a=%27b|c%27,d";
-        let url = validate_next_link(&base(), link).unwrap();
-        assert_eq!(url.as_str(), link);
-        // What hyper is given is made from this very text.
-        let request = reqwest::Request::new(reqwest::Method::GET, url);
-        assert_eq!(request.url().as_str(), link);
-    }
-
-    #[test]
-    fn next_links_to_other_hosts_are_rejected() {
-        for link in [
-            "https://evil.example/beta/x",
-            "http://graph.example/beta/x",
-            "https://graph.example:8443/beta/x",
-            "https://graph.example.evil.example/beta/x",
-            "https://graph.example@evil.example/beta/x",
-            "https://user:password@graph.example/beta/x",
-        ] {
-            assert_eq!(
-                validate_next_link(&base(), link).unwrap_err().failure.code,
-                ErrorCode::GraphForeignLink,
-                "{link}"
-            );
-        }
-        assert!(validate_next_link(&base(), "https://GRAPH.example:443/beta/x").is_ok());
-        assert_eq!(
-            validate_next_link(&base(), "/beta/x?$skip=1").unwrap_err().failure.code,
-            ErrorCode::GraphBadResponse
-        );
     }
 
     #[test]
@@ -307,41 +260,5 @@ mod tests {
             assert!(pager.check_progress(true, 0, 0).is_ok());
         }
         assert!(pager.check_progress(true, 0, 0).is_err());
-    }
-    const PIECES: [&str; 24] = [
-        "https://",
-        "http://",
-        "graph.example",
-        "evil.example",
-        "GRAPH.EXAMPLE",
-        "graph.example.",
-        "@",
-        ":",
-        "443",
-        "8443",
-        "/",
-        "\\",
-        "?",
-        "#",
-        "%2f",
-        "%40",
-        "\t",
-        "\u{3002}",
-        ".",
-        "user",
-        "//",
-        "beta",
-        "[::1]",
-        " ",
-    ];
-
-    proptest! {
-        #[test]
-        fn no_next_link_sends_the_token_to_another_host(pieces in prop::collection::vec(prop::sample::select(&PIECES), 0..10)) {
-            if let Ok(url) = validate_next_link(&base(), &pieces.concat()) {
-                prop_assert!(url.as_str().starts_with("https://graph.example/"), "{}", url);
-                prop_assert_eq!((url.port(), url.username(), url.password()), (None, "", None));
-            }
-        }
     }
 }
