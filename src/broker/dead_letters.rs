@@ -1,11 +1,13 @@
 //! Dead-letter queue for operators: list, show, replay, drop.
 //!
-//! Letters are read without acknowledgement and return to the queue when the channel closes. Only letters that were
-//! replayed with a confirm, or dropped, are acknowledged.
+//! Letters are read without acknowledgement and return to their queue when the channel closes. Only letters that were
+//! replayed with a confirm, or dropped, are acknowledged. Where a policy limits deliveries, a letter that was read too often
+//! moves to a second queue, which is read too.
 
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-use lapin::options::{BasicAckOptions, BasicGetOptions, QueueDeclareOptions};
+use lapin::options::{BasicAckOptions, BasicGetOptions, BasicNackOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Acker, BasicProperties, Channel};
 use sha2::{Digest, Sha256};
@@ -28,14 +30,17 @@ pub struct DeadLetters {
     publishing: ConfirmChannel,
     channel: Channel,
     names: Names,
-    left: u32,
+    /// Queues that hold letters, with the number of those not yet read.
+    unread: VecDeque<(String, u32)>,
+    /// Number of letters seen with each id.
+    seen: HashMap<String, u32>,
     limit: Duration,
 }
 
 /// One dead letter.
 #[derive(Debug)]
 pub struct DeadLetter {
-    /// Short id, the same at every read.
+    /// Short id, the same at every read. Letters of the broker that equal each other are numbered: `…`, `…-2`.
     pub id: String,
     /// Reason code; see [`crate::domain::failure::DeadReason`].
     pub reason: String,
@@ -59,8 +64,13 @@ pub struct DeadLetter {
     pub body: Vec<u8>,
     /// False if the body was not kept because it is far above the limit.
     pub complete: bool,
+    /// Reason for which the broker moved it out of the dead-letter queue, if it did: a policy limits that queue.
+    pub moved: Option<String>,
+    /// Set by the daemon, equal for every copy of one message.
+    pub dead_id: Option<String>,
     properties: BasicProperties,
-    acker: Acker,
+    /// One for each copy.
+    ackers: Vec<Acker>,
 }
 
 impl DeadLetters {
@@ -69,16 +79,20 @@ impl DeadLetters {
         let publishing = ConfirmChannel::open(broker, Purpose::Manage).await?;
         let channel = publishing.connection.channel().await?;
         let names = broker.names().clone();
-        let options = QueueDeclareOptions::durable().passive();
-        let declare = channel.queue_declare(names.dead.as_str().into(), options, FieldTable::default());
-        let left = within(limit, "reading the dead-letter queue's depth", declare).await?.message_count();
-        Ok(Self { publishing, channel, names, left, limit })
+        let mut unread = VecDeque::new();
+        for queue in [&names.dead, &names.dead_kept] {
+            let options = QueueDeclareOptions::durable().passive();
+            let declare = channel.queue_declare(queue.as_str().into(), options, FieldTable::default());
+            let depth = within(limit, "reading the dead-letter queue's depth", declare).await?.message_count();
+            unread.push_back((queue.clone(), depth));
+        }
+        Ok(Self { publishing, channel, names, unread, seen: HashMap::new(), limit })
     }
 
-    /// Number of letters not yet read.
+    /// Number of messages not yet read. Copies of one letter count as many.
     #[must_use]
     pub fn left(&self) -> u32 {
-        self.left
+        self.unread.iter().map(|(_, count)| count).sum()
     }
 
     /// Reads the next letter. Ends with the last that was present at the beginning: a replayed one may be back by then.
@@ -86,17 +100,30 @@ impl DeadLetters {
     /// # Errors
     /// If the broker does not answer.
     pub async fn next(&mut self) -> Result<Option<DeadLetter>, BrokerError> {
-        if self.left == 0 {
-            return Ok(None);
+        while let Some((queue, left)) = self.unread.front_mut() {
+            if *left == 0 {
+                self.unread.pop_front();
+                continue;
+            }
+            *left -= 1;
+            let get = self.channel.basic_get(queue.as_str().into(), BasicGetOptions { no_ack: false });
+            let Some(message) = within(self.limit, "reading a dead letter", get).await? else {
+                self.unread.pop_front();
+                continue;
+            };
+            let mut letter = DeadLetter::read(message.delivery, &self.names);
+            let seen = self.seen.entry(letter.id.clone()).or_default();
+            *seen += 1;
+            if letter.dead_id.is_none() && *seen > 1 {
+                letter.id = format!("{}-{seen}", letter.id);
+            }
+            return Ok(Some(letter));
         }
-        self.left -= 1;
-        let get = self.channel.basic_get(self.names.dead.as_str().into(), BasicGetOptions { no_ack: false });
-        let got = within(self.limit, "reading a dead letter", get).await?;
-        Ok(got.map(|message| DeadLetter::read(message.delivery, &self.names.requests)))
+        Ok(None)
     }
 
-    /// Reads the oldest letters, at most `limit`. Keeps the bodies of those chosen by `keep_body` only: together they can
-    /// exceed the memory.
+    /// Reads the oldest letters, at most `limit`. Copies of one letter are one. Keeps the bodies of those chosen by
+    /// `keep_body` only: together they can exceed the memory.
     ///
     /// # Errors
     /// If the broker does not answer.
@@ -105,29 +132,39 @@ impl DeadLetters {
         limit: usize,
         keep_body: impl Fn(&DeadLetter) -> bool,
     ) -> Result<Vec<DeadLetter>, BrokerError> {
-        let mut letters = Vec::new();
+        let mut letters: Vec<DeadLetter> = Vec::new();
+        let mut positions = HashMap::new();
         while letters.len() < limit
             && let Some(mut letter) = self.next().await?
         {
             if !keep_body(&letter) {
                 letter.body = Vec::new();
             }
-            letters.push(letter);
+            let position = letter.dead_id.clone().map(|id| *positions.entry(id).or_insert(letters.len()));
+            match position.and_then(|position| letters.get_mut(position)) {
+                Some(first) => first.ackers.extend(letter.ackers),
+                None => letters.push(letter),
+            }
         }
         Ok(letters)
     }
 
-    /// Finds the oldest letter whose id starts with `id`.
+    /// Finds the oldest letter whose id starts with `id`, with all its copies.
     ///
     /// # Errors
     /// If the broker does not answer.
     pub async fn find(&mut self, id: &str) -> Result<Option<DeadLetter>, BrokerError> {
+        let mut found: Option<DeadLetter> = None;
         while let Some(letter) = self.next().await? {
-            if letter.id.starts_with(id) {
-                return Ok(Some(letter));
+            match &mut found {
+                None if letter.id.starts_with(id) => found = Some(letter),
+                Some(first) if first.dead_id.is_some() && first.dead_id == letter.dead_id => {
+                    first.ackers.extend(letter.ackers);
+                }
+                _ => {}
             }
         }
-        Ok(None)
+        Ok(found)
     }
 
     /// Publishes the request with a new message id and the same body, and removes the dead letter once that is
@@ -149,13 +186,17 @@ impl DeadLetters {
         self.discard(letter).await
     }
 
-    /// Removes the dead letter for good.
+    /// Removes the dead letter for good, with all its copies.
     ///
     /// # Errors
     /// If the acknowledgement fails; the letter stays.
     pub async fn discard(&mut self, letter: &DeadLetter) -> Result<(), BrokerError> {
-        let ack = letter.acker.ack(BasicAckOptions::default());
-        if within(self.limit, "removing the dead letter", ack).await? {
+        let mut removed = true;
+        for acker in &letter.ackers {
+            let ack = acker.ack(BasicAckOptions::default());
+            removed &= within(self.limit, "removing the dead letter", ack).await?;
+        }
+        if removed {
             return Ok(());
         }
         Err(BrokerError::NotTaken("the channel of the dead letter was closed; list the letters again".to_owned()))
@@ -163,6 +204,11 @@ impl DeadLetters {
 
     /// Returns every letter that was only read to the queue.
     pub async fn close(self) {
+        // Since RabbitMQ 4.3 a nack is no failed delivery, while a closed channel is one.
+        let back = BasicNackOptions { multiple: true, requeue: true };
+        if let Err(error) = within(self.limit, "returning the letters", self.channel.basic_nack(0, back)).await {
+            tracing::debug!(%error, "letters not returned; the broker returns them");
+        }
         // An orderly close waits for the acknowledgements sent before it; a shut socket could lose them.
         let close = self.channel.close(200, "OK".into());
         if let Err(error) = within(self.limit, "closing the channel", close).await {
@@ -173,9 +219,15 @@ impl DeadLetters {
 }
 
 impl DeadLetter {
-    pub(super) fn read(delivery: lapin::message::Delivery, requests: &str) -> Self {
+    /// Number of copies of this letter that were read with it.
+    #[must_use]
+    pub fn copies(&self) -> usize {
+        self.ackers.len()
+    }
+
+    pub(super) fn read(delivery: lapin::message::Delivery, names: &Names) -> Self {
         let properties = delivery.properties;
-        let death = Death::of(&properties, requests);
+        let death = Death::of(&properties, &names.requests);
         let text = |value: &Option<lapin::types::ShortString>| value.as_ref().map(ToString::to_string);
         let discarded = Some(read_number(&properties, BODY_DISCARDED)).filter(|bytes| *bytes > 0);
         // The broker moved a message with such a body by itself; its own reason says less.
@@ -199,8 +251,10 @@ impl DeadLetter {
             content_type: text(properties.content_type()),
             retries: read_number(&properties, RETRIES),
             body: delivery.data,
+            moved: Death::entry(&properties, &names.dead).and_then(|death| text_in(death, "reason")),
+            dead_id: read_text(&properties, DEAD_ID),
             properties,
-            acker: delivery.acker,
+            ackers: vec![delivery.acker],
         }
     }
 }
@@ -215,13 +269,23 @@ struct Death {
 impl Death {
     /// Reads the entry of the requests queue; `x-death` also has one for each retry queue the message has passed.
     fn of(properties: &BasicProperties, requests: &str) -> Self {
-        let deaths = properties.headers().as_ref().and_then(|headers| headers.inner().get("x-death"));
-        let Some(AMQPValue::FieldArray(deaths)) = deaths else { return Self::default() };
-        let tables = || deaths.as_slice().iter().filter_map(AMQPValue::as_field_table);
-        let of_requests = |death: &&FieldTable| text_in(death, "queue").as_deref() == Some(requests);
-        let Some(death) = tables().find(of_requests).or_else(|| tables().next()) else { return Self::default() };
+        let first = || Self::entries(properties).next();
+        let Some(death) = Self::entry(properties, requests).or_else(first) else { return Self::default() };
         let at_s = death.inner().get("time").and_then(AMQPValue::as_timestamp);
         Self { reason: text_in(death, "reason"), at_s }
+    }
+
+    fn entry<'a>(properties: &'a BasicProperties, queue: &str) -> Option<&'a FieldTable> {
+        Self::entries(properties).find(|death| text_in(death, "queue").as_deref() == Some(queue))
+    }
+
+    fn entries(properties: &BasicProperties) -> impl Iterator<Item = &FieldTable> {
+        let deaths = properties.headers().as_ref().and_then(|headers| headers.inner().get("x-death"));
+        let deaths = match deaths {
+            Some(AMQPValue::FieldArray(deaths)) => deaths.as_slice(),
+            _ => &[],
+        };
+        deaths.iter().filter_map(AMQPValue::as_field_table)
     }
 }
 

@@ -49,7 +49,7 @@ impl Subscription {
             requests,
             prefetch,
             limit,
-            narrow: true,
+            narrow: prefetch > 1,
             extra: 0,
             consumers: 0,
         };

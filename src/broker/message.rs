@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
+use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -150,7 +151,7 @@ impl Outgoing {
     pub(super) fn dead_letter(original: &Original<'_>, rejection: &Rejection, by: &str) -> Self {
         let mut headers = original.headers();
         let at = OffsetDateTime::from_unix_timestamp(clock::wall_clock_unix_s()).map(rfc3339).unwrap_or_default();
-        let id = Uuid::new_v4().to_string();
+        let id = dead_letter_id(original).to_string();
         let detail = bounded(&rejection.detail, MAX_DETAIL_BYTES);
         let reason_headers = [(DEAD_ID, id.as_str()), (DEAD_REASON, rejection.reason.as_str()), (DEAD_DETAIL, detail)];
         for (name, value) in reason_headers.into_iter().chain([(DEAD_AT, at.as_str()), (DEAD_BY, by)]) {
@@ -175,6 +176,20 @@ impl Outgoing {
         let properties = properties.with_message_id(message_id.as_str().into());
         Self { target, routing_key, message_id, body: original.body.to_vec(), properties }
     }
+}
+
+/// Id of a message's dead letter. Every copy of the message has the same one, so that a letter is recognised if its copy was
+/// confirmed and the acknowledgement of the original was lost.
+fn dead_letter_id(original: &Original<'_>) -> Uuid {
+    let mut hash = Sha256::new();
+    if let Some(message_id) = original.properties.message_id() {
+        hash.update(message_id.as_str());
+    }
+    hash.update(original.properties.timestamp().unwrap_or(0).to_be_bytes());
+    hash.update(original.body);
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&hash.finalize()[..16]);
+    uuid::Builder::from_custom_bytes(bytes).into_uuid()
 }
 
 /// Received message that is published again as a copy.

@@ -38,7 +38,7 @@ impl RequestWatch {
     pub async fn dead_letter(&mut self) -> DeadLetter {
         if let Some(letters) = &mut self.letters {
             while let Some(Ok(delivery)) = letters.next().await {
-                let letter = DeadLetter::read(delivery, &self.broker.names().requests);
+                let letter = DeadLetter::read(delivery, self.broker.names());
                 if letter.message_id.as_deref() == Some(self.message_id.as_str()) {
                     return letter;
                 }

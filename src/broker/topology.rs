@@ -1,7 +1,7 @@
 //! Topology: names and arguments of the exchanges and queues, and their declaration or verification.
 //!
-//! Every queue is a durable quorum queue, and all arguments mean the same on RabbitMQ 3.10 and 4.x. Nothing is ever
-//! deleted or changed; differences are reported.
+//! Every queue is durable, and all but one are quorum queues. All arguments mean the same on RabbitMQ 3.10 and 4.x. Nothing
+//! is ever deleted or changed; differences are reported.
 
 use std::time::Duration;
 
@@ -30,6 +30,8 @@ pub struct Names {
     pub events: String,
     /// Exchange and queue for dead letters.
     pub dead: String,
+    /// Exchange and queue for dead letters that a policy of the broker removes from [`Names::dead`].
+    pub dead_kept: String,
     /// Exchange and queue for events without a subscriber.
     pub unrouted: String,
     /// Queue of requests.
@@ -48,6 +50,7 @@ impl Names {
             sync: name("sync"),
             events: name("events"),
             dead: name("dead"),
+            dead_kept: name("dead.kept"),
             unrouted: name("unrouted"),
             requests: name("sync.requests"),
             retry: name("retry"),
@@ -89,6 +92,7 @@ pub(super) async fn ensure(
         check.queue(&queue).await?;
     }
     if check.problems.is_empty() && config.mode == TopologyMode::Declare {
+        check.bind(&names.dead_kept, &names.dead_kept, "").await?;
         check.bind(&names.dead, &names.dead, "").await?;
         check.bind(&names.unrouted, &names.unrouted, "").await?;
         check.bind(&names.requests, &names.sync, SYNC_REQUESTED).await?;
@@ -104,6 +108,7 @@ fn exchanges(names: &Names) -> Vec<Exchange> {
     let mut events = plain(&names.events, ExchangeKind::Topic);
     events.arguments.insert("alternate-exchange".into(), text(&names.unrouted));
     vec![
+        plain(&names.dead_kept, ExchangeKind::Fanout),
         plain(&names.dead, ExchangeKind::Fanout),
         plain(&names.unrouted, ExchangeKind::Fanout),
         plain(&names.sync, ExchangeKind::Direct),
@@ -128,8 +133,14 @@ fn queues(names: &Names, delivery_limit: u32) -> Vec<Queue> {
     let unlimited = ("x-delivery-limit", AMQPValue::LongLongInt(UNLIMITED_DELIVERIES));
     let ttl = ("x-message-ttl", AMQPValue::LongLongInt(UNROUTED_TTL_MS));
     let requests = [&at_least_once[..], &[limit, ("x-dead-letter-exchange", text(&names.dead))]].concat();
+    // Of an argument and a policy the broker applies the lower: a policy for every queue could delete a dead letter after a
+    // few reads. It is moved instead, to a classic queue, which has no delivery limit.
+    let dead = [&at_least_once[..], &[unlimited.clone(), ("x-dead-letter-exchange", text(&names.dead_kept))]].concat();
+    let mut classic = FieldTable::default();
+    classic.insert("x-queue-type".into(), text("classic"));
     let mut queues = vec![
-        quorum(&names.dead, std::slice::from_ref(&unlimited)),
+        Queue { name: names.dead_kept.clone(), arguments: classic },
+        quorum(&names.dead, &dead),
         quorum(&names.unrouted, &[unlimited, ttl]),
         quorum(&names.requests, &requests),
     ];
@@ -252,11 +263,12 @@ mod tests {
         let names = Names::new("blue.");
         let queues = queues(&names, 20);
         let order: Vec<&str> = queues.iter().map(|queue| queue.name.as_str()).collect();
-        assert_eq!(order[0], "blue.inventory.dead");
+        assert_eq!(order[..2], ["blue.inventory.dead.kept", "blue.inventory.dead"]);
         assert!(order.iter().all(|name| name.starts_with("blue.inventory.")));
         assert_eq!(order.last(), Some(&"blue.inventory.retry.10m"));
         for queue in &queues {
-            assert_eq!(queue.arguments.inner().get("x-queue-type"), Some(&text("quorum")));
+            let kind = if queue.name == names.dead_kept { "classic" } else { "quorum" };
+            assert_eq!(queue.arguments.inner().get("x-queue-type"), Some(&text(kind)));
             let sends_dead_letters = queue.arguments.contains_key("x-dead-letter-exchange");
             assert_eq!(queue.arguments.contains_key("x-dead-letter-strategy"), sends_dead_letters, "{}", queue.name);
         }

@@ -1,5 +1,6 @@
 //! `inventoryd dead`: lists, shows, replays and drops dead letters.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -11,9 +12,12 @@ use serde_json::json;
 use super::confirm::Confirm;
 use super::output::{or_dash, printable};
 use super::selection::read_file;
-use super::{CliError, Context, Outcome};
+use super::{CliError, Context, Outcome, note};
 use crate::broker::{Broker, BrokerError, DeadLetter, DeadLetters};
 use crate::domain::failure::DeadReason;
+
+/// Where the warnings about policies are explained.
+const SEE: &str = "see \"Policies\" in deploy/README.md";
 
 /// List, show, replay or drop dead letters
 #[derive(Debug, clap::Args)]
@@ -101,6 +105,10 @@ pub(super) struct Facts<'a> {
     retries: u64,
     /// Size of the body.
     bytes: u64,
+    /// Number of copies of this letter in the queue.
+    copies: usize,
+    /// Broker's reason for moving it out of the dead-letter queue, if a policy did.
+    moved: Option<&'a str>,
     /// Body as text, for a single letter.
     #[serde(skip_serializing_if = "Option::is_none")]
     body: Option<&'a str>,
@@ -126,6 +134,7 @@ pub(super) async fn run(args: Args, context: &mut Context<'_>) -> Result<Outcome
 async fn list(args: &List, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
     let all = letters.left();
     let found = letters.list(args.limit, |_| false).await?;
+    warn_of_policies(&found);
     if context.out.is_json() {
         return context.out.json(&found.iter().map(Facts::from).collect::<Vec<_>>());
     }
@@ -142,8 +151,9 @@ async fn list(args: &List, letters: &mut DeadLetters, context: &mut Context<'_>)
     };
     let header = ["id", "reason", "detail", "since", "by", "bytes"];
     context.out.table(header, &["by", "bytes", "detail", "since"], found.iter().map(row))?;
-    if (found.len() as u64) < u64::from(all) {
-        context.out.line(format_args!("{} of {all} shown; use --limit for more", found.len()))?;
+    let shown: usize = found.iter().map(DeadLetter::copies).sum();
+    if (shown as u64) < u64::from(all) {
+        context.out.line(format_args!("{shown} of {all} shown; use --limit for more"))?;
     }
     Ok(())
 }
@@ -230,9 +240,14 @@ async fn each_matching(
     context: &mut Context<'_>,
     act: impl AsyncFn(&mut DeadLetters, &DeadLetter) -> Result<(), BrokerError>,
 ) -> Result<(), CliError> {
-    let mut done = Vec::new();
+    let (mut done, mut acted_on) = (Vec::new(), HashSet::new());
     while let Some(letter) = letters.next().await? {
         if !which.matches(&letter) {
+            continue;
+        }
+        if letter.dead_id.clone().is_some_and(|id| !acted_on.insert(id)) {
+            // A copy of a letter that is done.
+            letters.discard(&letter).await?;
             continue;
         }
         if let Err(error) = act(letters, &letter).await {
@@ -257,16 +272,36 @@ impl Which {
 async fn choose(which: &Which, letters: &mut DeadLetters) -> Result<Vec<DeadLetter>, CliError> {
     let mut found = letters.list(usize::MAX, |letter| which.matches(letter)).await?;
     let ids: Vec<&str> = found.iter().map(|letter| letter.id.as_str()).collect();
-    for name in &which.ids {
-        let meant: Vec<&str> = ids.iter().copied().filter(|id| id.starts_with(name.as_str())).collect();
-        match meant.as_slice() {
-            [] => return Err(unknown(name)),
-            [_] => {}
-            _ => return Err(CliError::Failed(format!("id {name:?} is ambiguous: {}", meant.join(", ")))),
-        }
-    }
-    found.retain(|letter| which.matches(letter));
+    let named = which.ids.iter().map(|name| Ok(full_id(name, &ids)?.to_owned()));
+    let named = named.collect::<Result<Vec<String>, CliError>>()?;
+    found.retain(|letter| named.contains(&letter.id));
     Ok(found)
+}
+
+/// The one id that equals `name`, or else starts with it.
+fn full_id<'a>(name: &str, ids: &[&'a str]) -> Result<&'a str, CliError> {
+    let starting: Vec<&str> = ids.iter().copied().filter(|id| id.starts_with(name)).collect();
+    match starting.as_slice() {
+        [] => Err(unknown(name)),
+        [one] => Ok(one),
+        several => (several.iter().copied().find(|id| *id == name))
+            .ok_or_else(|| CliError::Failed(format!("id {name:?} is ambiguous: {}", several.join(", ")))),
+    }
+}
+
+/// Warns of policies of the broker that show in the letters.
+fn warn_of_policies(letters: &[DeadLetter]) {
+    let by_policy = [DeadReason::Expired, DeadReason::Maxlen].map(DeadReason::as_str);
+    let removed = letters.iter().filter(|letter| by_policy.contains(&letter.reason.as_str())).count();
+    if removed > 0 {
+        note(format_args!(
+            "warning: {removed} of these were removed from the requests queue by a TTL or a length limit; {SEE}"
+        ));
+    }
+    let moved = letters.iter().filter(|letter| letter.moved.is_some()).count();
+    if moved > 0 {
+        note(format_args!("warning: {moved} of these were moved out of the dead-letter queue by a policy; {SEE}"));
+    }
 }
 
 fn tell(what: &str, letter: &DeadLetter, context: &mut Context<'_>) -> Result<(), CliError> {
@@ -296,6 +331,8 @@ impl<'a> From<&'a DeadLetter> for Facts<'a> {
             content_type: letter.content_type.as_deref(),
             retries: letter.retries,
             bytes: letter.bytes,
+            copies: letter.copies(),
+            moved: letter.moved.as_deref(),
             body: None,
         }
     }

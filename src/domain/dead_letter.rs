@@ -31,7 +31,7 @@ pub enum DeadLetterHeaders {
 /// The headers of a message that the daemon rejected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct RejectedHeaders {
-    /// Unique id; `inventoryd dead` derives the short id from it.
+    /// Id of the message, equal for every copy of its dead letter; `inventoryd dead` shows copies as one.
     #[serde(rename = "x-dead-id")]
     pub id: Uuid,
     /// Reason; `inventoryd explain REASON` shows cause and remedy.

@@ -129,8 +129,10 @@ async fn a_backlog_of_large_bodies_needs_no_memory() {
         world.publish_bytes(&large, BasicProperties::default()).await;
     }
     let medium = vec![b' '; 1_000_000];
-    for _ in 0..40 {
-        world.publish_bytes(&medium, BasicProperties::default()).await;
+    for index in 0..40 {
+        // Without ids they would be copies of one message.
+        let properties = BasicProperties::default().with_message_id(format!("m-{index}").into());
+        world.publish_bytes(&medium, properties).await;
     }
     let (none, idle) = list_with_peak(&world).await;
     assert!(none.is_empty());
