@@ -2,7 +2,7 @@
 
 use futures_util::StreamExt;
 use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 
 use super::confirm_channel::ConfirmChannel;
 use super::connection::Connection;
@@ -10,6 +10,9 @@ use super::dead_letters::DeadLetter;
 use super::error::{BrokerError, within};
 use super::message::Outgoing;
 use super::{Broker, Purpose};
+
+/// Most dead letters that wait in the private queue; older ones are dropped.
+const MAX_LETTERS: i64 = 1_000;
 
 /// Request that was published and confirmed.
 pub struct RequestWatch {
@@ -48,6 +51,12 @@ impl RequestWatch {
         std::future::pending().await
     }
 
+    /// False if this user may not have a private queue, so that a dead letter goes unnoticed.
+    #[must_use]
+    pub fn watches_dead_letters(&self) -> bool {
+        self.letters.is_some()
+    }
+
     /// Number of consumers of the request queue.
     ///
     /// # Errors
@@ -75,7 +84,11 @@ async fn watch_dead_letters(broker: &Broker, connection: &Connection) -> Result<
     let limit = broker.0.opening.answer_limit;
     let channel = connection.channel().await?;
     let options = QueueDeclareOptions::exclusive().auto_delete();
-    let declare = channel.queue_declare("".into(), options, FieldTable::default());
+    let mut arguments = FieldTable::default();
+    // A command that is suspended must not fill the broker.
+    arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(MAX_LETTERS));
+    let name = broker.names().private_queue("wait");
+    let declare = channel.queue_declare(name.as_str().into(), options, arguments);
     let queue = within(limit, "declaring a queue for dead letters", declare).await?;
     let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());
     let exchange = broker.names().dead.as_str().into();

@@ -36,7 +36,8 @@ impl EventTail {
         broker.ensure(&wire).await?;
         let channel = wire.channel().await?;
         let options = QueueDeclareOptions::exclusive().auto_delete();
-        let declare = channel.queue_declare("".into(), options, FieldTable::default());
+        let declare =
+            channel.queue_declare(broker.names().private_queue("tail").into(), options, FieldTable::default());
         let queue = within(limit, "declaring a queue to listen on", declare).await?;
         let exchange = broker.names().events.as_str().into();
         let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());

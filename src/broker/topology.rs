@@ -8,6 +8,7 @@ use std::time::Duration;
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, ErrorKind, ExchangeKind};
+use uuid::Uuid;
 
 use super::connection::Connection;
 use super::error::{BrokerError, within};
@@ -55,6 +56,11 @@ impl Names {
             requests: name("sync.requests"),
             retry: name("retry"),
         }
+    }
+
+    /// New name for a private queue of a command; within the permissions that the other names need.
+    pub(super) fn private_queue(&self, command: &str) -> String {
+        format!("{}inventory.{command}.{}", self.prefix, Uuid::new_v4().simple())
     }
 
     /// Retry queue of a tier.

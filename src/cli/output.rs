@@ -71,12 +71,10 @@ impl<'a> Out<'a> {
 
     /// Writes a line of comma-separated values (RFC 4180).
     pub(super) fn csv_row(&mut self, values: &[&str]) -> Result<(), CliError> {
+        let on_terminal = self.terminal.is_some();
         let quoted = |value: &&str| {
-            if value.contains(['"', ',', '\r', '\n']) {
-                format!("\"{}\"", value.replace('"', "\"\""))
-            } else {
-                (*value).to_owned()
-            }
+            let value = if on_terminal { printable(value) } else { (*value).to_owned() };
+            if value.contains(['"', ',', '\r', '\n']) { format!("\"{}\"", value.replace('"', "\"\"")) } else { value }
         };
         let line: Vec<String> = values.iter().map(quoted).collect();
         Ok(write!(self.sink, "{}\r\n", line.join(","))?)

@@ -235,6 +235,9 @@ async fn wait_for_run(
     watch: &mut RequestWatch,
     deadline: Deadline,
 ) -> Result<Uuid, CliError> {
+    if !watch.watches_dead_letters() {
+        note("note: this user of the broker may not declare a private queue, so a dead letter is not noticed");
+    }
     let waiting = spinner("published; waiting for a daemon to accept it".to_owned());
     let mut obstacle = None;
     let mut next_look = tokio::time::Instant::now() + LOOK_INTERVAL;

@@ -22,10 +22,30 @@ fn arguments(world: &World) -> Vec<String> {
 }
 
 async fn wait_for_end(world: &World, more: &[&str]) -> Output {
+    wait_as(world, &world.amqp_url, more).await
+}
+
+async fn wait_as(world: &World, broker_url: &str, more: &[&str]) -> Output {
     let mut command = Command::new(binary());
     command.args(arguments(world)).args(more).env_clear().envs(world.variables()).stdin(Stdio::null());
+    command.env("INVENTORYD__BROKER__URL", broker_url);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap());
     tokio::time::timeout(SOON, output).await.expect("the command ends within seconds").unwrap()
+}
+
+/// Address of the broker with a new user whose permissions are limited to the names of this environment.
+async fn limited_user(world: &World, name: &str, configure: &'static str) -> String {
+    let (user, prefix) = (format!("{}{name}", world.prefix), world.prefix.clone());
+    let url = world.amqp_url.replace("guest:guest", &format!("{user}:secret"));
+    assert!(url.contains(&user), "{url}");
+    let grant = move || {
+        let server = servers::rabbitmq();
+        let ours = format!("^{}inventory\\.", prefix.replace('.', "\\."));
+        server.ctl(&["-q", "add_user", &user, "secret"]);
+        server.ctl(&["-q", "set_permissions", &user, &configure.replace("OURS", &ours), &ours, &ours]);
+    };
+    tokio::task::spawn_blocking(grant).await.unwrap();
+    url
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -40,12 +60,20 @@ async fn a_dead_lettered_request_ends_the_wait_with_its_reason() {
     std::fs::write(&types, known).unwrap();
     variables.insert("INVENTORYD__GRAPH__POLICY_TYPES_FILE".to_owned(), types.to_str().unwrap().to_owned());
     let replica = Replica::with(inventoryd::config::Config::load_with(None, variables).unwrap()).await;
-    let output = wait_for_end(&world, &[]).await;
+    let documented = limited_user(&world, "documented", "OURS").await;
+    let output = wait_as(&world, &documented, &[]).await;
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("dead-lettered: invalid_request: `selection` selects nothing"), "{text}");
     let letter = eventually("the letter is in the queue", || world.take("inventory.dead")).await;
     assert!(String::from_utf8_lossy(&letter.data).contains("mobileApp"), "watching takes nothing away");
+    let verifying = limited_user(&world, "verifying", "^$").await;
+    let mut command = Command::new(binary());
+    command.args(arguments(&world)).args(["--timeout-s", "3"]).env_clear().envs(world.variables());
+    command.env("INVENTORYD__BROKER__URL", &verifying).env("INVENTORYD__TOPOLOGY__MODE", "verify").stdin(Stdio::null());
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("may not declare a private queue") && text.contains("within --timeout-s"), "{text}");
     replica.stop().await;
     std::fs::remove_file(&types).unwrap();
 }
