@@ -96,7 +96,7 @@ mod tests {
     fn a_key_is_explained_with_default_unit_and_variable() {
         let (code, shown) = call(&["check", "--explain", "run.lease_s"]);
         assert_eq!(code, 0);
-        for part in ["run.lease_s", "A crashed worker's run", "60", "seconds", "INVENTORYD__RUN__LEASE_S"] {
+        for part in ["run.lease_s", "run of a crashed worker", "60", "seconds", "INVENTORYD__RUN__LEASE_S"] {
             assert!(shown.contains(part), "{part}: {shown}");
         }
         let (_, json) = call(&["check", "--explain", "INVENTORYD__GRAPH__CREDENTIALS__EMEA__CLIENT_ID", "--json"]);

@@ -102,7 +102,7 @@ mod tests {
         let schema: Value = serde_json::from_str(&printed()).unwrap();
         let lease = &schema["properties"]["run"]["properties"]["lease_s"];
         assert_eq!(lease["default"], 60);
-        assert!(lease["description"].as_str().unwrap().starts_with("Seconds that a worker"), "{lease}");
+        assert!(lease["description"].as_str().unwrap().starts_with("Duration of a lease"), "{lease}");
         let kind =
             &schema["properties"]["graph"]["properties"]["credentials"]["additionalProperties"]["properties"]["kind"];
         assert_eq!(kind["default"], "client_secret");

@@ -131,7 +131,7 @@ fn check_graph(config: &Config, require: &mut dyn FnMut(bool, &str)) {
     require(graph.backoff_max_s <= 3600.0, "graph.backoff_max_s: must be at most 3600");
     require(graph.rate_share > 0.0 && graph.rate_share <= 1.0, "graph.rate_share: must be over 0 and at most 1");
     require(graph.max_pages > 0, "graph.max_pages: must be at least 1");
-    require(graph.max_page_bytes >= 65536, "graph.max_page_bytes: must be at least 65536");
+    require((65_536..=1 << 30).contains(&graph.max_page_bytes), "graph.max_page_bytes: must be 65536 to 1073741824");
     require(
         graph.credentials.contains_key("default"),
         "graph.credentials.default: is missing; tenants use it by default",

@@ -246,8 +246,13 @@ fn reason(error: &reqwest::Error) -> String {
         if io.is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused) {
             return format!("{host} refused the connection");
         }
-        if error.to_string() == "dns error" {
-            return format!("the name {host} cannot be resolved");
+        match error.to_string().as_str() {
+            "dns error" => return format!("the name {host} cannot be resolved"),
+            "tunnel error: proxy authorization required" => {
+                return "the proxy requires a user and password (407); set graph.proxy_credential_file".to_owned();
+            }
+            "tunnel error: unsuccessful" => return format!("the proxy refused a connection to {host}"),
+            _ => {}
         }
         // An I/O error passes over what it wraps when it is asked for its source.
         layer = match io.and_then(std::io::Error::get_ref) {
@@ -259,9 +264,10 @@ fn reason(error: &reqwest::Error) -> String {
 }
 
 fn retry_after_of(headers: &HeaderMap) -> Option<Duration> {
-    let value = headers.get(RETRY_AFTER)?.to_str().ok()?;
+    let values: Vec<&str> = headers.get_all(RETRY_AFTER).iter().filter_map(|value| value.to_str().ok()).collect();
     let date = headers.get(DATE).and_then(|date| date.to_str().ok());
-    retry_after::parse(value, date)
+    // A gateway may add a header of its own: the longest wait satisfies both.
+    values.into_iter().filter_map(|value| retry_after::parse(value, date)).max()
 }
 
 fn text(headers: &HeaderMap, name: &str) -> Option<String> {

@@ -146,7 +146,7 @@ const FACTS: &[Fact] = &[
     ),
     (
         "Each national cloud has a Graph and a token service of its own",
-        &["src/config.rs::each_cloud_has_its_own_graph_and_token_service"],
+        &["src/config/tests.rs::each_cloud_has_its_own_graph_and_token_service"],
     ),
     (
         "Nothing but reading is asked for, of Graph and of an administrator",

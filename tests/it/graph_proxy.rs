@@ -77,3 +77,27 @@ async fn a_proxy_that_is_down_is_named() {
     assert_eq!(failure.failure.code, ErrorCode::TokenServiceUnavailable);
     assert!(failure.detail.as_deref().is_some_and(|detail| detail.contains("proxy")), "{failure:?}");
 }
+
+#[tokio::test]
+async fn a_proxy_that_refuses_says_why() {
+    for (status, reason) in
+        [("407 Proxy Authentication Required", "graph.proxy_credential_file"), ("403 Forbidden", "the proxy refused")]
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let mut client = BufReader::new(client);
+                let mut head = String::new();
+                while !head.ends_with("\r\n\r\n") && client.read_line(&mut head).await.is_ok_and(|bytes| bytes > 0) {}
+                let page = "<html>blocked by policy</html>";
+                let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n{page}", page.len());
+                let _ = client.write_all(answer.as_bytes()).await;
+            }
+        });
+        let world = World::with(SimConfig::default(), &[("proxy", &proxy), ("max_tries", "1")]).await;
+        let failure = world.client().token_roles(TENANT, "default").await.unwrap_err();
+        assert_eq!(failure.failure.code, ErrorCode::TokenServiceUnavailable);
+        assert!(failure.detail.as_deref().is_some_and(|detail| detail.contains(reason)), "{failure:?}");
+    }
+}

@@ -261,3 +261,49 @@ async fn one_bad_byte_or_control_character_costs_one_object() {
         assert_eq!((read[0].objects.len(), read[0].bad_objects), (11, 1), "{bytes:?}");
     }
 }
+
+#[tokio::test]
+async fn a_relative_next_link_is_followed_on_the_same_host() {
+    let list = "deviceManagement/roleScopeTags";
+    for link in ["roleScopeTags?$skiptoken=a%2Fb", "/beta/deviceManagement/roleScopeTags?$skiptoken=a%2Fb"] {
+        let world = World::start().await;
+        let first = format!(r#"{{"value":[{{"id":"1"}}],"@odata.nextLink":"{link}"}}"#);
+        world.rule(body(200, &first).path(PLAIN).times(1));
+        world.rule(body(200, r#"{"value":[{"id":"2"}],"@odata.nextLink":" "}"#).path(PLAIN));
+        assert_eq!(world.read(PLAIN).await.unwrap().len(), 2, "{link}");
+        let requests = world.sim.requests();
+        let last = requests.last().unwrap();
+        assert!(last.path.ends_with(list) && last.query.starts_with("$skiptoken="), "{last:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_odata_3_error_is_an_error_of_graph() {
+    let absent = r#"{"odata.error":{"code":"Request_ResourceNotFound","message":{"lang":"en","value":"x"}}}"#;
+    let world = World::start().await;
+    world.rule(body(404, absent).path(SINGLETON));
+    assert!(world.read(SINGLETON).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn pages_of_other_shapes_are_never_complete() {
+    let deep = format!(r#"{{"value":[{{"id":"1","description":{}1{}}}]}}"#, "[".repeat(5_000), "]".repeat(5_000));
+    let page = r#"{"value":[{"id":"1"}]}"#;
+    for text in [
+        r#"{"d":{"results":[{"id":"1"}]}}"#.to_owned(),
+        r#"[{"id":"1"}]"#.to_owned(),
+        format!("{page}{page}"),
+        format!("{page}\0\0\0\0"),
+        r#"{"value":[{"id":"1"}],"value":[]}"#.to_owned(),
+        r#"{"value":"{\"id\":\"1\"}"}"#.to_owned(),
+        r#"{"value":[{"id":"1"}],"@odata.nextLink":7}"#.to_owned(),
+        format!(")]}}',\n{page}"),
+    ] {
+        let world = World::start().await;
+        world.rule(body(200, &text).path(PLAIN));
+        assert_eq!(world.refused(PLAIN).await.code, ErrorCode::GraphBadResponse, "{text}");
+    }
+    let world = World::start().await;
+    world.rule(body(200, &deep).path(PLAIN));
+    assert_eq!(world.read(PLAIN).await.unwrap().len(), 1, "nesting alone damages no object");
+}

@@ -1,12 +1,16 @@
 //! Parser for `Retry-After` in every form that Graph has been seen to send.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 /// Upper bound of a wait; no run lasts longer.
 const MAX: Duration = Duration::from_secs(3_600);
 
-/// Parses `Retry-After`: seconds, a fraction of them, the same with the word "seconds", an HTTP date, or one of these
-/// repeated (`2, 2`: a proxy has merged two headers), of which the longest wait counts. Rounds up to whole seconds.
+/// Parses `Retry-After`: seconds, a fraction of them, the same with the word "seconds", an HTTP or ISO 8601 date, or one
+/// of these repeated (`2, 2`: a proxy has merged two headers), of which the longest wait counts. Rounds up to whole
+/// seconds.
 ///
 /// A date is compared with the `Date` of the same response and never with the local clock, which may be wrong; without
 /// that header it counts as absent.
@@ -15,22 +19,25 @@ pub(in crate::graph) fn parse(value: &str, date_of_response: Option<&str>) -> Op
         return Some(wait);
     }
     // A date has a comma of its own, hence one value is tried first.
-    value.split(',').map(|part| parse_one(part, date_of_response)).collect::<Option<Vec<_>>>()?.into_iter().max()
+    let parts = value.split(',').filter(|part| !part.trim().is_empty());
+    parts.map(|part| parse_one(part, date_of_response)).collect::<Option<Vec<_>>>()?.into_iter().max()
 }
 
 fn parse_one(value: &str, date_of_response: Option<&str>) -> Option<Duration> {
-    let value = value.trim();
+    let value = value.trim().trim_matches('"').trim();
     let number = value.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim_end();
     let unit = value[number.len()..].trim_start().to_ascii_lowercase();
-    if ["", "s", "second", "seconds"].contains(&unit.as_str())
+    if ["", "s", "sec", "secs", "second", "seconds"].contains(&unit.as_str())
         && let Ok(seconds) = number.parse::<f64>()
         && seconds.is_finite()
     {
         return Some(Duration::from_secs_f64(seconds.clamp(0.0, MAX.as_secs_f64()).ceil()));
     }
-    let until = httpdate::parse_http_date(value).ok()?;
+    let iso = || OffsetDateTime::parse(value, &Rfc3339).ok().map(SystemTime::from);
+    let until = httpdate::parse_http_date(value).ok().or_else(iso)?;
     let now = httpdate::parse_http_date(date_of_response?.trim()).ok()?;
-    Some(until.duration_since(now).unwrap_or_default().min(MAX))
+    let wait = until.duration_since(now).unwrap_or_default().min(MAX);
+    Some(Duration::from_secs_f64(wait.as_secs_f64().ceil()))
 }
 
 #[cfg(test)]
@@ -55,6 +62,10 @@ mod tests {
         assert_eq!(seconds("30 seconds"), Some(30));
         assert_eq!(seconds("30seconds"), Some(30));
         assert_eq!(seconds("1 Second"), Some(1));
+        assert_eq!(seconds("5 secs"), Some(5));
+        assert_eq!(seconds("\"5\""), Some(5));
+        assert_eq!(seconds("2026-11-23T10:00:42Z"), Some(42));
+        assert_eq!(seconds("2026-11-23T11:00:42.5+01:00"), Some(43));
         assert_eq!(seconds("Mon, 23 Nov 2026 10:00:42 GMT"), Some(42));
     }
 
@@ -71,6 +82,7 @@ mod tests {
         assert_eq!(seconds("2, 2"), Some(2));
         assert_eq!(seconds("2,5"), Some(5));
         assert_eq!(seconds("2, soon"), None);
+        assert_eq!((seconds("2,"), seconds(", 3"), seconds(",")), (Some(2), Some(3), None));
         let date = "Mon, 23 Nov 2026 10:00:42 GMT";
         assert_eq!(seconds(date), Some(42));
     }

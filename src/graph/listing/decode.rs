@@ -4,7 +4,6 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::ops::Range;
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -18,36 +17,39 @@ use super::error_body;
 #[derive(Debug, Default)]
 pub(in crate::graph) struct DecodedPage {
     /// Each object, with its id if it has one.
-    pub(in crate::graph) objects: Vec<(ObjectText, Option<String>)>,
+    pub(in crate::graph) objects: Vec<(ObjectText, Option<Box<str>>)>,
     /// Elements that are not objects, or are damaged: counted, not kept.
     pub(in crate::graph) bad_objects: usize,
     /// Next link, exactly as received.
     pub(in crate::graph) next: Option<String>,
 }
 
-/// JSON text of an object, as a slice of its response.
+/// JSON text of an object, as a slice of its response. Positions take four bytes each, because a page can have millions
+/// of objects of a few bytes; `graph.max_page_bytes` bounds them.
 pub struct ObjectText {
     response: Arc<String>,
-    range: Range<usize>,
+    start: u32,
+    end: u32,
 }
 
 impl ObjectText {
     /// Text of `part`, which is a slice of `response`.
     fn of(response: &Arc<String>, part: &str) -> Self {
-        Self { response: Arc::clone(response), range: range_in(response, part) }
+        let (range, position) = (range_in(response, part), |at| u32::try_from(at).unwrap_or(u32::MAX));
+        Self { response: Arc::clone(response), start: position(range.start), end: position(range.end) }
     }
 
     /// Text as Graph sent it.
     #[must_use]
     pub fn as_str(&self) -> &str {
-        &self.response[self.range.clone()]
+        self.response.get(self.start as usize..self.end as usize).unwrap_or_default()
     }
 }
 
 /// Shows the length only: an object may contain more than may be kept.
 impl fmt::Debug for ObjectText {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{} bytes of JSON", self.range.len())
+        write!(formatter, "{} bytes of JSON", self.end - self.start)
     }
 }
 
@@ -120,7 +122,7 @@ fn collection_in(text: &BodyText, id_property: &str) -> Result<DecodedPage, Deco
             objects.push((ObjectText::of(&text.text, object), id));
         }
     }
-    Ok(DecodedPage { objects, bad_objects, next: envelope.next.filter(|link| !link.is_empty()) })
+    Ok(DecodedPage { objects, bad_objects, next: envelope.next.filter(|link| !link.trim().is_empty()) })
 }
 
 /// Decodes a singleton: one object, which need not have an id.
@@ -149,7 +151,7 @@ fn is_error(object: &str) -> bool {
 }
 
 /// Id of an object.
-fn id_of(object: &str, property: &str) -> Option<String> {
+fn id_of(object: &str, property: &str) -> Option<Box<str>> {
     let mut found = None;
     let mut reader = serde_json::Deserializer::from_str(object);
     // An object that breaks off has no id: the page around it was parsed, so this does not happen.
@@ -159,7 +161,7 @@ fn id_of(object: &str, property: &str) -> Option<String> {
 
 struct FindId<'a> {
     property: &'a str,
-    found: &'a mut Option<String>,
+    found: &'a mut Option<Box<str>>,
 }
 
 #[derive(Deserialize)]
@@ -189,7 +191,7 @@ impl<'de> Visitor<'de> for FindId<'_> {
             let raw: &RawValue = map.next_value()?;
             *self.found = match raw.get().as_bytes().first() {
                 Some(b'"') => serde_json::from_str(raw.get()).ok(),
-                Some(b'-' | b'0'..=b'9') => Some(raw.get().to_owned()),
+                Some(b'-' | b'0'..=b'9') => Some(raw.get().into()),
                 _ => None,
             };
         }
@@ -208,7 +210,7 @@ mod tests {
     use crate::domain::item::RawObject;
 
     fn ids(body: &str) -> Vec<Option<String>> {
-        collection(body.into(), "id").unwrap().objects.into_iter().map(|(_, id)| id).collect()
+        collection(body.into(), "id").unwrap().objects.into_iter().map(|(_, id)| id.map(String::from)).collect()
     }
 
     #[test]

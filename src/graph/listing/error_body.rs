@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 
 use serde::Deserialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::error::{ListError, Recovery};
+use super::phrases::{EXPIRED_TOKEN, NOT_FOUND, NOT_LICENSED, UNKNOWN_PATH, contains_any};
 use crate::domain::failure::{ErrorCode, Failure};
 
 /// UTF-8 byte order mark, which some gateways put before a body.
@@ -37,29 +39,8 @@ enum Source {
     Gateway,
 }
 
-/// Messages for a path that this cloud or ring does not know.
-const UNKNOWN_PATH: [&str; 2] = ["resource not found for the segment", "no method match route template"];
-/// Words for a feature that the tenant has no licence or subscription for, in codes and messages of many services.
-const NOT_LICENSED: [&str; 12] = [
-    "licens",
-    "licenc",
-    "premium",
-    "no subscription",
-    "valid subscription",
-    "not applicable to target tenant",
-    "not provisioned",
-    "notprovisioned",
-    "not onboarded",
-    "notonboarded",
-    "service plan",
-    "serviceplan",
-];
-/// Words for a resource that does not exist.
-const NOT_FOUND: [&str; 5] =
-    ["notfound", "not found", "could not be found", "could not be discovered", "does not exist"];
-/// Codes and words for a page token that is no longer valid.
-const EXPIRED_TOKEN: [&str; 6] =
-    ["expiredpagetoken", "invalidpagetoken", "page token", "skiptoken", "skip token", "resyncrequired"];
+/// Longest error inside another text that is parsed.
+const MAX_EMBEDDED_BYTES: usize = 64 << 10;
 
 #[derive(Deserialize)]
 struct Nested {
@@ -74,7 +55,9 @@ pub(in crate::graph) fn embedded_code(text: &str) -> Option<String> {
     const KEY: &str = "\"error\"";
     let found = text.rmatch_indices(KEY).filter(|(at, _)| !text[..*at].ends_with('\\')).find_map(|(at, _)| {
         let value = text[at + KEY.len()..].trim_start().strip_prefix(':')?.trim_start();
-        let error = serde_json::Deserializer::from_str(value).into_iter::<Value>().next()?.ok()?;
+        let error = serde_json::Deserializer::from_str(value).into_iter::<&RawValue>().next()?.ok()?.get();
+        // A parsed value takes many times the memory of its text.
+        let error: Value = (error.len() <= MAX_EMBEDDED_BYTES).then(|| serde_json::from_str(error).ok())??;
         error.get("code")?.is_string().then(|| ErrorBody::of(&error))
     })?;
     found.code
@@ -86,19 +69,23 @@ impl ErrorBody {
         let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
         let is_empty = body.trim_ascii().is_empty();
         let body: Value = serde_json::from_slice(body).unwrap_or_default();
-        let parsed = Self::of(&body["error"]);
+        // Older services of Microsoft name the same object `odata.error`.
+        let error = [&body["error"], &body["odata.error"]].into_iter().find(|error| error.is_object());
+        let parsed = Self::of(error.unwrap_or(&Value::Null));
         let source = if is_empty { Source::Empty } else { parsed.source };
         Self { source, ..parsed }
     }
 
     fn of(error: &Value) -> Self {
         let inner = [&error["innerError"], &error["innererror"]].into_iter().find(|inner| inner.is_object());
-        let is_error = error["code"].is_string() || error["message"].is_string();
+        // In OData 3 the message is an object with its language.
+        let message = [&error["message"], &error["message"]["value"]].into_iter().find_map(non_empty);
+        let is_error = error["code"].is_string() || error["message"].is_string() || message.is_some();
         let mut parsed = Self {
             source: if is_error { Source::Graph } else { Source::Gateway },
             code: non_empty(&error["code"]),
             request_id: inner.and_then(|inner| non_empty(&inner["request-id"])),
-            text: non_empty(&error["message"]).unwrap_or_default(),
+            text: message.unwrap_or_default(),
         };
         parsed.unwrap_message();
         parsed
@@ -184,10 +171,6 @@ impl ErrorBody {
             _ => ErrorCode::GraphBadResponse,
         }
     }
-}
-
-fn contains_any(texts: &[&str], phrases: &[&str]) -> bool {
-    texts.iter().map(|text| text.to_lowercase()).any(|text| phrases.iter().any(|phrase| text.contains(phrase)))
 }
 
 /// Permissions to write are not suggested: this daemon only reads.
@@ -289,6 +272,10 @@ mod tests {
             (401, "UnknownError", "The tenant is unlicensed."),
             (400, "BadRequest", "Tenant does not have a SPO license."),
             (403, "Forbidden", "The tenant was not provisioned for Windows 365."),
+            (403, "Forbidden", "The tenant does not have an Intune subscription."),
+            (403, "AadPremiumRequired", "This feature requires Microsoft Entra ID P1."),
+            (400, "FeatureNotAvailable", "The feature is not enabled for this tenant."),
+            (403, "SubscriptionNotFound", ""),
         ];
         for (status, code, message) in cases {
             let expected = (ErrorCode::GraphNotApplicable, Recovery::None);
@@ -312,6 +299,12 @@ mod tests {
                 let code = ErrorBody::parse(body).list_error(status, None).failure.code;
                 assert!(body.is_empty() || code == ErrorCode::GraphBadResponse, "{status} {code}");
             }
+        }
+        for body in [
+            &br#"{"odata.error":{"code":"Request_ResourceNotFound","message":{"lang":"en","value":"x"}}}"#[..],
+            br#"{"error":{"code":"x","message":{"lang":"en","value":"Resource not found."}}}"#,
+        ] {
+            assert_eq!(ErrorBody::parse(body).list_error(404, None).recovery, Recovery::NotFound);
         }
         let with_mark = b"\xEF\xBB\xBF{\"error\":{\"code\":\"Request_ResourceNotFound\",\"message\":\"\"}}";
         assert_eq!(ErrorBody::parse(with_mark).list_error(404, None).recovery, Recovery::NotFound);

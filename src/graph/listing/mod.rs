@@ -7,5 +7,6 @@ mod error_body;
 mod next_link;
 mod pager;
 pub(super) mod pages;
+mod phrases;
 pub(super) mod probe;
 mod retry;

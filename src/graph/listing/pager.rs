@@ -44,6 +44,8 @@ pub(in crate::graph) struct Pager {
     top: Option<u32>,
     is_singleton: bool,
     next: Option<String>,
+    /// Link of the last page.
+    current: Option<Url>,
     links: SeenIds,
     pages: u32,
     empty_pages: u32,
@@ -65,6 +67,7 @@ impl Pager {
             top: collection.top,
             is_singleton: collection.shape == Shape::Singleton,
             next: None,
+            current: None,
             links: SeenIds::default(),
             pages: 0,
             empty_pages: 0,
@@ -107,8 +110,9 @@ impl Pager {
 
     /// Follows a next link exactly as received.
     async fn follow(&mut self, link: &str, reader: &GraphReader, decode: Decode<'_>) -> Result<Fetched, ListError> {
-        let url = next_link::validate(&reader.shared.base, link)?;
+        let url = next_link::validate(&reader.shared.base, self.current.as_ref(), link)?;
         self.remember(&url)?;
+        self.current = Some(url.clone());
         let fetched = reader.get(self.request(&url, decode, true)).await;
         // The list existed a page ago: the failure proves neither that the path is unknown nor that the list has ended.
         fetched.map_err(|error| {
@@ -138,6 +142,7 @@ impl Pager {
         loop {
             let url = self.first_link(&reader.shared.base, options)?;
             self.remember(&url)?;
+            self.current = Some(url.clone());
             match reader.get(self.request(&url, decode, first_error.is_none())).await {
                 Ok(fetched) => {
                     if first_error.is_some() {

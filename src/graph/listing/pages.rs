@@ -146,7 +146,8 @@ impl Pages {
         let (mut pager, mut seen) = (Pager::of_parents(&self.collection), SeenIds::default());
         let mut parents = VecDeque::new();
         while let Some(fetched) = pager.next(&self.reader, &|body| decode::collection(body, "id")).await? {
-            let ids: Vec<Option<String>> = fetched.0.objects.iter().map(|(_, id)| id.clone()).collect();
+            let ids: Vec<Option<String>> =
+                fetched.0.objects.iter().map(|(_, id)| id.clone().map(String::from)).collect();
             let parsed = page("", fetched, &mut pager, &mut seen)?;
             let is_usable = |id: &Option<String>| id.as_deref().is_some_and(is_path_segment);
             if parsed.bad_objects > 0 || !ids.iter().all(is_usable) {
