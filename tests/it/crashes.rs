@@ -54,6 +54,8 @@ async fn repeated_after_lost_reply(step: &Step) {
     let database = Proxy::to(world.database_address()).await;
     let mut config = world.config();
     config.database.url = world.database_through(&database).into();
+    // Longer than the test waits: the worker must hand the lease back that it holds without knowing of it.
+    config.run.lease_s = 300;
     let _replica = Replica::with(config).await;
     let events = world.subscribe().await;
     world.publish(&world.request("run", &["mobileApp", "deviceShellScript"])).await;
@@ -102,6 +104,19 @@ every_step! {
     killed_while_ending_the_run run_ended_twice = 3;
     killed_while_writing_the_event event_written_twice = 4;
     killed_while_removing_the_event event_removed_twice = 5;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn renewal_that_meets_the_end_of_its_run_is_no_lost_lease() {
+    let world = World::new().await;
+    // The lease of 15 s is renewed every 5 s, at least once while the end is committed.
+    pause::in_commit_of(&world, &STEPS[3], 7.0).await;
+    let worker = Process::start(&world, "worker", &[]);
+    let run = world.sync("run", &["mobileApp"]).await;
+    assert_eq!((&run["status"], &run["attempt"]), (&json!("success"), &json!(1)), "{run}");
+    worker.wait_for_log("run ended").await;
+    let log = worker.log();
+    assert!(!log.contains("lease lost") && !log.contains("could not be renewed"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -178,3 +178,31 @@ async fn an_unreadable_object_of_a_shared_list_is_an_error_of_its_fallback_type(
 fn rule(path: &str, action: Action) -> Rule {
     serde_json::from_value(json!({ "path": path, "action": action })).unwrap()
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn items_of_a_type_that_no_daemon_lists_any_more_are_marked() {
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    world.sync("apps", &["mobileApp"]).await;
+    // As if an earlier version had listed a type that this one does not.
+    world
+        .execute(
+            "insert into policy_types values ('legacyApp', 'Legacy app', 'apps', true);
+             insert into inventory_items
+             select (jsonb_populate_record(i, '{\"policy_type\": \"legacyApp\"}')).* from inventory_items i;
+             insert into inventory_complete_listings
+             select (jsonb_populate_record(l, '{\"policy_type\": \"legacyApp\"}')).* from inventory_complete_listings l",
+        )
+        .await;
+    let marked = async || {
+        let query = "select policy_type, type_supported, count(*) as items from inventory_items_current group by 1, 2 order by 1";
+        world.rows(query).await
+    };
+    let before = marked().await;
+    assert_eq!(before[0]["policy_type"], "legacyApp");
+    assert_eq!((&before[0]["type_supported"], &before[1]["type_supported"]), (&json!(true), &json!(true)));
+    let _restarted = Replica::start(&world).await;
+    let after = marked().await;
+    assert_eq!((&after[0]["type_supported"], &after[1]["type_supported"]), (&json!(false), &json!(true)), "{after:?}");
+    assert_eq!(after[0]["items"], before[0]["items"], "nothing is deleted");
+}
