@@ -199,7 +199,11 @@ impl ConsumeLoop {
                     return Ok(None);
                 };
                 *session = Some(subscribed?);
-                info!(version = self.broker.version(), prefetch = self.settings.prefetch, "subscribed");
+                info!(
+                    version = self.broker.version().map(|(version, _)| version),
+                    prefetch = self.settings.prefetch,
+                    "subscribed"
+                );
             }
         }
         self.health.set_subscribed(true);

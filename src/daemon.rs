@@ -22,7 +22,7 @@ use crate::domain::catalog::Catalog;
 use crate::domain::clock::Heartbeat;
 use crate::fleet::Fleet;
 use crate::graph::{GraphClient, GraphError, GraphProblem};
-use crate::http::{self, Backlog, Component, Consumption, HttpState, Problem};
+use crate::http::{self, Backlog, Component, Consumption, HttpState, Problem, ServerVersion, Servers};
 use crate::janitor::Janitor;
 use crate::relay::{self, Relay};
 use crate::run::{Runner, Stop};
@@ -86,9 +86,9 @@ impl Daemon {
             Relay::new(publisher.clone(), store.clone(), &config.outbox, &config.telemetry.deployment, ended_runs);
         // A connection of their own: a copy that the broker refuses must not delay events.
         let copies = broker.publisher();
-        let consumer = Consumer::new(broker, copies, runner.clone(), store.clone(), &config);
+        let consumer = Consumer::new(broker.clone(), copies, runner.clone(), store.clone(), &config);
         let (stop, health) = (Stop::default(), consumer.health());
-        let parts = Parts { consumer, relay, janitor, fleet, runner, store, graph };
+        let parts = Parts { broker, consumer, relay, janitor, fleet, runner, store, graph };
         // Before the wait for the database: an orchestrator whose probes get no response would restart this process.
         let http = http_server(&config, metrics, &owner, &parts, &stop).await?;
         let http = AbortOnDropHandle::new(tokio::spawn(http));
@@ -131,6 +131,7 @@ impl Daemon {
 
 /// Components of the daemon.
 struct Parts {
+    broker: Broker,
     consumer: Consumer,
     relay: Relay,
     janitor: Janitor,
@@ -237,7 +238,12 @@ async fn http_server(
             heartbeat: Arc::clone(health.heartbeat()),
             stuck_after: STUCK_AFTER,
             draining: stop.drain.clone(),
-            source: Box::new(LiveState { store: parts.store.clone(), graph: parts.graph.clone(), health }),
+            source: Box::new(LiveState {
+                broker: parts.broker.clone(),
+                store: parts.store.clone(),
+                graph: parts.graph.clone(),
+                health,
+            }),
         };
         (listener, state)
     });
@@ -249,6 +255,7 @@ async fn http_server(
 
 /// Source of the HTTP endpoints.
 struct LiveState {
+    broker: Broker,
     store: Store,
     graph: GraphClient,
     health: Arc<ConsumerHealth>,
@@ -263,6 +270,12 @@ impl http::Source for LiveState {
             paused: self.health.paused().map(str::to_owned),
             problem: self.health.problem(),
         }
+    }
+
+    fn servers(&self) -> Servers {
+        let version = |(version, tested): (String, bool)| ServerVersion { version, tested };
+        let broker = self.broker.version().map(|(version, tested)| (version.to_owned(), tested));
+        Servers { postgresql: self.store.server_version().map(version), rabbitmq: broker.map(version) }
     }
 
     fn graph(&self) -> Vec<Problem> {

@@ -24,7 +24,7 @@ mod server;
 mod status;
 
 use auth::{is_authorised, unauthorised};
-pub use status::{Backlog, Component, Consumption, DatabaseState, Problem, Status};
+pub use status::{Backlog, Component, Consumption, DatabaseState, Problem, ServerVersion, Servers, Status};
 use status::{ProblemLog, Readiness};
 
 /// Longest wait for the database before a probe is answered without it; below common probe timeouts.
@@ -37,6 +37,10 @@ const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub trait Source: Send + Sync {
     /// State of the consumer.
     fn consumption(&self) -> Consumption;
+    /// Versions of the servers.
+    fn servers(&self) -> Servers {
+        Servers::default()
+    }
     /// Checks that the database responds.
     fn ping(&self) -> BoxFuture<'_, Result<(), String>>;
     /// Problems with Microsoft Graph and its token service.
@@ -173,6 +177,7 @@ impl Shared {
             paused: consumption.paused,
             problem: consumption.problem,
             problems,
+            servers: self.state.source.servers(),
             replica: self.state.replica.clone(),
             running_runs: backlog.map(|all| all.running_runs),
             subscribed: consumption.subscribed,

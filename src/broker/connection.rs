@@ -134,11 +134,22 @@ fn read_start(frame: &[u8]) -> Option<(String, String)> {
     Some((text("product"), text("version")))
 }
 
+/// Versions of RabbitMQ that the tests run on, oldest and newest.
+pub const TESTED_VERSIONS: &str = "3.10 to 4.3";
+
 /// True for RabbitMQ 3.10 and newer: quorum queues with message TTL and at-least-once dead-lettering.
 pub(super) fn is_new_enough(product: &str, version: &str) -> bool {
+    product == "RabbitMQ" && major_and_minor(version) >= (3, 10)
+}
+
+/// True for [`TESTED_VERSIONS`] and those between them.
+pub(super) fn is_tested(version: &str) -> bool {
+    ((3, 10)..=(4, 3)).contains(&major_and_minor(version))
+}
+
+fn major_and_minor(version: &str) -> (u32, u32) {
     let mut numbers = version.split(['.', '-', '+', '~']).map(|part| part.parse::<u32>().unwrap_or(0));
-    let (major, minor) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    product == "RabbitMQ" && (major, minor) >= (3, 10)
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
 /// Time limit inside the client's own thread: an abandoned connect would occupy that thread until the kernel gives up.
@@ -213,6 +224,7 @@ mod tests {
             assert!(!is_new_enough("RabbitMQ", version), "{version}");
         }
         assert!(!is_new_enough("LavinMQ", "4.0.0"));
+        assert!(is_tested("3.10.8") && is_tested("4.3.6") && !is_tested("4.4.0") && !is_tested("5.0"));
     }
 
     #[test]

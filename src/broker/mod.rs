@@ -3,7 +3,7 @@
 //! The client's own recovery is off. A lost connection is rebuilt as a whole by its owner: the consumer rebuilds its
 //! [`Subscription`], the [`Publisher`] its connection. Every answer is awaited with a time limit.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use async_rs::TokioRuntime;
@@ -22,6 +22,7 @@ mod frame_fit;
 mod frame_guard;
 mod guarded_stream;
 mod message;
+mod permissions;
 mod publish_outcome;
 mod publisher;
 mod request_watch;
@@ -43,6 +44,7 @@ pub use topology::{Names, SYNC_REQUESTED};
 
 use address::Address;
 use confirm_channel::ConfirmChannel;
+pub use connection::TESTED_VERSIONS;
 use connection::{Connection, Opening};
 use tls::Tls;
 
@@ -62,6 +64,8 @@ struct Inner {
     names: Names,
     /// Broker version, set once a supported broker has answered.
     version: OnceLock<String>,
+    /// True once this user was found to have every permission.
+    permitted: AtomicBool,
     spawner: tokio::runtime::Handle,
 }
 
@@ -106,6 +110,7 @@ impl Broker {
             names: Names::new(&topology.prefix),
             topology: topology.clone(),
             version: OnceLock::new(),
+            permitted: AtomicBool::new(false),
             spawner,
         })))
     }
@@ -122,10 +127,10 @@ impl Broker {
         &self.0.opening.name
     }
 
-    /// Broker version; `None` before the first connection.
+    /// Broker version, and whether it is one that was tested; `None` before the first connection.
     #[must_use]
-    pub fn version(&self) -> Option<&str> {
-        self.0.version.get().map(String::as_str)
+    pub fn version(&self) -> Option<(&str, bool)> {
+        self.0.version.get().map(|version| (version.as_str(), connection::is_tested(version)))
     }
 
     /// Connects, declares or verifies the topology, and consumes requests with the given prefetch.
@@ -135,6 +140,7 @@ impl Broker {
     pub async fn subscribe(&self, prefetch: u16) -> Result<Subscription, BrokerError> {
         let connection = self.connect(Purpose::Consume).await?;
         self.ensure(&connection).await?;
+        self.check_permissions(&connection).await?;
         Subscription::start(connection, &self.0.names.requests, prefetch, self.0.opening.answer_limit).await
     }
 
@@ -153,6 +159,20 @@ impl Broker {
         let ensured = self.ensure(&connection).await;
         connection.close(self.0.opening.answer_limit).await;
         ensured
+    }
+
+    /// Connects, declares or verifies the topology, and checks the permissions of this user, as a start does.
+    ///
+    /// # Errors
+    /// [`BrokerError::Drift`], [`BrokerError::Permissions`], or a connection error.
+    pub async fn check(&self) -> Result<(), BrokerError> {
+        let connection = self.connect(Purpose::Manage).await?;
+        let checked = match self.ensure(&connection).await {
+            Ok(()) => self.check_permissions(&connection).await,
+            refused => refused,
+        };
+        connection.close(self.0.opening.answer_limit).await;
+        checked
     }
 
     /// Publishes one sync request and waits for its confirm.
@@ -200,6 +220,16 @@ impl Broker {
         EventTail::open(self, pattern).await
     }
 
+    /// Checks the permissions until they have been sufficient once.
+    async fn check_permissions(&self, connection: &Connection) -> Result<(), BrokerError> {
+        let inner = &self.0;
+        if !inner.permitted.load(Ordering::Relaxed) {
+            permissions::check(connection, &inner.names, inner.opening.answer_limit).await?;
+            inner.permitted.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
     async fn ensure(&self, connection: &Connection) -> Result<(), BrokerError> {
         let inner = &self.0;
         topology::ensure(connection, &inner.names, &inner.topology, inner.opening.answer_limit).await
@@ -243,6 +273,13 @@ impl Broker {
                     address: address.to_string(),
                     found: format!("{product} {version}"),
                 });
+            }
+            if !connection::is_tested(&version) {
+                tracing::warn!(
+                    version,
+                    tested = TESTED_VERSIONS,
+                    "RabbitMQ is newer than the versions that were tested"
+                );
             }
             // An error means that another task has stored the same answer.
             let _ = self.0.version.set(version);

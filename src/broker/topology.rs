@@ -241,7 +241,7 @@ impl Check<'_> {
 }
 
 /// Code and text of a channel error: the broker refused one operation and keeps the connection.
-fn refusal(error: &BrokerError) -> Option<(u16, String)> {
+pub(super) fn refusal(error: &BrokerError) -> Option<(u16, String)> {
     let BrokerError::Lost { source, .. } = error else { return None };
     refusal_of(source.downcast_ref::<lapin::Error>()?)
 }

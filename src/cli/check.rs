@@ -4,6 +4,7 @@ use super::{CliError, Context, Outcome, note};
 use crate::broker::Broker;
 use crate::config::{Config, KeyReference, Origin, find_keys};
 use crate::graph::GraphClient;
+use crate::store::{Store, StoreError};
 use crate::telemetry;
 
 /// Validate the configuration and print every key with its value and origin; secrets are redacted
@@ -12,12 +13,15 @@ pub(super) struct Args {
     /// Only keys whose value is not the default
     #[arg(long)]
     changed: bool,
+    /// Also connect to RabbitMQ and PostgreSQL as a start does, and check versions, permissions, topology and schema
+    #[arg(long, conflicts_with = "explain")]
+    connect: bool,
     /// Explain a key, or every key of a section, instead: meaning, default, unit and variable
     #[arg(long, value_name = "KEY", conflicts_with = "changed")]
     explain: Option<String>,
 }
 
-pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
+pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, CliError> {
     if let Some(name) = &args.explain {
         return explain(name, context);
     }
@@ -34,8 +38,45 @@ pub(super) fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcome, Cli
     for warning in config.warnings() {
         note(format_args!("warning: {warning}"));
     }
-    let problems = problems(&config);
+    let mut problems = problems(&config);
+    if problems.is_empty() && args.connect {
+        problems.extend(connect(&config).await);
+    }
     if problems.is_empty() { Ok(Outcome::Done) } else { Err(CliError::Failed(problems.join("\n"))) }
+}
+
+/// Problems that would keep a start from working with the servers. Their versions are noted.
+async fn connect(config: &Config) -> Vec<String> {
+    let broker = match Broker::new(&config.broker, &config.topology, "inventoryd check") {
+        Ok(broker) => broker,
+        Err(error) => return vec![error.to_string()],
+    };
+    let checked = broker.check().await;
+    if let Some((version, tested)) = broker.version() {
+        note_version("RabbitMQ", version, tested);
+    }
+    let mut problems: Vec<String> = checked.err().map(|error| error.to_string()).into_iter().collect();
+    match connect_to_database(config).await {
+        Ok(()) => {}
+        Err(error) => problems.push(error.to_string()),
+    }
+    problems
+}
+
+async fn connect_to_database(config: &Config) -> Result<(), StoreError> {
+    let store = Store::connect(&config.database)?;
+    let checked = store.check_schema().await;
+    if let Some((version, tested)) = store.server_version() {
+        note_version("PostgreSQL", &version, tested);
+    }
+    for warning in checked? {
+        note(format_args!("warning: {warning}"));
+    }
+    Ok(())
+}
+
+fn note_version(server: &str, version: &str, tested: bool) {
+    note(format_args!("{server} {version}: {}", if tested { "tested" } else { "newer than the tested versions" }));
 }
 
 /// Prints the documentation of the keys that `name` means.

@@ -208,7 +208,7 @@ fn dispatch(command: Command, context: &mut Context<'_>) -> Result<Outcome, CliE
     match command {
         Command::Serve(args) => block_on_all_cores(serve::run(&args, context)),
         Command::Migrate(args) => block_on(migrate::run(&args, context)),
-        Command::Check(args) => check::run(&args, context),
+        Command::Check(args) => block_on(check::run(&args, context)),
         Command::Config(args) => config::run(&args, context),
         Command::Doctor(args) => block_on(doctor::run(&args, context)),
         Command::Tenant(args) => block_on(tenant::run(args, context)),

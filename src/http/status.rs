@@ -78,6 +78,24 @@ pub(super) struct Readiness {
     pub(super) problems: Vec<Problem>,
 }
 
+/// Versions of the servers that this replica is connected to; each is absent before the first connection.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Servers {
+    /// PostgreSQL.
+    pub postgresql: Option<ServerVersion>,
+    /// RabbitMQ.
+    pub rabbitmq: Option<ServerVersion>,
+}
+
+/// Version of a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct ServerVersion {
+    /// Version that the server reports.
+    pub version: String,
+    /// False if it is newer than the versions that this daemon was tested on.
+    pub tested: bool,
+}
+
 /// Answer of `/status`. Keys are only added within a version.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[schemars(title = "inventoryd status, version 1")]
@@ -100,6 +118,8 @@ pub struct Status {
     pub problem: Option<String>,
     /// Present problems, each with its cause and duration.
     pub problems: Vec<Problem>,
+    /// Versions of the servers.
+    pub servers: Servers,
     /// Name of this replica.
     pub replica: String,
     /// Running runs over all replicas; absent without the database.

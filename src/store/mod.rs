@@ -22,7 +22,7 @@ mod session;
 mod tenants;
 
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
@@ -63,6 +63,8 @@ struct Origin {
     config: DatabaseConfig,
     /// File of the address: passwords are rotated while the process runs.
     url: RotatedSecret,
+    /// Version of the server, as `server_version_num`; set by [`Store::check_schema`].
+    server: OnceLock<i32>,
 }
 
 impl Store {
@@ -78,6 +80,7 @@ impl Store {
             origin: Arc::new(Origin {
                 config: config.clone(),
                 url: RotatedSecret::new("database.url_file", config.url_file.clone(), config.url.clone()),
+                server: OnceLock::new(),
             }),
         })
     }

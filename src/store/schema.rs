@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::{ConnectOptions, Connection, PgConnection};
 
-use super::session::{PINNED_FOR_MIGRATION, ServerProperties};
+use super::session::{PINNED_FOR_MIGRATION, ServerProperties, is_tested};
 use super::{Store, StoreError};
 use crate::domain::catalog::Catalog;
 
@@ -27,6 +27,8 @@ impl Store {
         let mut connection = self.control_connection().await?;
         let server = ServerProperties::read(&mut connection).await?;
         server.check()?;
+        // An error means that the version is known.
+        let _ = self.origin.server.set(server.version);
         let found = sqlx::query!(
             r#"select to_regclass('_sqlx_migrations') is not null as "migrated!", current_user::text as "role!",
                       current_database()::text as "database!", current_setting('search_path') as "search_path!""#
@@ -44,6 +46,13 @@ impl Store {
         let applied: Option<(i64, Vec<u8>)> = sqlx::query_as(applied).fetch_optional(&mut *connection).await?;
         compare(applied)?;
         Ok(server.warnings())
+    }
+
+    /// Version of the server, and whether it is one that was tested; `None` before [`Self::check_schema`].
+    #[must_use]
+    pub fn server_version(&self) -> Option<(String, bool)> {
+        let number = *self.origin.server.get()?;
+        Some((format!("{}.{}", number / 10_000, number % 10_000), is_tested(number)))
     }
 
     /// Records which policy types this daemon lists, so that readers recognise items of types that no daemon lists any more.

@@ -35,10 +35,15 @@ pub(super) const PINNED_FOR_MIGRATION: &[(&str, &str)] = &[
 /// Oldest server that is supported, as `server_version_num`.
 const OLDEST_SERVER: i32 = 150_000;
 
+/// True for the major versions of PostgreSQL that the tests run on, oldest and newest, and those between them.
+pub(super) fn is_tested(version: i32) -> bool {
+    (15..=18).contains(&(version / 10_000))
+}
+
 /// Properties that only the server, the database or the role can change.
 #[derive(Debug)]
 pub(super) struct ServerProperties {
-    version: i32,
+    pub(super) version: i32,
     encoding: String,
     /// `off` loses committed transactions in a crash of the server.
     synchronous_commit: String,
@@ -118,6 +123,7 @@ impl ServerProperties {
     /// Settings of the server that an operator may have chosen, and should know of.
     pub(super) fn warnings(&self) -> Vec<&'static str> {
         let doubtful = [
+            (!is_tested(self.version), "PostgreSQL is newer than the versions that were tested, 15 to 18"),
             (!self.fsync, "fsync is off: a crash of the server can lose or corrupt the inventory"),
             (!self.full_page_writes, "full_page_writes is off: a crash of the server can corrupt the inventory"),
             (!self.autovacuum, "autovacuum is off: tables grow without bound unless something else vacuums them"),
@@ -148,6 +154,8 @@ mod tests {
     #[test]
     fn each_property_is_refused_with_its_name_and_cure() {
         assert!(healthy().check().is_ok());
+        assert!(healthy().warnings().is_empty());
+        assert_eq!(ServerProperties { version: 190_000, ..healthy() }.warnings().len(), 1);
         assert!(ServerProperties { transaction_timeout_ms: 60_000, ..healthy() }.check().is_ok());
         let refused = [
             (ServerProperties { version: OLDEST_SERVER - 1, ..healthy() }, "PostgreSQL 14 is too old"),

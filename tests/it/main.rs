@@ -45,6 +45,7 @@ mod missing;
 mod not_applicable;
 mod observations;
 mod outcomes;
+mod permissions;
 mod policies;
 mod reading;
 mod refused_copies;
