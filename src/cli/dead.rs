@@ -185,7 +185,14 @@ async fn show(args: &Show, letters: &mut DeadLetters, context: &mut Context<'_>)
 
 async fn replay(args: &Replay, letters: &mut DeadLetters, context: &mut Context<'_>) -> Result<(), CliError> {
     if args.which.ids.is_empty() {
-        return each_matching("replayed", &args.which, letters, context, DeadLetters::replay).await;
+        let replay_complete = async |letters: &mut DeadLetters, letter: &DeadLetter| {
+            if !letter.complete {
+                note(format_args!("note: {} is not replayed: its body is too large to be a request", letter.id));
+                return Ok(false);
+            }
+            letters.replay(letter).await.map(|()| true)
+        };
+        return each_matching("replayed", &args.which, letters, context, replay_complete).await;
     }
     let mut chosen = choose(&args.which, letters).await?;
     if let Some(path) = &args.body {
@@ -207,7 +214,9 @@ async fn discard(args: &Drop, letters: &mut DeadLetters, context: &mut Context<'
     };
     args.confirm.ask(&question)?;
     if which.ids.is_empty() {
-        return each_matching("dropped", which, letters, context, DeadLetters::discard).await;
+        let drop_one =
+            async |letters: &mut DeadLetters, letter: &DeadLetter| letters.discard(letter).await.map(|()| true);
+        return each_matching("dropped", which, letters, context, drop_one).await;
     }
     let chosen = choose(which, letters).await?;
     each("dropped", &chosen, context, async |letter| letters.discard(letter).await).await
@@ -232,13 +241,14 @@ async fn each(
     sum_up(what, &done, context)
 }
 
-/// Applies an action to each matching letter as it is read, so that one body at a time is in memory.
+/// Applies an action to each matching letter as it is read, so that one body at a time is in memory. The action returns
+/// false for a letter that it left alone.
 async fn each_matching(
     what: &str,
     which: &Which,
     letters: &mut DeadLetters,
     context: &mut Context<'_>,
-    act: impl AsyncFn(&mut DeadLetters, &DeadLetter) -> Result<(), BrokerError>,
+    act: impl AsyncFn(&mut DeadLetters, &DeadLetter) -> Result<bool, BrokerError>,
 ) -> Result<(), CliError> {
     let (mut done, mut acted_on) = (Vec::new(), HashSet::new());
     while let Some(letter) = letters.next().await? {
@@ -250,9 +260,13 @@ async fn each_matching(
             letters.discard(&letter).await?;
             continue;
         }
-        if let Err(error) = act(letters, &letter).await {
-            sum_up(what, &done, context)?;
-            return Err(error.into());
+        match act(letters, &letter).await {
+            Ok(true) => {}
+            Ok(false) => continue,
+            Err(error) => {
+                sum_up(what, &done, context)?;
+                return Err(error.into());
+            }
         }
         tell(what, &letter, context)?;
         done.push(letter.id);

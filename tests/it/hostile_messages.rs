@@ -95,6 +95,11 @@ async fn a_body_of_many_megabytes_is_moved_by_the_broker_and_not_kept() {
     })
     .await;
     assert_eq!(listed["reason"], "message_too_large");
+    let small = World::request_of(uuid::Uuid::new_v4(), "small", &["mobileApp"]).to_string();
+    world.publish_bytes(small.as_bytes(), BasicProperties::default()).await;
+    eventually("both are dead", || async { (world.depth("inventory.dead").await == 2).then_some(()) }).await;
+    let replayed = dead_command(&world, &["replay", "--all"]).await;
+    assert_eq!(replayed["replayed"].as_array().unwrap().len(), 1, "the large letter does not stop the others");
     let letter = dead(&world).await;
     assert!(letter.data == body, "byte for byte");
     replica.stop().await;
