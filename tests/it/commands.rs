@@ -134,6 +134,7 @@ async fn doctor_names_missing_permissions() {
     let found = call(&world, &[&examine[..], &["mobileApp,deviceShellScript", "--json"]].concat()).await;
     assert_eq!((found.code, &found.json()["working"]), (1, &json!(1)));
     assert_eq!(found.json()["missing_permissions"], json!(["DeviceManagementApps.Read.All"]));
+    assert_eq!(found.json()["readable_types"], json!(["deviceShellScript"]), "a request that would succeed now");
     let link = format!("{}/{tenant}/adminconsent?client_id=", world.sim.base_url());
     assert!(found.json()["consent_link"].as_str().unwrap().starts_with(&link), "{found:?}");
     let shown = call(&world, &[&examine[..], &["mobileApp"]].concat()).await.out;
@@ -164,6 +165,11 @@ async fn doctor_shares_pauses_with_the_daemon() {
     let tenant = world.tenant.to_string();
     assert_eq!(call(&world, &["doctor", "--tenant", &tenant, "--types", "mobileApp"]).await.code, 0);
     assert_eq!(world.count("select count(*) from tenant_pauses where family = 'intune'").await, 1);
+    world.execute("update tenant_pauses set paused_until = clock_timestamp() + interval '5 seconds'").await;
+    let begun = std::time::Instant::now();
+    let examined = call(&world, &["doctor", "--tenant", &tenant, "--types", "mobileApp"]).await;
+    assert_eq!(examined.code, 0, "{examined:?}");
+    assert!(begun.elapsed() > std::time::Duration::from_secs(3), "a pause of the daemon is waited for");
 }
 
 #[tokio::test(flavor = "multi_thread")]

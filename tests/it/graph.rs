@@ -192,6 +192,12 @@ async fn every_request_uses_http2_with_its_headers_and_ids() {
     assert!(graph.iter().all(|request| request.http_version.contains('2')), "{graph:?}");
     assert!(graph.iter().all(|request| uuid::Uuid::try_parse(&request.client_request_id).is_ok()));
     assert_eq!(graph.iter().map(|request| request.page).collect::<Vec<_>>(), [1, 2, 3]);
+    let ours = concat!("inventoryd/", env!("CARGO_PKG_VERSION"));
+    assert!(requests.len() > graph.len(), "tokens were requested");
+    assert!(
+        requests.iter().all(|request| request.user_agent == ours),
+        "one User-Agent for Graph and tokens: {requests:?}"
+    );
     assert!(
         graph.iter().all(|request| request.prefer == "include-unknown-enum-members"),
         "a link does not carry headers: every page is asked for with them"

@@ -229,6 +229,38 @@ const FACTS: &[Fact] = &[
         ],
     ),
     (
+        "OData allows a next link that is relative to its page, and errors in the form of version 3",
+        &[
+            "tests/it/graph_tolerance.rs::a_relative_next_link_is_followed_on_the_same_host",
+            "src/graph/listing/next_link.rs::relative_links_are_resolved_against_the_page_and_stay_on_its_host",
+            "tests/it/graph_tolerance.rs::an_odata_3_error_is_an_error_of_graph",
+        ],
+    ),
+    (
+        "A 200 can have any shape: other envelopes, two documents, padding, a link that is no text",
+        &["tests/it/graph_tolerance.rs::pages_of_other_shapes_are_never_complete"],
+    ),
+    (
+        "A page can have millions of objects of a few bytes",
+        &["tests/it/logs.rs::a_page_costs_memory_in_proportion_to_its_bytes"],
+    ),
+    (
+        "A certificate is exported as PKCS#12, protected by a password, by old and new programs",
+        &[
+            "src/graph/auth/pkcs12.rs::files_of_older_programs_are_read",
+            "src/graph/auth/pkcs12.rs::each_problem_of_a_file_is_named",
+            "tests/it/graph_credentials.rs::a_pkcs12_file_gets_a_token_and_its_problems_are_named_without_a_network",
+        ],
+    ),
+    (
+        "A proxy answers CONNECT with 407 or a refusal of its own",
+        &["tests/it/graph_proxy.rs::a_proxy_that_refuses_says_why"],
+    ),
+    (
+        "The number of a token error is the only part of it that says what to do",
+        &["tests/it/graph.rs::status_names_the_cause_and_cure_of_a_missing_token_and_of_a_broken_connection"],
+    ),
+    (
         "A managed identity gives the token of its own tenant, whichever is asked for",
         &["tests/it/graph_credentials.rs::a_token_of_another_tenant_is_rejected"],
     ),

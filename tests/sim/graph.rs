@@ -185,6 +185,7 @@ fn record(request: &Request, ids: &CallIds, tenant: Option<Uuid>) -> RequestReco
         http_version: format!("{:?}", request.version()),
         connection: request.extensions().get::<Connection>().map_or(0, |connection| connection.number),
         prefer: text(request.headers(), "prefer"),
+        user_agent: text(request.headers(), "user-agent"),
     }
 }
 

@@ -35,6 +35,9 @@ pub struct RequestRecord {
     pub connection: u64,
     /// `Prefer` header.
     pub prefer: String,
+    /// `User-Agent` header.
+    #[serde(default)]
+    pub user_agent: String,
 }
 
 /// Counters of one tenant.
