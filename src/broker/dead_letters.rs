@@ -96,9 +96,6 @@ impl DeadLetters {
     }
 
     /// Reads the next letter. Ends with the last that was present at the beginning: a replayed one may be back by then.
-    ///
-    /// # Errors
-    /// If the broker does not answer.
     pub async fn next(&mut self) -> Result<Option<DeadLetter>, BrokerError> {
         while let Some((queue, left)) = self.unread.front_mut() {
             if *left == 0 {
@@ -124,9 +121,6 @@ impl DeadLetters {
 
     /// Reads the oldest letters, at most `limit`. Copies of one letter are one. Keeps the bodies of those chosen by
     /// `keep_body` only: together they can exceed the memory.
-    ///
-    /// # Errors
-    /// If the broker does not answer.
     pub async fn list(
         &mut self,
         limit: usize,
@@ -150,9 +144,6 @@ impl DeadLetters {
     }
 
     /// Finds the oldest letter whose id starts with `id`, with all its copies.
-    ///
-    /// # Errors
-    /// If the broker does not answer.
     pub async fn find(&mut self, id: &str) -> Result<Option<DeadLetter>, BrokerError> {
         let mut found: Option<DeadLetter> = None;
         while let Some(letter) = self.next().await? {

@@ -16,7 +16,7 @@ use super::error::{BrokerError, within};
 use super::message::{DEFERRED_S, Original, RETRIES, is_traceparent, is_tracestate, read_number, read_text};
 use crate::telemetry;
 
-/// Connection, channel, prefetch and consumer as one unit, which is never repaired, only rebuilt.
+/// Connection, channel, prefetch and consumer as one unit. It is unusable after any error: owners rebuild it.
 pub struct Subscription {
     connection: Connection,
     channel: Channel,
@@ -72,9 +72,6 @@ impl Subscription {
 
     /// Applies the configured prefetch plus `extra`, for deliveries that are held and must not stop the others. Returns
     /// deliveries that arrived meanwhile.
-    ///
-    /// # Errors
-    /// If the broker does not answer; the subscription is unusable then.
     pub async fn widen(&mut self, extra: u16) -> Result<Vec<Delivery>, BrokerError> {
         // A prefetch applies to consumers started after it.
         let buffered = self.stop_consumer().await?;
@@ -108,9 +105,6 @@ impl Subscription {
 
     /// Cancels the consumer and requeues buffered deliveries. The channel stays open, so that deliveries in flight can
     /// still be settled.
-    ///
-    /// # Errors
-    /// If the broker does not answer; the subscription is unusable then.
     pub async fn cancel(&mut self) -> Result<(), BrokerError> {
         for delivery in self.stop_consumer().await? {
             delivery.requeue().await?;
@@ -132,9 +126,6 @@ impl Subscription {
     }
 
     /// Consumes again after [`Subscription::cancel`], on the same channel.
-    ///
-    /// # Errors
-    /// If the broker refuses or does not answer; the subscription is unusable then.
     pub async fn resume(&mut self) -> Result<(), BrokerError> {
         if self.consumer.is_none() {
             let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
@@ -180,7 +171,8 @@ impl Subscription {
     }
 }
 
-/// One delivered request. Dropped unsettled it stays unacknowledged until its channel closes.
+/// One delivered request. Dropped unsettled it stays unacknowledged until its channel closes. Settling fails if the channel
+/// closes at that moment; the broker then requeues.
 #[derive(Debug)]
 pub struct Delivery {
     /// Body, byte for byte as published.
@@ -228,17 +220,11 @@ impl Delivery {
 
     /// Acknowledges. `false` if its channel is closed: the broker redelivers, the redelivery finds a terminal run, and
     /// the lost ack is only counted.
-    ///
-    /// # Errors
-    /// If the channel closes at this moment; the same applies.
     pub async fn ack(&self) -> Result<bool, BrokerError> {
         self.counted(within(self.limit, "acknowledging", self.acker.ack(BasicAckOptions::default())).await)
     }
 
     /// Returns the delivery to the queue. RabbitMQ 4.3 and newer do not count this as a failed delivery.
-    ///
-    /// # Errors
-    /// If the channel closes at this moment; the broker then requeues by itself.
     pub async fn requeue(&self) -> Result<bool, BrokerError> {
         let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
         within(self.limit, "requeueing", self.acker.nack(options)).await
@@ -246,17 +232,11 @@ impl Delivery {
 
     /// Returns the delivery to the queue as failed. Every version of RabbitMQ counts this, so a request that always
     /// fails becomes a dead letter.
-    ///
-    /// # Errors
-    /// If the channel closes at this moment; the broker then requeues by itself.
     pub async fn fail(&self) -> Result<bool, BrokerError> {
         within(self.limit, "rejecting", self.acker.reject(BasicRejectOptions { requeue: true })).await
     }
 
     /// Has the broker dead-letter the original message, byte for byte.
-    ///
-    /// # Errors
-    /// If the channel closes at this moment; the broker then requeues by itself.
     pub async fn dead_letter_original(&self) -> Result<bool, BrokerError> {
         within(self.limit, "dead-lettering", self.acker.reject(BasicRejectOptions { requeue: false })).await
     }

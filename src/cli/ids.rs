@@ -38,7 +38,8 @@ impl IdPrefix {
             return Ok(self.first);
         }
         let found = store.run_ids_between(self.first, self.last).await?;
-        let none = || CliError::Failed("no run has an id that begins so; `inventoryd runs list` lists runs".to_owned());
+        let none =
+            || CliError::Failed("no run id starts with these digits; `inventoryd runs list` lists runs".to_owned());
         self.only(&found, none)
     }
 
@@ -50,7 +51,7 @@ impl IdPrefix {
         let mut found = store.tenant_ids().await?;
         found.retain(|id| (self.first..=self.last).contains(id));
         let none = || {
-            CliError::Failed("no tenant has an id that begins so; `inventoryd tenant list` lists tenants".to_owned())
+            CliError::Failed("no tenant id starts with these digits; `inventoryd tenant list` lists tenants".to_owned())
         };
         self.only(&found, none)
     }
@@ -70,7 +71,7 @@ impl IdPrefix {
             [id] => Ok(*id),
             several => {
                 let several: Vec<String> = several.iter().map(Uuid::to_string).collect();
-                Err(CliError::Failed(format!("several ids begin so: {}", several.join(", "))))
+                Err(CliError::Failed(format!("several ids start with these digits: {}", several.join(", "))))
             }
         }
     }

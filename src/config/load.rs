@@ -20,17 +20,11 @@ impl Config {
     }
 
     /// Loads a configuration with the given variables instead of the process environment.
-    ///
-    /// # Errors
-    /// As [`Config::load`].
     pub fn load_with(file: Option<&Path>, variables: BTreeMap<String, String>) -> Result<Self, ConfigError> {
         finish(layers::read(file, &os_strings(variables))?)
     }
 
     /// Every key with value and origin, and the result of [`Config::load`].
-    ///
-    /// # Errors
-    /// If the layers can't be read.
     pub fn explain(file: Option<&Path>) -> Result<(Vec<Setting>, Result<Self, ConfigError>), ConfigError> {
         let layers = layers::read(file, &process_variables())?;
         Ok((settings::of(&layers.merged.cache), finish(layers)))

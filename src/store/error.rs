@@ -3,7 +3,7 @@
 /// A failed database operation.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The run ended or was taken over; this worker may not write any more.
+    /// The fence rejected a write: the run ended or was taken over. Nothing was written.
     #[error("the lease on the run is lost")]
     LeaseLost,
     /// The schema is not the one that this version needs.

@@ -32,9 +32,6 @@ pub struct BatchCounts {
 
 impl Store {
     /// Writes a batch of objects of one policy type.
-    ///
-    /// # Errors
-    /// [`StoreError::LeaseLost`] if the run no longer belongs to this worker: then nothing was written.
     pub async fn upsert_items(
         &self,
         lease: &Lease,

@@ -43,9 +43,6 @@ struct TerminalState {
 
 impl Store {
     /// Records types that have ended, and what Graph was asked since the last call; marks suspicious drops in `outcomes`.
-    ///
-    /// # Errors
-    /// [`StoreError::LeaseLost`] if the run no longer belongs to this worker: then nothing was written.
     pub async fn record_types(
         &self,
         lease: &Lease,
@@ -71,9 +68,6 @@ impl Store {
     }
 
     /// Ends a run in one transaction: the types from `recorded` on, the run itself, and the fact that its event is due.
-    ///
-    /// # Errors
-    /// [`StoreError::LeaseLost`] if the run no longer belongs to this worker: then nothing was written.
     pub async fn end_run(
         &self,
         lease: &Lease,

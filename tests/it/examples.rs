@@ -128,7 +128,7 @@ async fn publishers_notice_that_no_queue_took_the_message() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_shell_asks_and_watches() {
+async fn shell_publishes_and_watches() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     world.register(TENANT, None).await;
@@ -169,7 +169,7 @@ fn bindings() -> Vec<(&'static str, &'static str)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_binding_takes_exactly_the_events_that_it_is_said_to() {
+async fn each_binding_receives_exactly_its_documented_events() {
     let world = World::new().await;
     let _replica = Replica::start(&world).await;
     world.register(TENANT, None).await;

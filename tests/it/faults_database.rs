@@ -260,7 +260,7 @@ async fn cancelled_transaction_leaves_no_open_transaction() {
         "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'inventoryd'
                 and state like 'idle in transaction%'";
     let mut done: Vec<String> = Vec::new();
-    // How many admissions are cancelled depends on the machine; enough are needed, whatever the number of rounds.
+    // The number of cancelled admissions per round depends on the machine: rounds repeat until there are enough.
     let mut started = 0;
     while started - done.len() < CANCELLED {
         let mut storm = JoinSet::new();

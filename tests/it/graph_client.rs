@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use inventoryd::config::{Config, GraphConfig};
 use inventoryd::domain::catalog::{Catalog, Collection, DEFAULT_CONTRACTS};
 use inventoryd::domain::clock::Deadline;
 use inventoryd::domain::failure::{ErrorCode, Failure};
+use parking_lot::Mutex;
 
 use inventoryd::domain::policy_type::Shape;
 use inventoryd::graph::{GraphClient, GraphReader, PageObject, RunBudget};
@@ -420,7 +421,7 @@ struct Logs(Arc<Mutex<Vec<u8>>>);
 
 impl std::io::Write for Logs {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
+        self.0.lock().extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -452,7 +453,7 @@ async fn logs_contain_ids_but_no_secrets_links_or_texts_of_graph() {
     assert_eq!(world.refused(SHARED).await.code, ErrorCode::GraphBadRequest);
     assert_eq!(world.refused(PLAIN).await.code, ErrorCode::GraphForeignLink);
 
-    let logs = String::from_utf8(logs.0.lock().unwrap().clone()).unwrap();
+    let logs = String::from_utf8(logs.0.lock().clone()).unwrap();
     assert!(logs.contains("client_request_id=") && logs.contains("AADSTS7000215") && logs.contains("status=429"));
     for word in ["eyJ", "Bearer", "simulated-secret", "SimSecret", "SimMadeUp", "secret-backend", "skiptoken", "evil"] {
         assert!(!logs.contains(word), "{word} is in the log");

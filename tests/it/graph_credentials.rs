@@ -154,7 +154,7 @@ async fn an_outage_of_the_token_service_is_no_problem_of_the_credential() {
 }
 
 #[tokio::test]
-async fn a_refused_connection_and_an_untrusted_certificate_are_told_apart() {
+async fn refused_connection_and_untrusted_certificate_are_distinguished() {
     let refused = with(&[("authority", "https://127.0.0.1:9")]).await;
     let untrusted = with(&[("ca_file", "")]).await;
     for (world, reason) in [(refused, "refused the connection"), (untrusted, "TLS with 127.0.0.1 failed")] {
@@ -173,7 +173,7 @@ async fn a_probe_names_the_reason_of_a_failed_connection() {
 }
 
 #[tokio::test]
-async fn a_byte_order_mark_and_an_absurd_lifetime_do_no_harm() {
+async fn byte_order_mark_and_excessive_lifetime_are_tolerated() {
     let world = with(&[]).await;
     world.sim.set_token_lifetime_s(1_000_000_000_000_000);
     world.sim.add_rule(Rule::new(Action::Prefix { bytes: b"\xEF\xBB\xBF".to_vec() }).on_token());

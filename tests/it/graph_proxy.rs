@@ -1,9 +1,10 @@
 //! Graph client behind an HTTP proxy that accepts CONNECT only.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use inventoryd::domain::failure::ErrorCode;
+use parking_lot::Mutex;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -33,7 +34,7 @@ impl Connects {
         let mut client = BufReader::new(client);
         let mut head = String::new();
         while !head.ends_with("\r\n\r\n") && client.read_line(&mut head).await.is_ok_and(|bytes| bytes > 0) {}
-        self.0.lock().unwrap().push(head.clone());
+        self.0.lock().push(head.clone());
         let Some(target) = head.strip_prefix("CONNECT ").and_then(|rest| rest.split(' ').next()) else { return };
         if head.contains("authorization") && !head.contains(AUTHORIZATION) {
             return;
@@ -44,7 +45,7 @@ impl Connects {
     }
 
     fn heads(&self) -> Vec<String> {
-        self.0.lock().unwrap().clone()
+        self.0.lock().clone()
     }
 }
 

@@ -156,7 +156,7 @@ async fn a_backlog_of_large_bodies_needs_no_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_session_starts_with_one_request_and_opens_up() {
+async fn session_starts_with_one_request_and_widens() {
     let world = World::new().await;
     Replica::start(&world).await.stop().await;
     for index in 0..4 {

@@ -131,7 +131,7 @@ async fn subscription_that_flaps_does_not_keep_a_lost_run_from_going_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn run_that_nobody_restarts_is_given_up_and_its_late_copies_change_nothing() {
+async fn run_that_no_worker_restarts_is_given_up_and_its_late_copies_change_nothing() {
     let world = World::new().await;
     let mut worker = worker_at_work(&world, "lost").await;
     worker.signal("KILL");

@@ -16,7 +16,7 @@ const EVENT: &str = include_str!("../../config/schemas/event.json");
 const REQUEST: &str = include_str!("../../config/schemas/request.json");
 const DEAD_LETTER: &str = include_str!("../../config/schemas/dead-letter.json");
 
-/// What a document has against a schema, formats included.
+/// Violations of a schema in a document, formats included.
 fn problems(schema: &str, document: &Value) -> Result<(), String> {
     let (mut schemas, mut compiler) = (Schemas::new(), Compiler::new());
     compiler.enable_format_assertions();
@@ -88,7 +88,7 @@ fn json_of(value: &AMQPValue) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_letter_fits_its_schema_whoever_gave_it_up() {
+async fn dead_letters_of_daemon_and_broker_fit_their_schema() {
     let world = World::new().await;
     let replica = Replica::start(&world).await;
     world.publish_bytes(b"\xff no JSON", BasicProperties::default()).await;

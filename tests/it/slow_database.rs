@@ -100,7 +100,7 @@ async fn finished_type_is_recorded_while_other_lists_are_written() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_of_a_selection_that_is_running_delay_nobody() {
+async fn requests_of_a_running_selection_delay_no_other_request() {
     let world = world_with_lists_of([1_500; 4]).await;
     let other = Uuid::new_v4();
     world.register(other, None).await;

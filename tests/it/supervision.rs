@@ -1,4 +1,4 @@
-//! Who looks after a replica: systemd and probes learn whether it takes requests, and whether its loop still turns.
+//! Supervision of a replica: notifications to systemd, and the liveness probe of the consume loop.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use crate::support::systemd::Systemd;
 use crate::support::world::World;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn systemd_hears_when_requests_are_taken_and_that_the_replica_lives_and_stops() {
+async fn systemd_is_notified_of_readiness_watchdog_and_stop() {
     let world = World::new().await;
     let proxy = Proxy::to(world.amqp_address()).await;
     proxy.refuse(true);
@@ -30,16 +30,16 @@ async fn systemd_hears_when_requests_are_taken_and_that_the_replica_lives_and_st
     let foreign = [("NOTIFY_SOCKET", socket.as_str()), ("WATCHDOG_USEC", "1000000")];
     let mut process = Process::start_under(&world, "a", &[("BROKER__URL", &amqp)], &foreign);
 
-    // While the broker is away, it lives, but is not ready; it says why.
+    // While the broker is unreachable the replica is alive and not ready, and its status names the cause.
     tokio::time::sleep(Duration::from_secs(4)).await;
     assert_eq!(systemd.count("READY=1"), 0);
     assert!(systemd.count("WATCHDOG=1") >= 4, "{:?}", systemd.heard());
     assert!(systemd.heard().iter().any(|line| line.starts_with("STATUS=no subscription: ")), "{:?}", systemd.heard());
 
     proxy.refuse(false);
-    let taken = "STATUS=consuming requests; 0 in flight";
+    let consuming = "STATUS=consuming requests; 0 in flight";
     let begun = Instant::now();
-    while systemd.count("READY=1") == 0 || systemd.count(taken) == 0 {
+    while systemd.count("READY=1") == 0 || systemd.count(consuming) == 0 {
         assert!(begun.elapsed() < DEADLINE, "{:?}\n{}", systemd.heard(), process.log());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -49,14 +49,14 @@ async fn systemd_hears_when_requests_are_taken_and_that_the_replica_lives_and_st
     assert_eq!((systemd.count("READY=1"), systemd.count("STOPPING=1")), (1, 1));
 }
 
-/// A consumer that the test itself turns, and the server that says whether it lives.
-struct Turned {
-    turning: std::pin::Pin<Box<dyn Future<Output = ()>>>,
+/// Consumer that runs only while the test polls it, with the HTTP server that reports its liveness.
+struct PolledConsumer {
+    work: std::pin::Pin<Box<dyn Future<Output = ()>>>,
     livez: String,
     _server: tokio::task::JoinHandle<()>,
 }
 
-impl Turned {
+impl PolledConsumer {
     async fn new(world: &World) -> Self {
         let config = world.config();
         let store = Store::connect(&config.database).unwrap();
@@ -83,11 +83,11 @@ impl Turned {
             source: Box::new(Healthy),
         };
         let server = tokio::spawn(http::serve(listener, state, CancellationToken::new()));
-        Self { turning: Box::pin(consumer.run(Stop::default())), livez, _server: server }
+        Self { work: Box::pin(consumer.run(Stop::default())), livez, _server: server }
     }
 
-    async fn turn(&mut self, time: Duration) {
-        assert!(tokio::time::timeout(time, &mut self.turning).await.is_err(), "it runs until it is told to stop");
+    async fn poll_for(&mut self, time: Duration) {
+        assert!(tokio::time::timeout(time, &mut self.work).await.is_err(), "the consumer runs until it is stopped");
     }
 
     async fn alive(&self) -> bool {
@@ -117,13 +117,13 @@ impl http::Source for Healthy {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_frozen_pump_is_not_alive_whatever_else_still_answers() {
+async fn frozen_consume_loop_fails_livez() {
     let world = World::new().await;
-    let mut consumer = Turned::new(&world).await;
-    consumer.turn(Duration::from_secs(5)).await;
-    assert!(consumer.alive().await, "it subscribes and waits for requests");
+    let mut consumer = PolledConsumer::new(&world).await;
+    consumer.poll_for(Duration::from_secs(5)).await;
+    assert!(consumer.alive().await, "the consumer waits for requests");
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert!(!consumer.alive().await, "nobody turns the loop");
-    consumer.turn(Duration::from_secs(2)).await;
-    assert!(consumer.alive().await, "it turns again");
+    assert!(!consumer.alive().await, "the loop is not polled");
+    consumer.poll_for(Duration::from_secs(2)).await;
+    assert!(consumer.alive().await, "the loop is polled again");
 }

@@ -1,4 +1,4 @@
-//! The remote control, for those who run the simulator as a program. JSON in, JSON out, no token.
+//! Remote control of a simulator that runs as a program: JSON requests and responses, without a token.
 
 use std::sync::Arc;
 

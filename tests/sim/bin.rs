@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use sim::{Fixtures, Limits, PageSizes, Rule, Sim, SimConfig, SimError, Sizes};
 
-/// A Microsoft Graph to test against: token endpoint, Intune lists, paging, throttling, faults by rule.
+/// Simulator of Microsoft Graph: token endpoint, Intune lists, paging, throttling, faults by rule.
 ///
 /// Graph and the login authority are one HTTPS address. Every GUID is a tenant. The remote control is on the same
 /// address, without a token: GET /admin/state, /admin/requests?last=N, /admin/collections, /admin/rules,
@@ -29,13 +29,13 @@ struct Args {
     /// File for the certificate authority that clients must trust (PEM).
     #[arg(long, value_name = "FILE")]
     ca_out: Option<PathBuf>,
-    /// The only application that gets tokens.
+    /// Application that is issued tokens.
     #[arg(long, default_value = "11111111-2222-4333-8444-555555555555")]
     client_id: String,
     /// Client secret of the application.
     #[arg(long, default_value = "simulated-secret")]
     client_secret: String,
-    /// Seed of all ids, names and chances; the same seed gives the same run.
+    /// Seed of all ids, names and random decisions; a seed makes runs reproducible.
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Objects per collection; each kind of a shared collection is there at least once.
@@ -44,7 +44,7 @@ struct Args {
     /// Objects of one collection, repeatable: beta/deviceManagement/deviceConfigurations=100000.
     #[arg(long, value_name = "COLLECTION=N", value_parser = pair)]
     size: Vec<(String, u32)>,
-    /// Objects per page where no $top asks for another number.
+    /// Objects per page of a request without $top.
     #[arg(long, default_value_t = 25)]
     page_size: usize,
     /// The same for one collection, repeatable.

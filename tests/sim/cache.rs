@@ -1,8 +1,9 @@
-//! Pages that were already made. A listing that is read again costs a look-up.
+//! Cache of generated pages.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::paging::Position;
@@ -10,7 +11,7 @@ use super::reply::Reply;
 use super::select::Select;
 use super::template::Compiled;
 
-/// All pages go when they hold so much; a simulator for a big run must stay small.
+/// Size at which the cache is emptied, to bound the memory of the simulator.
 const MOST_BYTES: usize = 256 << 20;
 const MOST_COMPILED: usize = 2_000;
 
@@ -52,14 +53,14 @@ struct Made {
 impl Pages {
     /// A page that was made before, with its number of objects.
     pub fn get(&self, key: &PageKey) -> Option<(Reply, u64)> {
-        self.made.lock().unwrap_or_else(PoisonError::into_inner).pages.get(key).cloned()
+        self.made.lock().pages.get(key).cloned()
     }
 
     /// Keeps a page.
     pub fn put(&self, key: PageKey, reply: Reply, objects: u64) {
         let size = reply.body.len() + reply.gzip.as_ref().map_or(0, |gzip| gzip.len()) + key.query.len() + 512;
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        // Pages of an older world are never asked for again.
+        let mut made = self.made.lock();
+        // Pages of an older version are never requested again.
         if made.bytes + size > MOST_BYTES || key.version > made.version {
             *made = Made { version: key.version, ..Made::default() };
         }
@@ -75,7 +76,7 @@ impl Pages {
         make: impl FnOnce() -> Vec<Compiled>,
     ) -> Arc<Vec<Compiled>> {
         let key = (path.to_owned(), select.map(|select| select.raw().to_owned()));
-        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut compiled = self.compiled.lock();
         if compiled.len() > MOST_COMPILED {
             compiled.clear();
         }

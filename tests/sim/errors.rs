@@ -1,4 +1,4 @@
-//! Error bodies in the shapes that Graph, Intune behind it, and the token endpoint really send.
+//! Error bodies in the forms that Graph, Intune and the token service send.
 
 use axum::body::Bytes;
 use serde_json::{Value, json};
@@ -38,7 +38,7 @@ pub fn usual(status: u16) -> (&'static str, &'static str) {
         500 => ("InternalError", "An internal server error has occurred."),
         503 => ("serviceNotAvailable", "The service is temporarily unavailable. Please try again later."),
         509 => ("activityLimitReached", "The bandwidth limit has been exceeded."),
-        // A gateway timeout of Intune says nothing at all.
+        // A gateway timeout of Intune has no message.
         _ => ("UnknownError", ""),
     }
 }

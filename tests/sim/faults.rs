@@ -117,7 +117,7 @@ pub fn change_objects(action: &Action, ids: &CallIds, objects: &mut Vec<Value>) 
         Action::Unclassified => objects.push(json!({
             "@odata.type": "#microsoft.graph.somethingFromTheFuture",
             "id": ids.request,
-            "displayName": "An object of a type that nobody knows",
+            "displayName": "An object of a type that is unknown",
         })),
         Action::MissingId => {
             let mut object = objects.first().cloned().unwrap_or_else(|| json!({}));

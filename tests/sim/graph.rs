@@ -1,4 +1,4 @@
-//! Graph requests: who asks, whether it may, which rule strikes, and what the answer is.
+//! Graph requests: authorisation, rules, throttling and response.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -71,7 +71,7 @@ impl Call {
     }
 }
 
-/// Answers every path that is neither the token endpoint nor an admin path.
+/// Handles every path except the token endpoint and the admin paths.
 pub async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let call = Call::read(&shared, &request);
     let connection = request.extensions().get::<Connection>().cloned();
@@ -85,7 +85,7 @@ pub async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Resp
     send(reply, call.takes_gzip, &call.ids, connection).await
 }
 
-/// Answers the token endpoint.
+/// Handles the token endpoint.
 pub async fn answer_token(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let ids = call_ids(&shared, request.headers());
     let takes_gzip = text(request.headers(), "accept-encoding").contains("gzip");

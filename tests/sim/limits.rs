@@ -1,9 +1,9 @@
-//! Real throttling: how many requests a tenant may send in a window, and what happens to those who do not wait.
+//! Throttling as in the real service: requests per tenant and window, and the effect of requests sent too early.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -52,7 +52,7 @@ pub enum RetryAfterForm {
     None,
 }
 
-/// A request that came over a limit.
+/// Refusal of a request over a limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
     /// The header, if there is one.
@@ -96,13 +96,13 @@ impl Default for Limits {
 impl Throttle {
     /// Sets or lifts the limits; what was used before is forgotten.
     pub fn set(&self, limits: Option<Limits>) {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.inner.lock();
         *inner = Used { limits, buckets: HashMap::new() };
     }
 
     /// The limits in force.
     pub fn get(&self) -> Option<Limits> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).limits.clone()
+        self.inner.lock().limits.clone()
     }
 
     /// Counts one request, and refuses it if it is one too many or comes too early.
@@ -111,7 +111,7 @@ impl Throttle {
     }
 
     fn admit_at(&self, tenant: Uuid, path: &str, now: Instant) -> Result<(), Refused> {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.inner.lock();
         let Used { limits, buckets } = &mut *inner;
         let Some(limits) = limits else { return Ok(()) };
         let family = family(path);
@@ -134,7 +134,7 @@ impl Throttle {
 }
 
 impl Bucket {
-    /// Takes one place of the window, or says how long to wait and whether the caller should have known.
+    /// Counts one request in the window, or returns the wait and whether the caller was told to wait before.
     fn take(&mut self, now: Instant, most: usize, window: Duration) -> Result<(), (Duration, bool)> {
         while self.calls.front().is_some_and(|call| now.duration_since(*call) >= window) {
             self.calls.pop_front();

@@ -1,9 +1,8 @@
-//! A Microsoft Graph to test against: tokens, Intune's lists page by page, its errors, its limits and its moods,
-//! over real HTTPS on 127.0.0.1.
+//! Simulator of Microsoft Graph and its token service over HTTPS on 127.0.0.1: tokens, paged Intune lists, errors,
+//! throttling, and faults by rule.
 //!
-//! The simulator knows nothing of the program under test. Paths and objects come from the fixture files; every tenant (any GUID)
-//! has its own objects, made from the seed whenever they are asked for, so a hundred thousand of them cost nothing to
-//! keep. `bin.rs` runs it as a program; tests include this file with `#[path = "../sim/mod.rs"] mod sim;`.
+//! The simulator imports nothing of the program under test. Paths and objects come from the fixture files. Every GUID is a
+//! tenant with its own objects, which are generated from the seed on each request and need no memory. `bin.rs` runs it as a program; tests include this file with `#[path = "../sim/mod.rs"] mod sim;`.
 //!
 //! A request goes `server -> graph -> (token, limits, rules, faults) -> page -> (select, world, paging) -> reply`.
 #![allow(dead_code, unused_imports, reason = "the program and the tests include this file; each uses a part of it")]
@@ -52,7 +51,7 @@ pub use self::{
     world::{Sizes, Which},
 };
 
-/// Anything that keeps the simulator from starting.
+/// Error that prevents the start of the simulator.
 pub type SimError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Configuration of a simulator.
@@ -60,11 +59,11 @@ pub type SimError = Box<dyn std::error::Error + Send + Sync>;
 pub struct SimConfig {
     /// Address to listen on; port 0 takes a free port.
     pub listen: SocketAddr,
-    /// The only application that gets tokens.
+    /// Application that is issued tokens.
     pub client_id: String,
     /// Client secret of the application.
     pub client_secret: String,
-    /// Seed of all ids, names and chances.
+    /// Seed of all ids, names and random decisions.
     pub seed: u64,
     /// Numbers of objects.
     pub sizes: Sizes,
@@ -100,9 +99,9 @@ impl Default for SimConfig {
     }
 }
 
-/// A running simulator; all clones are the same one, and it stops with the last of them.
+/// Running simulator. Clones share it; it stops when the last one is dropped.
 ///
-/// Everything that can be asked of it or done to it is a method of [`Shared`].
+/// Queries and changes are methods of [`Shared`].
 #[derive(Clone, Debug)]
 pub struct Sim {
     shared: Arc<Shared>,
@@ -131,7 +130,7 @@ pub struct Shared {
 }
 
 impl Sim {
-    /// Starts a simulator on the runtime that this is called on.
+    /// Starts a simulator on the current runtime.
     pub async fn start(config: SimConfig) -> Result<Sim, SimError> {
         let catalog = fixtures::Catalog::load(&config.fixtures)?;
         let (ca_pem, tls) = tls::make()?;
@@ -157,12 +156,12 @@ impl Sim {
         Ok(Sim { shared, server: Arc::new(Server { address, task }) })
     }
 
-    /// `https://127.0.0.1:<port>`: the Graph and the login authority in one.
+    /// `https://127.0.0.1:<port>`, the root of both Graph and the token service.
     pub fn base_url(&self) -> String {
         format!("https://{}", self.server.address)
     }
 
-    /// The address behind [`Sim::base_url`], for a proxy in between.
+    /// Address of [`Sim::base_url`], for a proxy.
     pub fn address(&self) -> SocketAddr {
         self.server.address
     }
@@ -193,22 +192,22 @@ impl Shared {
         &self.ca_pem
     }
 
-    /// Adds a rule behind the others and gives its number.
+    /// Appends a rule and returns its number.
     pub fn add_rule(&self, rule: Rule) -> u64 {
         self.rules.add(rule)
     }
 
-    /// Removes one rule, or all; says how many went.
+    /// Removes one rule, or all; returns how many were removed.
     pub fn remove_rules(&self, id: Option<u64>) -> usize {
         self.rules.remove(id)
     }
 
-    /// The rules, with how often each was met and how often it struck.
+    /// Rules, each with the number of requests that matched and of faults applied.
     pub fn rules(&self) -> Vec<ActiveRule> {
         self.rules.list()
     }
 
-    /// All requests that are still remembered (the last 50,000), oldest first.
+    /// Recorded requests (the last 50,000), oldest first.
     pub fn requests(&self) -> Vec<RequestRecord> {
         self.stats.requests(usize::MAX)
     }
@@ -223,12 +222,12 @@ impl Shared {
         self.stats.state()
     }
 
-    /// Forgets the counters and the remembered requests.
+    /// Resets the counters and the recorded requests.
     pub fn reset_counters(&self) {
         self.stats.reset();
     }
 
-    /// Every path that is answered, `{parent_id}` for the parent in those of children.
+    /// Supported paths; those of child collections contain `{parent_id}`.
     pub fn collections(&self) -> Vec<String> {
         self.world.catalog.collections().iter().map(|collection| collection.path.clone()).collect()
     }
@@ -249,19 +248,19 @@ impl Shared {
         Ok(view.page(0, usize::MAX).0.into_iter().map(|index| view.id(index)).collect())
     }
 
-    /// Deletes objects and says which they were.
+    /// Deletes objects and returns their ids.
     pub fn delete_objects(&self, tenant: Uuid, collection: &str, which: Which) -> Result<Vec<String>, String> {
         let (found, path) = self.find(collection)?;
         self.world.delete(Place { tenant, found, path: &path }, &which)
     }
 
-    /// Renames one object and says which it was.
+    /// Renames one object and returns its id.
     pub fn rename_object(&self, tenant: Uuid, collection: &str, which: Which, name: &str) -> Result<String, String> {
         let (found, path) = self.find(collection)?;
         self.world.rename(Place { tenant, found, path: &path }, &which, name)
     }
 
-    /// Adds objects at the end and says which they are.
+    /// Appends objects and returns their ids.
     pub fn add_objects(&self, tenant: Uuid, collection: &str, count: u32) -> Result<Vec<String>, String> {
         let (found, path) = self.find(collection)?;
         Ok(self.world.add(Place { tenant, found, path: &path }, count))
@@ -276,7 +275,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Sets how long every answer takes.
+    /// Sets the delay of every response.
     pub fn set_latency_ms(&self, ms: u64) {
         self.latency_ms.store(ms, Ordering::Relaxed);
     }
@@ -291,12 +290,12 @@ impl Shared {
         self.throttle.get()
     }
 
-    /// Sets how long tokens issued from now on are good.
+    /// Sets the lifetime of tokens issued from now on.
     pub fn set_token_lifetime_s(&self, lifetime_s: u64) {
         self.tokens.set_lifetime_s(lifetime_s);
     }
 
-    /// Ends the tokens of one tenant, or all, before their time.
+    /// Revokes the tokens of one tenant, or all.
     pub fn expire_tokens(&self, tenant: Option<Uuid>) {
         self.tokens.expire(tenant);
     }

@@ -1,4 +1,4 @@
-//! One page of a list, or one object: the query is read, the objects are written, the next link is made.
+//! Body of one page of a list, or of one object.
 
 use std::collections::HashMap;
 
@@ -18,7 +18,7 @@ use super::select::{Select, unknown_property};
 use super::text::percent_decode;
 use super::world::{Place, View};
 
-/// Options that Graph takes here and silently does nothing with.
+/// Options that Graph accepts and ignores.
 const IGNORED: [&str; 6] = ["$filter", "$orderby", "$count", "$expand", "$search", "$format"];
 
 /// Page lengths.
@@ -62,7 +62,7 @@ struct Listing<'a> {
     position: Position,
 }
 
-/// Answers a request that nothing stands in the way of; gives the number of objects too.
+/// Responds to an accepted request; returns the number of objects too.
 pub fn build(shared: &Shared, call: &Call, tenant: Uuid, action: Option<&Action>) -> (Reply, u64) {
     match try_build(shared, call, tenant, action) {
         Ok(built) => built,
@@ -152,7 +152,7 @@ fn one(
 }
 
 fn list(shared: &Shared, listing: &Listing<'_>, view: &View<'_>, action: Option<&Action>) -> (Reply, u64) {
-    // What only delays or cuts a body leaves the page itself as it is.
+    // Actions that only delay or cut a body do not change the page.
     let is_plain = action.is_none_or(|action| faults::delivery(action).is_some());
     let key = is_plain.then(|| PageKey {
         version: view.version,
@@ -251,7 +251,7 @@ pub fn raw_option<'a>(query: &'a str, name: &str) -> Option<&'a str> {
     pairs(query).find(|(key, _)| percent_decode(key) == name).map(|(_, value)| value)
 }
 
-/// A raw query for the log: what a next link carries is nobody's business.
+/// Raw query for the log, without the token of a next link.
 pub fn without_token(query: &str) -> String {
     let has_token = raw_option(query, "$skiptoken").is_some();
     let rest = rest_of(query);

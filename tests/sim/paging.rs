@@ -1,5 +1,5 @@
-//! Opaque next links. They belong to one tenant and one query, and they are percent-encoded twice as Intune's are:
-//! a client that takes them apart, decodes them or carries them to another tenant is told so.
+//! Opaque next links, bound to one tenant and one query, and percent-encoded twice as those of Intune. A client that
+//! splits or decodes them, or uses them for another tenant, gets an error.
 
 use uuid::Uuid;
 
@@ -34,12 +34,12 @@ impl Position {
     /// The first page.
     pub const FIRST: Position = Position { start: 0, page: 1 };
 
-    /// The token for this place, ready to stand in a query.
+    /// The token for this place, encoded for a query.
     pub fn token(self, binding: &Binding<'_>) -> String {
         percent_encode(&percent_encode(&self.plain(binding)))
     }
 
-    /// Reads a token exactly as it stood in the query.
+    /// Reads a token exactly as it appears in the query.
     pub fn read(raw: &str, binding: &Binding<'_>) -> Option<Position> {
         let position = Position::peek(raw)?;
         (position.token(binding) == raw).then_some(position)

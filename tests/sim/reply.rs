@@ -1,4 +1,4 @@
-//! An answer before it is on the wire, and the ways in which it can get lost there.
+//! Responses, and the faults of their delivery.
 
 use std::io::Write;
 use std::time::Duration;
@@ -129,7 +129,7 @@ fn body(sent: Bytes, delivery: &Delivery) -> Body {
         Delivery::Whole | Delivery::Never | Delivery::Half { clean: true } => Body::from(sent),
         Delivery::Half { clean: false } => {
             let broken = async {
-                // Time for the first half to reach the wire: a stream that is reset at once loses even its headers.
+                // Time for the first half to be sent: a stream that is reset at once loses even its headers.
                 tokio::time::sleep(Duration::from_millis(25)).await;
                 Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset))
             };

@@ -1,7 +1,6 @@
-//! Faults by rule: which request, and what goes wrong with it. Added and cleared while the simulator runs.
+//! Fault injection by rules, added and removed while the simulator runs.
 
-use std::sync::{Mutex, PoisonError};
-
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
@@ -18,7 +17,7 @@ pub struct Rule {
     /// Only this tenant.
     #[serde(default)]
     pub tenant: Option<Uuid>,
-    /// Only this path and what lies under it; the API version may be left out.
+    /// Only this path and those below it; the API version may be left out.
     #[serde(default)]
     pub path: Option<String>,
     /// Only this page of a listing, from 1.
@@ -27,13 +26,13 @@ pub struct Rule {
     /// Only the nth matching request, from 1.
     #[serde(default)]
     pub nth: Option<u64>,
-    /// Only after so many matching requests.
+    /// Only after this number of matching requests.
     #[serde(default)]
     pub after: u64,
-    /// Only every so manyth matching request.
+    /// Only every nth matching request.
     #[serde(default)]
     pub every: Option<u64>,
-    /// Only so often in all.
+    /// At most this number of times.
     #[serde(default)]
     pub times: Option<u64>,
     /// Only with this probability (0 to 1), drawn from the seed.
@@ -43,7 +42,7 @@ pub struct Rule {
     pub action: Action,
 }
 
-/// Which half of the simulator a rule is about.
+/// Endpoint that a rule applies to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Endpoint {
@@ -150,7 +149,7 @@ pub enum Action {
         /// The text.
         text: String,
     },
-    /// The token is of another tenant, and says so in its claims.
+    /// Token whose claims name another tenant.
     ForeignToken,
     /// 200 without objects but with a next link; nothing is lost by it.
     EmptyPage,
@@ -159,7 +158,7 @@ pub enum Action {
         /// Number of objects.
         count: u32,
     },
-    /// One property of every object on the page gets a value that nobody knows.
+    /// One property of every object on the page gets a value that is unknown.
     UnknownEnum {
         /// The property.
         property: String,
@@ -167,7 +166,7 @@ pub enum Action {
         #[serde(default = "unknown_member")]
         value: String,
     },
-    /// One more object on the page, of a type that nobody knows.
+    /// One more object on the page, of a type that is unknown.
     Unclassified,
     /// One more object on the page, without an id.
     MissingId,
@@ -193,7 +192,7 @@ pub enum ErrorBody {
     Literal(String),
 }
 
-/// A rule at work.
+/// Rule in force, with its counts.
 #[derive(Clone, Debug, Serialize)]
 pub struct ActiveRule {
     /// Number, for removing the rule.
@@ -259,7 +258,7 @@ impl Rule {
         Rule { tenant: Some(tenant), ..self }
     }
 
-    /// Only this path and what lies under it.
+    /// Only this path and those below it.
     pub fn path(self, path: &str) -> Rule {
         Rule { path: Some(path.to_owned()), ..self }
     }
@@ -274,17 +273,17 @@ impl Rule {
         Rule { nth: Some(nth), ..self }
     }
 
-    /// Only after so many matching requests.
+    /// Only after this number of matching requests.
     pub fn after(self, after: u64) -> Rule {
         Rule { after, ..self }
     }
 
-    /// Only every so manyth matching request.
+    /// Only every nth matching request.
     pub fn every(self, every: u64) -> Rule {
         Rule { every: Some(every), ..self }
     }
 
-    /// Only so often in all.
+    /// At most this number of times.
     pub fn times(self, times: u64) -> Rule {
         Rule { times: Some(times), ..self }
     }
@@ -309,18 +308,18 @@ impl Rules {
         Rules { seed, ..Rules::default() }
     }
 
-    /// Adds a rule behind the others and gives its number.
+    /// Appends a rule and returns its number.
     pub fn add(&self, rule: Rule) -> u64 {
-        let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut active = self.active.lock();
         active.0 += 1;
         let id = active.0;
         active.1.push(ActiveRule { id, seen: 0, fired: 0, rule });
         id
     }
 
-    /// Removes one rule, or all; says how many went.
+    /// Removes one rule, or all; returns how many were removed.
     pub fn remove(&self, id: Option<u64>) -> usize {
-        let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut active = self.active.lock();
         let before = active.1.len();
         active.1.retain(|entry| id.is_some_and(|id| id != entry.id));
         before - active.1.len()
@@ -328,12 +327,12 @@ impl Rules {
 
     /// The rules with their counts.
     pub fn list(&self) -> Vec<ActiveRule> {
-        self.active.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+        self.active.lock().1.clone()
     }
 
-    /// The delay of all slow rules, and the first other rule that strikes this request.
+    /// Total delay of the slow rules, and the first other rule that applies to this request.
     pub fn strike(&self, probe: &Probe<'_>) -> (u64, Option<Action>) {
-        let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut active = self.active.lock();
         let (mut delay_ms, mut chosen) = (0, None);
         for entry in active.1.iter_mut().filter(|entry| entry.rule.is_about(probe)) {
             entry.seen += 1;

@@ -1,4 +1,4 @@
-//! Everything that looks random here comes from the seed, so that two runs with the same seed are the same run.
+//! Pseudorandom ids, names and decisions, derived from the seed so that runs are reproducible.
 
 use uuid::Uuid;
 

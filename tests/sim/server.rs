@@ -34,7 +34,7 @@ impl Connection {
         Self { number: NEXT.fetch_add(1, Ordering::Relaxed), cut: Arc::default() }
     }
 
-    /// Cuts it, without a word to the client.
+    /// Closes it without a response.
     pub fn cut(&self) {
         self.cut.notify_one();
     }
@@ -55,7 +55,7 @@ pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, shared: Arc<Sh
                 Ok((stream, _)) => {
                     connections.spawn(serve_connection(stream, acceptor.clone(), router.clone()));
                 }
-                // Out of file handles, most likely: wait for some to come back.
+                // Probably no free file descriptor: wait until one is closed.
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             },
             Some(_) = connections.join_next() => {}
@@ -75,7 +75,7 @@ async fn serve_connection(stream: TcpStream, acceptor: TlsAcceptor, router: Rout
     });
     let builder = auto::Builder::new(TokioExecutor::new());
     tokio::select! {
-        // Clients hang up in all sorts of ways; none of them is the simulator's business.
+        // Errors of a connection are caused by its client.
         _ = builder.serve_connection(TokioIo::new(tls), service) => {}
         () = cut.notified() => {}
     }

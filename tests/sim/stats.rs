@@ -1,8 +1,8 @@
-//! Record of requests and responses: counters, and the last requests one by one.
+//! Recorded requests and responses: counters, and the last requests.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -173,7 +173,7 @@ impl Stats {
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut State, &mut VecDeque<RequestRecord>) -> T) -> T {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.inner.lock();
         let (state, log) = &mut *inner;
         work(state, log)
     }

@@ -1,4 +1,4 @@
-//! One fixture object, cut into pieces, so that a hundred thousand objects cost no more than copying text.
+//! Template of one fixture object, split into pieces so that generating an object only copies text.
 
 use serde_json::{Map, Value};
 use uuid::Uuid;
@@ -207,7 +207,7 @@ fn mark(object: &mut Map<String, Value>, property: &str, mark: &str) -> String {
     }
 }
 
-/// A text as it stands inside JSON quotes.
+/// Text escaped for a JSON string.
 fn escaped(text: &str) -> String {
     let quoted = Value::from(text).to_string();
     quoted[1..quoted.len() - 1].to_owned()

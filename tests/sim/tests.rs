@@ -1,4 +1,4 @@
-//! The simulator tested over its own wire.
+//! Tests of the simulator over HTTPS.
 
 use std::time::Duration;
 
@@ -76,8 +76,8 @@ async fn read(client: &Client, token: &str, url: &str) -> (u16, Value) {
     (response.status().as_u16(), json_of(response).await)
 }
 
-/// Follows a listing to its end; gives the ids of each page.
-async fn walk(client: &Client, token: &str, url: &str) -> Vec<Vec<String>> {
+/// Follows a listing to its end and returns the ids of each page.
+async fn follow(client: &Client, token: &str, url: &str) -> Vec<Vec<String>> {
     let (mut pages, mut next) = (Vec::new(), Some(url.to_owned()));
     while let Some(url) = next {
         let (status, body) = read(client, token, &url).await;
@@ -97,7 +97,7 @@ async fn a_listing_gives_every_object_once_whatever_the_page_size() {
     let token = token(&sim, &client, TENANT).await;
     let expected = sim.object_ids(TENANT, RINGS).expect("known");
     for (query, pages) in [("", 3), ("?$top=7", 9), ("?$top=60&$select=id", 1), ("?%24top=59", 2)] {
-        let found = walk(&client, &token, &format!("{}/{RINGS}{query}", sim.base_url())).await;
+        let found = follow(&client, &token, &format!("{}/{RINGS}{query}", sim.base_url())).await;
         assert_eq!(found.len(), pages, "{query}");
         assert_eq!(found.concat(), expected, "{query}");
     }
@@ -112,7 +112,7 @@ async fn deletions_between_pages_neither_skip_nor_repeat() {
     let gone = sim.delete_objects(TENANT, RINGS, Which::Count(5)).expect("deletes");
     let renamed = sim.rename_object(TENANT, RINGS, Which::Index(12), "New \"name\"").expect("renames");
     let added = sim.add_objects(TENANT, RINGS, 2).expect("adds");
-    let rest = walk(&client, &token, first["@odata.nextLink"].as_str().expect("more")).await.concat();
+    let rest = follow(&client, &token, first["@odata.nextLink"].as_str().expect("more")).await.concat();
     assert_eq!(rest.len(), 22);
     assert!(rest.contains(&renamed) && added.iter().all(|id| rest.contains(id)));
     let now = sim.objects(TENANT, RINGS).expect("known");
@@ -182,7 +182,7 @@ async fn paths_answer_by_their_shape() {
     let (_, parents) = read(&client, &token, &format!("{base}/v1.0/organization")).await;
     assert_eq!(parents["value"].as_array().map(Vec::len), Some(1));
     let child = |parent: &str| format!("{base}/v1.0/organization/{parent}/branding/localizations");
-    let (one, two) = (walk(&client, &token, &child("a")).await, walk(&client, &token, &child("b")).await);
+    let (one, two) = (follow(&client, &token, &child("a")).await, follow(&client, &token, &child("b")).await);
     assert!(one.concat().iter().all(|id| !two.concat().contains(id)));
     let (status, body) = read(&client, &token, &format!("{base}/beta/deviceManagement/nope")).await;
     assert_eq!((status, &body["error"]["message"]), (400, &json!("Resource not found for the segment 'nope'.")));
@@ -204,7 +204,7 @@ async fn rules_strike_when_and_where_they_say() {
     let first = get(&client, &token, &url).send().await.expect("answers");
     assert_eq!((first.status().as_u16(), first.headers()["retry-after"].to_str().ok()), (429, Some("0.5")));
     assert_eq!(read(&client, &token, &url).await.0, 503);
-    let pages = walk(&client, &token, &url).await;
+    let pages = follow(&client, &token, &url).await;
     assert_eq!(pages.iter().map(Vec::len).collect::<Vec<_>>(), [25, 0, 25, 10]);
     assert_eq!(sim.rules().iter().map(|rule| rule.fired).collect::<Vec<_>>(), [1, 1, 0, 1]);
     assert_eq!(sim.remove_rules(None), 4);
@@ -254,7 +254,7 @@ async fn links_can_lead_nowhere_round_and_away() {
     assert_ne!(again["@odata.nextLink"], body["@odata.nextLink"]);
     sim.remove_rules(None);
     sim.add_rule(Rule::new(Action::DuplicateIds { count: 2 }).page(2));
-    let pages = walk(&client, &token, &url).await;
+    let pages = follow(&client, &token, &url).await;
     assert_eq!(pages[1][..2], pages[0][18..]);
     assert_eq!(pages.iter().map(Vec::len).collect::<Vec<_>>(), [20, 22, 20]);
 }

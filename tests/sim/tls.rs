@@ -1,4 +1,4 @@
-//! A certificate authority that lives as long as the simulator, and the server certificate that it signs.
+//! Certificate authority of one simulator, and the server certificate that it signs.
 
 use std::sync::Arc;
 

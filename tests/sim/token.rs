@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
+use azure_core::base64::{decode_url_safe, encode_url_safe};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use url::form_urlencoded;
 use uuid::Uuid;
@@ -13,12 +14,12 @@ use uuid::Uuid;
 use super::errors::{CallIds, token_error};
 use super::reply::Reply;
 use super::seed::mix;
-use super::text::{base64url_decode, base64url_encode, now};
+use super::text::now;
 
 /// The permissions of the application.
 pub const ROLES: [&str; 2] = ["DeviceManagementApps.Read.All", "DeviceManagementConfiguration.Read.All"];
 const ASSERTION_TYPE: &str = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
-/// Expired tokens are swept away when so many are kept.
+/// Number of kept tokens at which expired ones are removed.
 const SWEEP_AT: usize = 10_000;
 
 /// The application that may ask for tokens, and the tokens that it got.
@@ -35,9 +36,9 @@ pub struct Tokens {
 pub enum Bearer {
     /// Good, for this tenant.
     Tenant(Uuid),
-    /// Ours once, but over.
+    /// Issued here, but expired.
     Expired,
-    /// Missing, or never ours.
+    /// Missing, or not issued here.
     Unknown,
 }
 
@@ -60,10 +61,10 @@ impl Tokens {
         self.lifetime_s.store(lifetime_s, Ordering::Relaxed);
     }
 
-    /// Ends the tokens of one tenant, or all, before their time.
+    /// Revokes the tokens of one tenant, or all.
     pub fn expire(&self, tenant: Option<Uuid>) {
         let now = Instant::now();
-        let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut issued = self.issued.lock();
         for (of_tenant, until) in issued.values_mut() {
             if tenant.is_none_or(|tenant| tenant == *of_tenant) {
                 *until = now;
@@ -76,7 +77,7 @@ impl Tokens {
         let Some(token) = authorization.and_then(|header| header.strip_prefix("Bearer ")) else {
             return Bearer::Unknown;
         };
-        match self.issued.lock().unwrap_or_else(PoisonError::into_inner).get(token) {
+        match self.issued.lock().get(token) {
             Some((tenant, until)) if Instant::now() < *until => Bearer::Tenant(*tenant),
             Some(_) => Bearer::Expired,
             None => Bearer::Unknown,
@@ -171,11 +172,11 @@ impl Tokens {
         let signature = mix(Uuid::new_v4().as_u64_pair().0);
         let token = format!(
             "eyJ0eXAiOiJKV1QiLCJhbGciOiJSUzI1NiJ9.{}.{}{signature:016x}",
-            base64url_encode(claims.as_bytes()),
+            encode_url_safe(claims.as_bytes()),
             Uuid::new_v4().simple()
         );
         let now = Instant::now();
-        let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut issued = self.issued.lock();
         if issued.len() >= SWEEP_AT {
             issued.retain(|_, (_, until)| now < *until);
         }
@@ -186,10 +187,10 @@ impl Tokens {
 
 fn jwt_parts(assertion: &str) -> Option<(Value, Value)> {
     let mut parts = assertion.split('.');
-    let mut json = || serde_json::from_slice(&base64url_decode(parts.next()?)?).ok();
+    let mut json = || serde_json::from_slice(&decode_url_safe(parts.next()?).ok()?).ok();
     let (header, claims) = (json()?, json()?);
     let signature = parts.next().filter(|signature| !signature.is_empty())?;
-    (base64url_decode(signature).is_some() && parts.next().is_none()).then_some((header, claims))
+    (decode_url_safe(signature).is_ok() && parts.next().is_none()).then_some((header, claims))
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
-//! The objects of every tenant. Nothing is stored but what differs from the seed: an object is its index, and
-//! deletions, renames and additions are a small overlay.
+//! Objects of every tenant, generated from the seed by their index. Only deletions, renames and additions are stored.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
@@ -85,7 +85,7 @@ pub struct View<'a> {
 }
 
 impl World {
-    /// A world without any change yet.
+    /// Objects without any change.
     pub fn new(catalog: Catalog, seed: u64, sizes: Sizes) -> World {
         World { catalog, seed, changes: Mutex::new(Changes { sizes, ..Changes::default() }) }
     }
@@ -99,7 +99,7 @@ impl World {
     pub fn view<'a>(&'a self, place: Place<'a>) -> View<'a> {
         let Place { tenant, found, path } = place;
         let collection = &self.catalog.collections()[found];
-        let changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let changes = self.changes.lock();
         let overlay = changes.overlays.get(&(tenant, path.to_owned())).cloned().unwrap_or_default();
         View {
             collection,
@@ -112,7 +112,7 @@ impl World {
         }
     }
 
-    /// Deletes objects and says which they were.
+    /// Deletes objects and returns their ids.
     pub fn delete(&self, place: Place<'_>, which: &Which) -> Result<Vec<String>, String> {
         let view = self.view(place);
         let indexes = view.pick(which)?;
@@ -120,7 +120,7 @@ impl World {
         Ok(indexes.into_iter().map(|index| view.id(index)).collect())
     }
 
-    /// Renames one object and says which it was; its modification time becomes now.
+    /// Renames one object and returns its id; its modification time becomes now.
     pub fn rename(&self, place: Place<'_>, which: &Which, name: &str) -> Result<String, String> {
         let view = self.view(place);
         let indexes = view.pick(which)?;
@@ -133,7 +133,7 @@ impl World {
         Ok(view.id(index))
     }
 
-    /// Adds objects at the end and says which they are.
+    /// Appends objects and returns their ids.
     pub fn add(&self, place: Place<'_>, count: u32) -> Vec<String> {
         let view = self.view(place);
         let end = view.count.saturating_add(count);
@@ -143,7 +143,7 @@ impl World {
 
     /// Sets how many objects there are and forgets the deletions, renames and additions that this covers.
     pub fn resize(&self, tenant: Option<Uuid>, path: Option<&str>, count: u32) {
-        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changes = self.changes.lock();
         changes.version += 1;
         changes.overlays.retain(|(of_tenant, of_path), _| {
             tenant.is_some_and(|tenant| tenant != *of_tenant) || path.is_some_and(|path| path != of_path)
@@ -157,7 +157,7 @@ impl World {
     }
 
     fn change(&self, place: Place<'_>, apply: impl FnOnce(&mut Overlay)) {
-        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changes = self.changes.lock();
         changes.version += 1;
         apply(Arc::make_mut(changes.overlays.entry((place.tenant, place.path.to_owned())).or_default()));
     }

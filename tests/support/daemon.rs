@@ -101,9 +101,9 @@ impl Process {
     pub async fn ended(&mut self, deadline: Duration) -> ExitStatus {
         let Self { child, log } = self;
         let log = log.clone();
-        let child = std::sync::Mutex::new(child);
+        let child = parking_lot::Mutex::new(child);
         within(deadline, &format!("the process exits (log: {})", log.display()), || async {
-            child.lock().expect("no holder of the lock panics").try_wait().expect("the process is a child of this one")
+            child.lock().try_wait().expect("the process is a child of this one")
         })
         .await
     }

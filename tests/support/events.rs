@@ -1,13 +1,14 @@
 //! Subscriber to run-completed events, as another service would implement it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties};
+use parking_lot::Mutex;
 use serde_json::Value;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -65,7 +66,7 @@ impl Subscriber {
             let _channel = channel;
             while let Some(Ok(delivery)) = deliveries.next().await {
                 let event = serde_json::from_slice(&delivery.data).expect("an event is JSON");
-                log.lock().expect("no holder of the lock panics").push(event);
+                log.lock().push(event);
             }
         });
         Self { received, _connection: Some(connection), reconnecting: None }
@@ -89,7 +90,7 @@ impl Subscriber {
 
     /// Returns every event received so far.
     pub fn received(&self) -> Vec<Value> {
-        self.received.lock().expect("no holder of the lock panics").clone()
+        self.received.lock().clone()
     }
 
     /// Returns the first event of every id, as a deduplicating subscriber would keep it.
@@ -133,7 +134,7 @@ async fn receive(
     ready.notify_one();
     while let Some(delivery) = deliveries.next().await {
         let delivery = delivery?;
-        log.lock().expect("no holder of the lock panics").push(serde_json::from_slice(&delivery.data)?);
+        log.lock().push(serde_json::from_slice(&delivery.data)?);
         delivery.ack(BasicAckOptions::default()).await?;
     }
     Ok(())

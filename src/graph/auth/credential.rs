@@ -133,7 +133,7 @@ impl Credentials {
         http: &TokenServiceClient,
     ) -> Result<Arc<dyn TokenCredential>, String> {
         let client_id =
-            config.federated_client_id().ok_or("client_id is not set, and the variable AZURE_CLIENT_ID neither")?;
+            config.federated_client_id().ok_or("neither client_id nor the variable AZURE_CLIENT_ID is set")?;
         let file = config
             .federated_token_file()
             .ok_or("token_file is not set, and the variable AZURE_FEDERATED_TOKEN_FILE neither")?;
