@@ -1,6 +1,6 @@
 //! Relay: publishes run-completed events and keeps each in the outbox until the broker has confirmed it.
 //!
-//! The key of a run that this replica ended comes from memory, so that its event is published at once. Any other event that is due
+//! The key of a run that this replica ended is kept in memory, so that its event is published at once. Any other event that is due
 //! (of a crashed replica, refused, unroutable) is found by polling. Either way the event is built from the row of the run, so a
 //! repeat has the same bytes and the same id.
 

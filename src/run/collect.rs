@@ -1,4 +1,4 @@
-//! Reading a selection: lists concurrently, written in batches; each type to its own end.
+//! Reader of a selection: reads lists concurrently, writes objects in batches, and records the outcome of each type.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -210,7 +210,7 @@ impl TypeBuffer {
     }
 }
 
-/// True for a tenant without the licence and for a cloud without the type: nothing that an operator has to repair, unless
+/// True for a tenant without the licence and for a cloud without the type: no problem for an operator, unless
 /// the request named the type.
 fn is_absence(code: ErrorCode) -> bool {
     matches!(code, ErrorCode::GraphNotApplicable | ErrorCode::GraphUnsupported)

@@ -47,7 +47,7 @@ pub struct Incoming<'a> {
     pub deferred_s: u64,
 }
 
-/// Decision about a message. Whatever has to be durable is committed by then.
+/// Decision about a message, returned after its durable effects are committed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Disposition {
     /// The run reached a terminal state, and the event is due.
@@ -162,7 +162,7 @@ impl Runner {
         }))
     }
 
-    /// Keeper of the leases of this process; it has to run beside the runs.
+    /// Keeper of the leases of this process; it must run while there are runs.
     #[must_use]
     pub fn leases(&self) -> LeaseKeeper {
         self.0.leases.clone()
@@ -209,11 +209,11 @@ impl RunnerInner {
     }
 
     /// Admits a request. A run that has used up its attempts is failed on the way, and a lease whose admission got no reply is
-    /// handed back; then the request is decided about again.
+    /// handed back; then the request is admitted again.
     async fn admit(&self, request: &AdmissionRequest<'_>, scope: &Scope) -> Result<Admission, StoreError> {
         let key = (request.request.tenant_id, request.request.idempotency_key.clone());
         let admission = self.store.admit(&self.rules, request).await.inspect_err(|_| {
-            // It may be committed all the same. Bounded: messages that another replica gets leave their keys behind.
+            // The admission may be committed. Bounded: keys of messages that another replica received are never removed.
             let mut unanswered = self.unanswered.lock();
             if unanswered.len() >= MAX_UNANSWERED {
                 unanswered.clear();
@@ -249,7 +249,7 @@ impl RunnerInner {
         info!(attempt = lease.attempt, lists = scope.listings.len(), "run started");
         let held = self.leases.hold(lease, admitted.granted);
         let ended = tokio::select! {
-            // The end first: a run whose end is committed has ended, whatever happened to its lease meanwhile.
+            // Polled first: a run whose end is committed has ended, even if its lease was lost meanwhile.
             biased;
             ended = self.collect_and_end(&admitted, scope) => ended,
             () = held.lost() => Err(StoreError::LeaseLost),
@@ -271,7 +271,7 @@ impl RunnerInner {
                 Disposition::HandBack(HandBackReason::LeaseLost)
             }
             Err(error) => {
-                // Rejected data would be rejected again at once: that run waits for the end of its lease, and costs an attempt.
+                // Rejected data would be rejected again at once: the run waits for the end of its lease, which costs an attempt.
                 if !error.is_data_rejected() {
                     self.leases.orphan(lease);
                 }

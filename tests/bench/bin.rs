@@ -66,7 +66,7 @@ struct Args {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    inventoryd::tls::install_provider();
     match measure(Args::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

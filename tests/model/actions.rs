@@ -66,7 +66,7 @@ pub enum Action {
     EndAbandoned(u8),
     /// Ends the process that was to publish an event from memory.
     ForgetEvent(u8),
-    /// Takes an event in hand, from memory or because it is due (`src/relay.rs`).
+    /// Claims an event, from memory or because it is due (`src/relay.rs`).
     Claim(usize, u8),
     /// Publishes the event and receives the confirm.
     Publish(usize),
@@ -152,7 +152,7 @@ impl Design {
         }
     }
 
-    /// Tells faults, which are limited in number, from steps that always remain possible.
+    /// Distinguishes faults, which are limited in number, from steps that always remain possible.
     pub fn is_fault(&self, state: &State, action: Action) -> bool {
         // A suspended process sends no heartbeats, so the broker always closes its connection in the end.
         let given_up = matches!(action, Action::ConnectionLost(number) if state.workers[number].paused);

@@ -263,7 +263,7 @@ impl Design {
         }
     }
 
-    /// Takes an event in hand: nobody else publishes it until it is due again (`src/store/outbox.rs`).
+    /// Claims an event: no other relay publishes it until it is due again (`src/store/outbox.rs`).
     pub fn claim(&self, state: &mut State, request: u8) {
         let outbox = &mut state.requests[usize::from(request)].outbox;
         outbox.due_in = self.clock.claim;

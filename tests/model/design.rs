@@ -35,7 +35,7 @@ pub struct Clock {
     pub retry_delay: usize,
     /// Time after lease expiry, and between repeats, at which the janitor republishes a request.
     pub republish: i8,
-    /// Time after which an event that nobody confirmed is due again (`outbox.claim_s`).
+    /// Time after which an unconfirmed event is due again (`outbox.claim_s`).
     pub claim: u8,
 }
 

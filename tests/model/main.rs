@@ -113,7 +113,7 @@ fn two_requests_over_the_tenant_limit_hold() {
 fn two_relays_publish_every_event() {
     let design = Design { workers: 1, relays: 2, faults: 3, ..ONE_REQUEST };
     check_safety("one worker, two relays, three faults", design);
-    // A single worker loses its lease to nobody.
+    // Without a second worker no lease can be taken over.
     let witnesses: Vec<Witness> =
         WITNESSES.iter().filter(|witness| !witness.0.contains("losing its lease")).copied().collect();
     check_liveness("one worker, two relays, two faults", Design { faults: 2, ..design }, &witnesses);

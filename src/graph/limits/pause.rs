@@ -5,10 +5,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::broadcast;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::budget::BudgetTracker;
@@ -261,7 +262,7 @@ mod tests {
         BudgetTracker::new(RunBudget { deadline: Deadline::after(Duration::from_secs(60)), throttle_budget })
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_pause_holds_every_request_of_its_family_and_no_other() {
         let registry = registry();
         let start = Instant::now();
@@ -288,7 +289,7 @@ mod tests {
         assert!(after.iter().any(|wait| *wait > Duration::from_millis(750)), "{after:?}");
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_pause_beyond_the_budget_is_an_error_with_the_time_left() {
         let registry = registry();
         let limits = registry.of(TENANT, Family::Intune);

@@ -3,9 +3,10 @@
 //! `governor` implements GCRA alone, and with a clock of its own: here both algorithms judge the same moment.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use crate::telemetry;
 
@@ -290,7 +291,7 @@ mod tests {
         assert_eq!(sent.try_send(allowance, now), Err(Duration::from_millis(25)));
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn requests_leave_in_the_order_of_arrival() {
         let limit = DocumentedLimit { max: 40, window: Duration::from_millis(500) };
         let started = Instant::now().checked_sub(limit.window * 2).unwrap();
