@@ -12,7 +12,7 @@ use super::{Broker, Purpose};
 /// Subscription on a private temporary queue: sees events published from now on and takes none from other subscribers.
 pub struct EventTail {
     consumer: lapin::Consumer,
-    _wire: Connection,
+    _connection: Connection,
 }
 
 /// One observed event.
@@ -32,9 +32,9 @@ impl EventTail {
         let pattern = short(pattern).ok_or_else(|| {
             BrokerError::Config("the routing key pattern has more than 255 bytes; shorten it".to_owned())
         })?;
-        let wire = broker.connect(Purpose::Manage).await?;
-        broker.ensure(&wire).await?;
-        let channel = wire.channel().await?;
+        let connection = broker.connect(Purpose::Manage).await?;
+        broker.ensure(&connection).await?;
+        let channel = connection.channel().await?;
         let options = QueueDeclareOptions::exclusive().auto_delete();
         let declare =
             channel.queue_declare(broker.names().private_queue("tail").into(), options, FieldTable::default());
@@ -45,7 +45,7 @@ impl EventTail {
         within(limit, "binding the queue to listen on", bind).await?;
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
         let consume = channel.basic_consume(queue.name().clone(), "".into(), options, FieldTable::default());
-        Ok(Self { consumer: within(limit, "listening", consume).await?, _wire: wire })
+        Ok(Self { consumer: within(limit, "listening", consume).await?, _connection: connection })
     }
 
     /// Returns the next event, an error, or `None` once the broker has ended the subscription.

@@ -272,7 +272,7 @@ async fn find_obstacle(watch: &RequestWatch) -> Option<&'static str> {
         return Some("the broker has a memory or disk alarm, which holds up publishers");
     }
     match watch.consumers().await {
-        Ok(0) => Some("nobody consumes the request queue: start a daemon, or see /status of a paused one"),
+        Ok(0) => Some("no daemon consumes the request queue: start a daemon, or see /status of a paused one"),
         Ok(_) => None,
         Err(_) => Some("the broker does not answer"),
     }

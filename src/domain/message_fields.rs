@@ -1,4 +1,4 @@
-//! Fields of a JSON message, read without interpreting the ones that nobody asks for.
+//! Fields of a JSON message, read without interpreting the unused ones.
 //!
 //! A value of an unknown key may nest to any depth or exceed every number format: it is checked against the grammar only.
 

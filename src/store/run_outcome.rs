@@ -83,7 +83,7 @@ impl Store {
         Ok(())
     }
 
-    /// Ends a run as failed, `worker_lost`, unless somebody works on it again. What earlier attempts recorded is kept; every
+    /// Ends a run as failed, `worker_lost`, unless a worker has taken it over. What earlier attempts recorded is kept; every
     /// other type of `policy_types` gets a failed outcome, so that nothing counts as missing for certain. Returns
     /// whether the run was ended.
     pub async fn fail_lost_run(&self, run: RunKey, policy_types: &[String]) -> Result<bool, StoreError> {

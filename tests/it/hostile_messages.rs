@@ -1,4 +1,4 @@
-//! Messages that the AMQP client cannot parse cost nobody but their publisher.
+//! Messages that the AMQP client cannot parse affect no other message.
 
 use std::time::{Duration, Instant};
 
@@ -45,7 +45,7 @@ async fn a_message_the_client_cannot_parse_costs_only_itself() {
         let key = format!("good-{index}");
         assert_eq!(world.sync(&key, &["mobileApp"]).await["attempt"], 1, "{name}: the next request is not disturbed");
     }
-    assert!(world.take("inventory.dead").await.is_none(), "no innocent dead letter");
+    assert!(world.take("inventory.dead").await.is_none(), "no other message is dead-lettered");
     assert!(replica.daemon().health().subscribed());
     replica.stop().await;
 }

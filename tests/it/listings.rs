@@ -306,7 +306,7 @@ async fn a_corrected_body_is_replayed_in_place_of_the_dead_one() {
     std::fs::remove_file(&file).unwrap();
     assert_eq!(replayed["replayed"], json!([id]));
     assert_eq!(world.ended("corrected").await["status"], "success");
-    assert_eq!(read(&world, &["dead", "list"]).await, json!([]), "the letter is gone");
+    assert_eq!(read(&world, &["dead", "list"]).await, json!([]), "the letter is removed");
 }
 
 #[tokio::test(flavor = "multi_thread")]

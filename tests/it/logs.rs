@@ -1,4 +1,4 @@
-//! Log lines: whoever reads one of a run knows which run it is of.
+//! Log lines: each line of a run names the run.
 
 use serde_json::Value;
 

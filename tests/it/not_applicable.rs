@@ -70,5 +70,5 @@ async fn missing_of_a_licensed_type_is_certain_beside_one_without_a_licence() {
     let doubtful = &by_type[&("deviceShellScript".to_owned(), "low".to_owned())];
     assert_eq!(doubtful.len(), 12, "objects of the type that could not be listed are doubtful");
     let current = "select count(*) from inventory_items_current where policy_type = 'deviceShellScript'";
-    assert_eq!(world.count(current).await, 12, "nothing is known to be gone of it");
+    assert_eq!(world.count(current).await, 12, "no item of it is known to be missing");
 }

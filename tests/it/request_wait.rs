@@ -87,14 +87,14 @@ async fn a_queue_without_consumers_is_named_and_waited_for() {
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let line =
         tokio::time::timeout(SOON, lines.next_line()).await.expect("it is said within seconds").unwrap().unwrap();
-    assert!(line.contains("nobody consumes the request queue"), "{line}");
+    assert!(line.contains("no daemon consumes the request queue"), "{line}");
     let replica = Replica::start(&world).await;
     let status = tokio::time::timeout(crate::support::DEADLINE, child.wait()).await.unwrap().unwrap();
     assert!(status.success(), "the run of a daemon that starts later is followed");
     replica.stop().await;
     let output = wait_for_end(&world, &["--key", "never", "--timeout-s", "4"]).await;
     let text = String::from_utf8(output.stderr).unwrap();
-    assert!(text.contains("within --timeout-s: nobody consumes"), "{text}");
+    assert!(text.contains("within --timeout-s: no daemon consumes"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

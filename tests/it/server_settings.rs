@@ -190,7 +190,7 @@ async fn default_isolation_level_does_not_weaken_admission() {
 async fn asynchronous_commit_loses_no_run() {
     let database = Private::start("postgres", "settings-async").await;
     let mut admin = PgConnection::connect(&database.url).await.unwrap();
-    // Longest time that a commit may wait to be written by somebody else.
+    // Longest time that a commit may wait until another process writes it.
     sqlx::raw_sql("alter system set wal_writer_delay = '10s'").execute(&mut admin).await.unwrap();
     sqlx::raw_sql("select pg_reload_conf()").execute(&mut admin).await.unwrap();
     admin.close().await.unwrap();

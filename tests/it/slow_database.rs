@@ -141,7 +141,7 @@ async fn transaction_left_open_on_one_run_costs_no_other_run_its_lease() {
     world.publish(&World::request_of(other, "other", &["mobileApp"])).await;
     world.publish(&world.request("stuck", &["mobileApp"])).await;
     writing(&world).await;
-    // A session whose client is gone, and which the server has not noticed yet, keeps the row of the run: it is next in
+    // A session whose client has disconnected, which the server has not noticed yet, keeps the row of the run: it is next in
     // line when the connection of the writer breaks.
     let mut dead = PgConnection::connect(&world.database_url).await.unwrap();
     let lock = tokio::spawn(async move {

@@ -13,7 +13,7 @@ use crate::graph::auth::token_failure::TokenFailure;
 use crate::graph::client::GraphClient;
 use crate::graph::limits::budget::RunBudget;
 
-/// Time limits of a probe, whose result somebody waits for at a terminal.
+/// Time limits of a probe, whose result an operator waits for.
 const DEADLINE: Duration = Duration::from_secs(60);
 const THROTTLE_BUDGET: Duration = Duration::from_secs(30);
 
