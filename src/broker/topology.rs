@@ -228,8 +228,9 @@ impl Check<'_> {
         self.channel = self.connection.channel().await?;
         match (code, self.mode) {
             (404, _) if passive => self.problems.push(format!("{what}: missing")),
-            // Without the configure permission only existence can be verified.
-            (403, TopologyMode::Verify) if !passive => {}
+            // Without the configure permission only existence can be verified, and since RabbitMQ 4 not even that without any
+            // permission.
+            (403, TopologyMode::Verify) => {}
             (403, _) => self.problems.push(format!(
                 "{what}: this user has no configure permission; grant it, or set topology.mode = \"verify\" if others declare the \
                  topology ({words})"

@@ -125,8 +125,6 @@ async fn list_with_peak(world: &World) -> (Vec<Value>, u64) {
 async fn a_backlog_of_large_bodies_needs_no_memory() {
     const LARGE: usize = 60 * 1024 * 1024;
     let broker = Private::start("rabbitmq", "rabbitmq-large-bodies").await;
-    // RabbitMQ 4 takes 16 MiB by default.
-    broker.act(|server| server.eval("application:set_env(rabbit, max_message_size, 134217728).")).await;
     let postgres = tokio::task::spawn_blocking(|| servers::postgres().url.clone()).await.unwrap();
     let world = World::on(SimConfig::default(), &postgres, &broker.url).await;
     let large = vec![b' '; LARGE];
