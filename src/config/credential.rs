@@ -93,7 +93,8 @@ impl CredentialConfig {
     #[must_use]
     pub fn federated_client_id(&self) -> Option<String> {
         let configured = Some(self.client_id.clone()).filter(|id| !id.is_empty());
-        configured.or_else(|| std::env::var("AZURE_CLIENT_ID").ok()).filter(|id| !id.is_empty())
+        let given = || std::env::var_os("AZURE_CLIENT_ID").and_then(|id| id.into_string().ok());
+        configured.or_else(given).filter(|id| !id.is_empty())
     }
 
     /// Returns `true` for a client secret of which nothing is set, as by default.
