@@ -70,7 +70,10 @@ fn check_finds_without_a_network_what_would_fail_later() {
         (&[kind("client_certificate"), id, certificate(PFX)], "set client_certificate_password"),
         (&[kind("client_certificate"), id, certificate(PFX), password(MARKER)], "the password is wrong"),
         (&[kind("workload_identity"), id], "token_file is not set"),
-        (&[kind("workload_identity"), ("GRAPH__CREDENTIALS__DEFAULT__TOKEN_FILE", empty)], "client_id is not set"),
+        (
+            &[kind("workload_identity"), ("GRAPH__CREDENTIALS__DEFAULT__TOKEN_FILE", empty)],
+            "neither client_id nor the variable AZURE_CLIENT_ID is set",
+        ),
         (
             &[kind("workload_identity"), id, ("GRAPH__CREDENTIALS__DEFAULT__TOKEN_FILE", "/nowhere/token")],
             "cannot read the federated token in /nowhere/token",
