@@ -37,6 +37,14 @@ comment on column policy_types.label is 'Name for people.';
 comment on column policy_types.category is 'Category of the type.';
 comment on column policy_types.supported is 'False once the daemon that started last has no contract for the type.';
 
+-- Replaced by every migration that an older daemon cannot work on. A migration that only adds leaves it alone, so that the
+-- replicas of a rolling upgrade restart on either version.
+create function inventory_oldest_migration() returns bigint
+    language sql immutable parallel safe
+    return 1;
+comment on function inventory_oldest_migration is
+    'Oldest migration whose daemons work on this schema: those that know it as their newest, or a later one.';
+
 create table inventory_fleet (
     only_row boolean primary key default true check (only_row)
 );

@@ -5,7 +5,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::error::corrupt_row;
-use super::run_row::{RunRow, outcomes_of};
+use super::run_row::{RunRow, columns, outcomes_of, rows_of};
 use super::{Store, StoreError};
 use crate::domain::event::{RunCompleted, rfc3339};
 use crate::domain::run::{RunKey, RunStatus, TypeOutcome};
@@ -35,18 +35,9 @@ pub struct ReplayFilter {
 impl Store {
     /// Builds the events of completed runs, in no particular order. A run that was deleted meanwhile has none.
     pub async fn load_events(&self, runs: &[RunKey]) -> Result<Vec<(RunCompleted, Option<String>)>, StoreError> {
-        let (tenants, ids) = columns(runs);
         let load = async {
             let mut connection = self.control.acquire().await?;
-            let rows = sqlx::query_as!(
-                RunRow,
-                "select r.* from unnest($1::uuid[], $2::uuid[]) as k(tenant_id, run_id)
-                   join inventory_sync_runs r on r.tenant_id = k.tenant_id and r.id = k.run_id",
-                &tenants,
-                &ids
-            )
-            .fetch_all(&mut *connection)
-            .await?;
+            let rows = rows_of(&mut connection, runs).await?;
             let mut outcomes = outcomes_of(&mut connection, runs).await?;
             let events = rows.into_iter().map(|row| {
                 let types = outcomes.remove(&row.key()).unwrap_or_default();
@@ -153,10 +144,6 @@ impl Store {
         );
         self.with_timeout(async { Ok(runs.fetch_all(&self.control).await?) }).await
     }
-}
-
-fn columns(runs: &[RunKey]) -> (Vec<Uuid>, Vec<Uuid>) {
-    runs.iter().map(|run| (run.tenant_id, run.run_id)).unzip()
 }
 
 /// Projects a terminal run and its types onto the event.

@@ -6,7 +6,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::error::corrupt_row;
-use super::run_row::{RunRow, outcomes_of};
+use super::run_row::{RunRow, columns, outcomes_of, rows_of};
 use super::{Store, StoreError};
 use crate::domain::event::rfc3339;
 use crate::domain::run::{GraphUsage, RunKey, RunStatus, TypeCounters, TypeOutcome};
@@ -148,21 +148,14 @@ impl Store {
 
     /// Runs by key, newest first.
     async fn runs(&self, keys: &[RunKey]) -> Result<Vec<Run>, StoreError> {
-        let (tenants, ids): (Vec<Uuid>, Vec<Uuid>) = keys.iter().map(|run| (run.tenant_id, run.run_id)).unzip();
-        let rows = sqlx::query_as!(
-            RunRow,
-            "select r.* from unnest($1::uuid[], $2::uuid[]) as k(tenant_id, run_id)
-               join inventory_sync_runs r on r.tenant_id = k.tenant_id and r.id = k.run_id order by r.id desc",
-            &tenants,
-            &ids
-        )
-        .fetch_all(&self.control)
-        .await?;
+        let mut connection = self.control.acquire().await?;
+        let rows = rows_of(&mut connection, keys).await?;
+        let (tenants, _) = columns(keys);
         let names = sqlx::query!(
             r#"select tenant_id, display_name, clock_timestamp() as "now!" from tenants where tenant_id = any($1)"#,
             &tenants
         )
-        .fetch_all(&self.control)
+        .fetch_all(&mut *connection)
         .await?;
         let runs = rows.into_iter().filter_map(|row| {
             let tenant = names.iter().find(|tenant| tenant.tenant_id == row.tenant_id)?;

@@ -11,7 +11,7 @@ use super::StoreError;
 use super::error::corrupt_row;
 use crate::domain::run::{GraphUsage, RunKey, TypeCounters, TypeOutcome};
 
-/// A row of `inventory_sync_runs`, column by column.
+/// A row of `inventory_sync_runs`, without what only the admission and the janitor need.
 pub(super) struct RunRow {
     pub(super) tenant_id: Uuid,
     pub(super) id: Uuid,
@@ -36,12 +36,8 @@ pub(super) struct RunRow {
     pub(super) missing_low_count: i64,
     pub(super) retry_after_s: Option<i32>,
     pub(super) attempt: i32,
-    #[expect(dead_code, reason = "the row is selected whole")]
-    pub(super) interruptions: i32,
     pub(super) lease_owner: Option<String>,
     pub(super) lease_expires_at: Option<OffsetDateTime>,
-    #[expect(dead_code, reason = "the row is selected whole")]
-    pub(super) republished_at: Option<OffsetDateTime>,
     pub(super) correlation_id: Option<String>,
     pub(super) requested_by: Option<String>,
     pub(super) traceparent: Option<String>,
@@ -76,14 +72,38 @@ impl RunRow {
     }
 }
 
+/// Rows of runs by key, newest first.
+///
+/// Every column is named, here and below: a newer version may append columns while this one works, and PostgreSQL refuses a
+/// prepared statement over `*` from then on.
+pub(super) async fn rows_of(db: &mut PgConnection, runs: &[RunKey]) -> Result<Vec<RunRow>, StoreError> {
+    let (tenants, ids) = columns(runs);
+    let rows = sqlx::query_as!(
+        RunRow,
+        "select r.tenant_id, r.id, r.idempotency_key, r.selection_hash, r.selection_payload, r.status, r.had_errors,
+                r.error_codes, r.error_context, r.items_observed_count, r.items_upserted_count, r.items_created_count,
+                r.items_changed_count, r.errors_count, r.items_unclassified_count, r.graph_requests_count,
+                r.graph_throttled_count, r.graph_throttle_wait_ms, r.graph_select_refused_count, r.missing_high_count,
+                r.missing_low_count, r.retry_after_s, r.attempt, r.lease_owner, r.lease_expires_at, r.correlation_id,
+                r.requested_by, r.traceparent, r.daemon_version, r.started_at, r.finished_at
+           from unnest($1::uuid[], $2::uuid[]) as k(tenant_id, run_id)
+           join inventory_sync_runs r on r.tenant_id = k.tenant_id and r.id = k.run_id order by r.id desc",
+        &tenants,
+        &ids
+    );
+    Ok(rows.fetch_all(db).await?)
+}
+
 /// Outcomes of the types of runs, as far as they are recorded, sorted by type.
 pub(super) async fn outcomes_of(
     db: &mut PgConnection,
     runs: &[RunKey],
 ) -> Result<HashMap<RunKey, Vec<TypeOutcome>>, StoreError> {
-    let (tenants, ids): (Vec<Uuid>, Vec<Uuid>) = runs.iter().map(|run| (run.tenant_id, run.run_id)).unzip();
+    let (tenants, ids) = columns(runs);
     let rows = sqlx::query!(
-        "select t.* from unnest($1::uuid[], $2::uuid[]) as k(tenant_id, run_id)
+        "select t.tenant_id, t.run_id, t.policy_type, t.status, t.items_observed_count, t.items_upserted_count,
+                t.items_created_count, t.items_changed_count, t.errors_count, t.failure, t.suspicious_drop
+           from unnest($1::uuid[], $2::uuid[]) as k(tenant_id, run_id)
            join inventory_sync_run_types t on t.tenant_id = k.tenant_id and t.run_id = k.run_id order by t.policy_type",
         &tenants,
         &ids
@@ -108,4 +128,9 @@ pub(super) async fn outcomes_of(
         outcomes.entry(RunKey { tenant_id: row.tenant_id, run_id: row.run_id }).or_default().push(outcome);
     }
     Ok(outcomes)
+}
+
+/// Keys as the two parameters of `unnest`.
+pub(super) fn columns(runs: &[RunKey]) -> (Vec<Uuid>, Vec<Uuid>) {
+    runs.iter().map(|run| (run.tenant_id, run.run_id)).unzip()
 }

@@ -44,8 +44,21 @@ impl Store {
         }
         let applied = "select version, checksum from _sqlx_migrations where success order by version desc limit 1";
         let applied: Option<(i64, Vec<u8>)> = sqlx::query_as(applied).fetch_optional(&mut *connection).await?;
-        compare(applied)?;
-        Ok(server.warnings())
+        let mut warnings = server.warnings();
+        if let Compared::Newer(version) = compare(applied)? {
+            let oldest = sqlx::query_scalar!(r#"select inventory_oldest_migration() as "oldest!""#);
+            let (oldest, newest) = (oldest.fetch_one(&mut *connection).await?, newest_migration());
+            if oldest > newest {
+                return Err(StoreError::Schema(format!(
+                    "the database schema has version {version} and serves daemons from version {oldest} on, this daemon has \
+                     {newest}: upgrade this daemon"
+                )));
+            }
+            warnings.push(
+                "a newer version has migrated the database schema, which serves this daemon too: upgrade this daemon",
+            );
+        }
+        Ok(warnings)
     }
 
     /// Version of the server, and whether it is one that was tested; `None` before [`Self::check_schema`].
@@ -82,19 +95,32 @@ impl Store {
     }
 }
 
+/// Result of a comparison with the migrations of this version.
+#[derive(Debug, PartialEq, Eq)]
+enum Compared {
+    Same,
+    /// Migrated by a newer version, to this migration.
+    Newer(i64),
+}
+
 /// Compares the newest applied migration with the newest of this version. The checksum detects a schema of another program, or
 /// of an unreleased version, that happens to have the same number.
-fn compare(applied: Option<(i64, Vec<u8>)>) -> Result<(), StoreError> {
-    let newest = MIGRATIONS.iter().max_by_key(|migration| migration.version);
-    let needed = newest.map_or(0, |migration| migration.version);
+fn compare(applied: Option<(i64, Vec<u8>)>) -> Result<Compared, StoreError> {
+    let needed = newest_migration();
     let (version, checksum) = applied.unwrap_or_default();
-    let cure = match version.cmp(&needed) {
-        Ordering::Equal if newest.is_none_or(|migration| *migration.checksum == *checksum) => return Ok(()),
-        Ordering::Equal => return Err(migration_error(MigrateError::VersionMismatch(version))),
-        Ordering::Less => "run `inventoryd migrate` with the same version",
-        Ordering::Greater => "a newer version has migrated it: upgrade this daemon",
-    };
-    Err(StoreError::Schema(format!("the database schema has version {version}, this daemon needs {needed}: {cure}")))
+    match version.cmp(&needed) {
+        Ordering::Equal if MIGRATIONS.iter().any(|known| *known.checksum == *checksum) => Ok(Compared::Same),
+        Ordering::Equal => Err(migration_error(MigrateError::VersionMismatch(version))),
+        Ordering::Greater => Ok(Compared::Newer(version)),
+        Ordering::Less => Err(StoreError::Schema(format!(
+            "the database schema has version {version}, this daemon needs {needed}: run `inventoryd migrate` with the same \
+             version"
+        ))),
+    }
+}
+
+fn newest_migration() -> i64 {
+    MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 
 /// Error for a failed migration, with its remedy.

@@ -2,7 +2,10 @@
 
 use inventoryd::store::{Store, StoreError};
 
+use crate::support::daemon::Replica;
+use crate::support::scheduler::requests;
 use crate::support::world::World;
+use crate::support::{eventually, invariants};
 
 /// Refusals of `check` and of `migrate`, on new connections to the changed database.
 async fn refusals(world: &World) -> (StoreError, StoreError) {
@@ -24,15 +27,59 @@ async fn a_schema_of_another_program_is_refused() {
     }
 }
 
+/// Migrates the database as a newer version would that appends columns and serves daemons from `oldest` on.
+async fn migrate_further(world: &World, oldest: i64) {
+    world
+        .execute(&format!(
+            "begin;
+             alter table inventory_sync_runs add column appended text;
+             alter table inventory_sync_run_types add column appended text;
+             alter table inventory_items add column appended text;
+             alter table tenants add column appended text;
+             alter table outbox add column appended text;
+             create or replace function inventory_oldest_migration() returns bigint language sql immutable return {oldest};
+             insert into _sqlx_migrations (version, description, success, checksum, execution_time)
+             values (9999, 'newer', true, 'newer', 0);
+             commit"
+        ))
+        .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_newer_schema_is_refused() {
+async fn a_newer_schema_that_does_not_serve_this_version_is_refused() {
     let world = World::new().await;
-    let newer = "insert into _sqlx_migrations (version, description, success, checksum, execution_time)
-                 values (9999, 'newer', true, 'newer', 0)";
-    world.execute(newer).await;
+    migrate_further(&world, 2).await;
     let (check, migrate) = refusals(&world).await;
-    assert!(check.to_string().contains("has version 9999") && check.to_string().contains("upgrade"), "{check}");
+    assert!(check.to_string().contains("serves daemons from version 2 on, this daemon has 1"), "{check}");
     assert!(migrate.to_string().contains("migration 9999"), "{migrate}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_of_this_version_work_and_restart_on_a_newer_schema_under_load() {
+    let world = World::new().await;
+    invariants::record_history(&world).await;
+    let events = world.subscribe().await;
+    let (one, _two) = (Replica::start(&world).await, Replica::start(&world).await);
+    let (keys, requests) = requests(&world, "k", 60, &["mobileApp"]).await;
+    for request in &requests[..30] {
+        world.publish(request).await;
+    }
+    eventually("some runs end", || async {
+        (world.count("select count(*) from inventory_sync_runs where finished_at is not null").await >= 5).then_some(())
+    })
+    .await;
+    migrate_further(&world, 1).await;
+    for request in &requests[30..] {
+        world.publish(request).await;
+    }
+    one.stop().await;
+    let _restarted = Replica::start(&world).await;
+    invariants::assert_all_succeeded(&world, &keys, &events).await;
+    let store = Store::connect(&world.config().database).unwrap();
+    let warnings = store.check_schema().await.unwrap();
+    assert!(warnings.iter().any(|warning| warning.contains("upgrade this daemon")), "{warnings:?}");
+    let again = world.count("select count(*) from inventory_sync_runs where attempt > 1").await;
+    assert_eq!(again, 0, "no statement failed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
