@@ -286,10 +286,25 @@ fn readable(findings: &[Finding]) -> Vec<&str> {
     findings.iter().filter(|finding| finding.works).map(|finding| finding.policy_type.as_str()).collect()
 }
 
+/// Remedy beyond this command, to which the general one of some codes leads.
+fn remedy(code: ErrorCode) -> &'static str {
+    match code {
+        ErrorCode::GraphForbidden => {
+            "The token has the permission. After a new consent, wait for a new token (up to an hour); otherwise check \
+             which policy of the tenant blocks the application."
+        }
+        ErrorCode::GraphUnauthorized => {
+            "Check graph.cloud, graph.base_url and the tenant's Conditional Access policies for applications."
+        }
+        ErrorCode::CredentialUnavailable => "Correct the credential in graph.credentials.",
+        code => code.remedy(),
+    }
+}
+
 fn row(finding: &Finding) -> [String; 5] {
     let code = finding.failure.as_ref().map(|failure| failure.code);
     // A missing permission is remedy enough.
-    let remedy = code.filter(|_| finding.missing_permissions.is_empty()).map(ErrorCode::remedy);
+    let remedy = code.filter(|_| finding.missing_permissions.is_empty()).map(remedy);
     [
         finding.policy_type.clone(),
         if finding.works { "yes".to_owned() } else { "no".to_owned() },
@@ -329,6 +344,19 @@ mod tests {
         assert_eq!(link.as_deref(), Some(expected));
         credential.kind = CredentialKind::ManagedIdentity;
         assert_eq!(consent_link("https://login.example", Uuid::nil(), &credential), None);
+    }
+
+    #[test]
+    fn no_remedy_leads_back_to_this_command() {
+        let catalog = Catalog::built_in();
+        let scope = scope(&SelectionArgs::default(), &catalog).unwrap();
+        let roles: Vec<String> = catalog.types().flat_map(|t| t.permissions()).map(str::to_owned).collect();
+        for code in ErrorCode::ALL {
+            let found = findings_of(&scope.listings[0], Some(&refused(*code, &[])), Some(&roles));
+            let shown = row(&found[0])[4].clone();
+            assert!(!shown.is_empty() && !shown.contains("inventoryd doctor"), "{code}: {shown}");
+            assert!(![code.cause(), code.remedy()].concat().contains("Intune"), "{code}: not every type is Intune's");
+        }
     }
 
     #[test]

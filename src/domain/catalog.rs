@@ -275,6 +275,13 @@ mod tests {
         let both = ["OrganizationalBranding.Read.All", "Organization.Read.All"];
         assert_eq!(of("organizationalBrandingLocalization"), both);
         assert_eq!(of("mobileApp").len(), 1);
+        for child in catalog.types().filter(|t| t.shape == Shape::ChildCollection) {
+            let parents = catalog.types().filter(|t| Some(&t.path) == child.parent.as_ref());
+            let parents: Vec<&str> = parents.map(|t| t.permission.as_str()).collect();
+            let is_named = parents.iter().all(|wanted| child.permissions().any(|named| named == *wanted));
+            let is_known = !parents.is_empty() || child.parent_permission.is_some();
+            assert!(is_named && is_known, "{}: parents need {parents:?}", child.key);
+        }
     }
 
     #[test]

@@ -250,6 +250,22 @@ mod tests {
         let with = |tags: Value| item("mobileApp", &json!({ "id": "1", "roleScopeTagIds": tags })).unwrap().meta;
         assert_eq!(with(json!(["2", "10", "0"])), with(json!(["0", "2", "10"])));
         assert_ne!(with(json!(["0"])), with(json!(["0", "1"])));
+        assert_eq!(with(json!([{ "of": ["b", "a"] }])), with(json!([{ "of": ["a", "b"] }])), "at any depth");
+        assert_ne!(with(json!([{ "n": 1 }, { "n": 2 }])), with(json!([{ "n": 2 }, { "n": 1 }])), "objects are no set");
+    }
+
+    #[test]
+    fn no_property_of_any_type_changes_with_the_order_of_its_texts() {
+        for policy_type in CATALOG.types() {
+            let with = |list: Value| {
+                let id = (policy_type.id.clone(), json!("1"));
+                let properties = policy_type.meta.iter().filter(|name| **name != policy_type.id);
+                let object: Value = properties.map(|name| (name.clone(), list.clone())).chain([id]).collect();
+                item(&policy_type.key, &object).unwrap().meta
+            };
+            let (one, other) = (with(json!(["b", "a"])), with(json!(["a", "b"])));
+            assert!(one == other && (policy_type.meta.is_empty() || one.contains("\"a\"")), "{}", policy_type.key);
+        }
     }
 
     #[test]

@@ -273,3 +273,22 @@ fn retry_after_of(headers: &HeaderMap) -> Option<Duration> {
 fn text(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name)?.to_str().ok().map(str::to_owned)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_retry_after_lines_the_longest_wait_counts() {
+        let wait = |lines: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for line in lines {
+                headers.append(RETRY_AFTER, line.parse().unwrap());
+            }
+            retry_after_of(&headers).map(|wait| wait.as_secs())
+        };
+        assert_eq!((wait(&["2", "2"]), wait(&["2", "5"]), wait(&["5", "2"])), (Some(2), Some(5), Some(5)));
+        assert_eq!((wait(&["soon", "3"]), wait(&["3", ""])), (Some(3), Some(3)), "an unparsable line is ignored");
+        assert_eq!((wait(&["soon"]), wait(&[])), (None, None));
+    }
+}

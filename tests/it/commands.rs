@@ -135,6 +135,10 @@ async fn doctor_names_missing_permissions() {
     assert_eq!((found.code, &found.json()["working"]), (1, &json!(1)));
     assert_eq!(found.json()["missing_permissions"], json!(["DeviceManagementApps.Read.All"]));
     assert_eq!(found.json()["readable_types"], json!(["deviceShellScript"]), "a request that would succeed now");
+    let granted = json!(["DeviceManagementApps.Read.All", "DeviceManagementConfiguration.Read.All"]);
+    assert_eq!(found.json()["granted_permissions"], granted, "what the token holds");
+    let shown = call(&world, &[&examine[..], &["mobileApp,deviceShellScript"]].concat()).await.out;
+    assert!(shown.contains("a request that succeeds now: --types deviceShellScript"), "{shown}");
     let link = format!("{}/{tenant}/adminconsent?client_id=", world.sim.base_url());
     assert!(found.json()["consent_link"].as_str().unwrap().starts_with(&link), "{found:?}");
     let shown = call(&world, &[&examine[..], &["mobileApp"]].concat()).await.out;

@@ -123,6 +123,52 @@ fn credential_names_do_not_split_by_case() {
     assert!(shown.contains("refused the connection"), "the credential is found: {shown}");
 }
 
+#[test]
+fn doctor_names_the_local_reason_of_a_missing_token_as_text_and_json() {
+    let pem = std::fs::read_to_string(PEM).unwrap();
+    let (key_begins, own_begins) = (pem.find("-----BEGIN PRIVATE").unwrap(), pem.rfind("-----BEGIN CERT").unwrap());
+    let file = |name: &str, text: &str| temporary_file(name, text).to_str().unwrap().to_owned();
+    let (key, foreign) = (file("key", &pem[key_begins..]), file("other", &pem[..own_begins]));
+    let encrypted = file("encrypted", &pem[key_begins..].replace(" PRIVATE", " ENCRYPTED PRIVATE"));
+    let cases: [(&[(&str, &str)], &str, &str); 6] = [
+        (&[("CLIENT_CERTIFICATE_FILE", "/nowhere/app.pem")], "credential_unavailable", "cannot read /nowhere/app.pem"),
+        (&[("CLIENT_CERTIFICATE_FILE", PFX)], "credential_unavailable", "set client_certificate_password"),
+        (
+            &[("CLIENT_CERTIFICATE_FILE", PFX), ("CLIENT_CERTIFICATE_PASSWORD", MARKER)],
+            "credential_unavailable",
+            "the password is wrong",
+        ),
+        (
+            &[("CLIENT_CERTIFICATE_FILE", PEM), ("CLIENT_KEY_FILE", &encrypted)],
+            "credential_unavailable",
+            "is encrypted; decrypt it with",
+        ),
+        (
+            &[("CLIENT_CERTIFICATE_FILE", &foreign), ("CLIENT_KEY_FILE", &key)],
+            "credential_unavailable",
+            "matches the key",
+        ),
+        (&[("CLIENT_CERTIFICATE_FILE", PEM)], "token_service_unavailable", "127.0.0.1 refused the connection"),
+    ];
+    for (settings, code, reason) in cases {
+        let mut environment = unreachable();
+        environment.push(("INVENTORYD__GRAPH__CREDENTIALS__DEFAULT__KIND".into(), "client_certificate".into()));
+        environment.extend(
+            settings
+                .iter()
+                .map(|(key, value)| (format!("INVENTORYD__GRAPH__CREDENTIALS__DEFAULT__{key}").into(), value.into())),
+        );
+        let (exit, shown) = output(start(&DOCTOR, &environment));
+        assert!(exit == Some(1) && shown.contains(code) && shown.contains(reason), "{reason}: {shown}");
+        assert!(!shown.contains(MARKER), "{shown}");
+        let ended = start(&[&DOCTOR[..], &["--json"]].concat(), &environment).wait_with_output().unwrap();
+        let document: serde_json::Value = serde_json::from_slice(&ended.stdout).expect(reason);
+        assert_eq!(document["token"]["failure"]["code"], code, "{document}");
+        assert!(document["token"]["cause"].as_str().unwrap().contains(reason), "{document}");
+        assert!(!document["token"]["cure"].as_str().unwrap().is_empty(), "{document}");
+    }
+}
+
 const DOCTOR: [&str; 5] = ["doctor", "--tenant", "6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d", "--credential", "default"];
 /// Every command, as far as it can go without a server.
 const COMMANDS: [&[&str]; 18] = [

@@ -71,6 +71,13 @@ fn every_permission_is_read_only() {
 }
 
 #[test]
+fn autopilot_devices_are_requested_without_select() {
+    let catalog = Catalog::built_in();
+    let select = &catalog.get("windowsAutopilotDeviceIdentity").unwrap().select;
+    assert!(select.is_empty(), "Graph answers 500 to any $select: {select:?}");
+}
+
+#[test]
 fn no_property_that_moves_by_itself_is_kept() {
     let moving = [
         "heartbeat",

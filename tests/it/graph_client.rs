@@ -453,8 +453,21 @@ async fn logs_contain_ids_but_no_secrets_links_or_texts_of_graph() {
     assert_eq!(world.refused(SHARED).await.code, ErrorCode::GraphBadRequest);
     assert_eq!(world.refused(PLAIN).await.code, ErrorCode::GraphForeignLink);
 
+    let kind = ("credentials__default__kind", "client_certificate");
+    let missing = ("credentials__default__client_certificate_file", "/nowhere/app.pem");
+    assert_eq!(World::with(SimConfig::default(), &[kind, missing]).await.refused(PLAIN).await.http_status, None);
+    let unreachable = World::with(SimConfig::default(), &[("authority", "https://127.0.0.1:9")]).await;
+    assert_eq!(unreachable.refused(PLAIN).await.code, ErrorCode::TokenServiceUnavailable);
+
     let logs = String::from_utf8(logs.0.lock().clone()).unwrap();
+    for reason in ["cannot read /nowhere/app.pem", "127.0.0.1 refused the connection"] {
+        assert!(logs.contains(reason), "the local reason of a missing token is in the log: {reason}");
+    }
     assert!(logs.contains("client_request_id=") && logs.contains("AADSTS7000215") && logs.contains("status=429"));
+    assert!(
+        logs.contains("The client secret is wrong.") && logs.contains("not to its id"),
+        "cause and cure are in the log"
+    );
     for word in ["eyJ", "Bearer", "simulated-secret", "SimSecret", "SimMadeUp", "secret-backend", "skiptoken", "evil"] {
         assert!(!logs.contains(word), "{word} is in the log");
     }

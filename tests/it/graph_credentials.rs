@@ -12,6 +12,9 @@ const CERTIFICATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/c
 /// `{"alg":"RS256"}` and `{"aud":"a","iss":"b","sub":"b","exp":9999999999}`: a token as another issuer would give it.
 const FEDERATED: &str = "eyJhbGciOiJSUzI1NiJ9.eyJhdWQiOiJhIiwiaXNzIjoiYiIsInN1YiI6ImIiLCJleHAiOjk5OTk5OTk5OTl9.c2ln";
 
+/// Outage that only the number tells from a rejected credential.
+const TRANSIENT: &str = r#"{"error":"temporarily_unavailable","error_description":"AADSTS90033: A transient error."}"#;
+
 async fn with(settings: &[(&str, &str)]) -> World {
     World::with(SimConfig::default(), settings).await
 }
@@ -136,6 +139,7 @@ async fn an_outage_of_the_token_service_is_no_problem_of_the_credential() {
             Action::Status { status: 403, retry_after: None, body: ErrorBody::Literal("<html>".into()) },
             Some("not JSON"),
         ),
+        (Action::Status { status: 400, retry_after: None, body: ErrorBody::Literal(TRANSIENT.into()) }, None),
         (Action::WrongContent, Some("not JSON")),
         (Action::Drop, Some("127.0.0.1")),
         (Action::Prefix { bytes: vec![b' '; 300 << 10] }, Some("larger than")),
@@ -154,10 +158,20 @@ async fn an_outage_of_the_token_service_is_no_problem_of_the_credential() {
 }
 
 #[tokio::test]
-async fn refused_connection_and_untrusted_certificate_are_distinguished() {
+async fn each_reason_of_a_failed_connection_is_named() {
     let refused = with(&[("authority", "https://127.0.0.1:9")]).await;
     let untrusted = with(&[("ca_file", "")]).await;
-    for (world, reason) in [(refused, "refused the connection"), (untrusted, "TLS with 127.0.0.1 failed")] {
+    let unknown = with(&[("authority", "https://no-such-host.invalid")]).await;
+    // Connections are accepted by the kernel, and nobody responds.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let authority = format!("https://{}", silent.local_addr().unwrap());
+    let silent = with(&[("authority", &authority), ("request_timeout_s", "1"), ("max_tries", "1")]).await;
+    for (world, reason) in [
+        (refused, "127.0.0.1 refused the connection"),
+        (untrusted, "TLS with 127.0.0.1 failed: invalid peer certificate: UnknownIssuer"),
+        (unknown, "no-such-host.invalid cannot be resolved"),
+        (silent, "127.0.0.1 did not respond within the time limit"),
+    ] {
         let failure = world.client().token_roles(TENANT, "default").await.unwrap_err();
         assert_eq!(failure.failure.code, ErrorCode::TokenServiceUnavailable);
         assert!(failure.detail.as_deref().is_some_and(|detail| detail.contains(reason)), "{reason}: {failure:?}");

@@ -188,7 +188,10 @@ const FACTS: &[Fact] = &[
     ),
     (
         "`$select` and `$top` are hints: services refuse them with 400, 500 or 501, in any words",
-        &["tests/it/graph_tolerance.rs::refused_query_options_are_dropped_one_after_the_other_and_remembered"],
+        &[
+            "tests/it/graph_tolerance.rs::refused_query_options_are_dropped_one_after_the_other_and_remembered",
+            "tests/it/contracts.rs::autopilot_devices_are_requested_without_select",
+        ],
     ),
     (
         "A page token expires while a list is read",
@@ -202,11 +205,13 @@ const FACTS: &[Fact] = &[
         &["tests/it/graph_tolerance.rs::a_503_without_retry_after_does_not_pause_the_tenant"],
     ),
     (
-        "Bodies begin with a byte order mark, an empty next link is the end, a header is repeated in one line",
+        "Bodies begin with a byte order mark, an empty next link is the end, a header is repeated in one line or two",
         &[
             "tests/it/graph_tolerance.rs::a_byte_order_mark_is_ignored_before_every_body",
             "tests/it/graph_tolerance.rs::an_empty_next_link_is_the_end",
             "tests/it/graph_tolerance.rs::a_repeated_retry_after_is_read_once",
+            "src/graph/transport.rs::of_two_retry_after_lines_the_longest_wait_counts",
+            "src/graph/auth/token_service.rs::the_lines_of_a_repeated_header_are_one_value",
         ],
     ),
     (
@@ -219,13 +224,18 @@ const FACTS: &[Fact] = &[
     ),
     (
         "A missing licence is a 400, 401 or 403 with many codes and sentences",
-        &["src/graph/listing/error_body.rs::a_missing_licence_is_not_applicable_whatever_the_words"],
+        &[
+            "src/graph/listing/error_body.rs::a_missing_licence_is_not_applicable_whatever_the_words",
+            "tests/it/not_applicable.rs::run_of_everything_succeeds_without_a_licence_for_some_types",
+        ],
     ),
     (
         "Heartbeats and sync times move by themselves, and lists of ids come in any order",
         &[
             "tests/it/contracts.rs::no_property_that_moves_by_itself_is_kept",
+            "tests/it/inventory.rs::heartbeats_and_the_order_of_scope_tags_are_no_change",
             "src/domain/item.rs::lists_of_strings_are_sets_and_their_order_is_no_change",
+            "src/domain/item.rs::no_property_of_any_type_changes_with_the_order_of_its_texts",
         ],
     ),
     (
@@ -258,7 +268,22 @@ const FACTS: &[Fact] = &[
     ),
     (
         "The number of a token error is the only part of it that says what to do",
-        &["tests/it/graph.rs::status_names_the_cause_and_cure_of_a_missing_token_and_of_a_broken_connection"],
+        &[
+            "src/graph/auth/aadsts.rs::every_known_number_has_its_own_cause_and_cure",
+            "src/graph/auth/aadsts.rs::only_an_outage_or_throttling_is_transient",
+            "tests/it/graph.rs::status_names_the_cause_and_cure_of_a_missing_token_and_of_a_broken_connection",
+        ],
+    ),
+    (
+        "The metadata service of a host is local: a proxy cannot reach it, and must not see its tokens",
+        &["tests/it/graph_proxy.rs::no_proxy_is_used_for_the_metadata_service"],
+    ),
+    (
+        "Some lists are closed to every application but Microsoft's; a child list needs its parents' permission",
+        &[
+            "src/domain/catalog.rs::a_type_that_hardly_any_application_can_list_is_read_only_by_name",
+            "src/domain/catalog.rs::a_child_type_names_the_permission_for_its_parents",
+        ],
     ),
     (
         "A managed identity gives the token of its own tenant, whichever is asked for",

@@ -50,6 +50,27 @@ async fn renamed_objects_count_as_changed_and_new_ones_as_created() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn heartbeats_and_the_order_of_scope_tags_are_no_change() {
+    const PARTNERS: &str = "deviceManagement/complianceManagementPartners";
+    let world = World::new().await;
+    let _replica = Replica::start(&world).await;
+    let observe = async |key: &str, tags: Value, heartbeat: &str, state: &str| {
+        world.sim.remove_rules(None);
+        let app = json!({ "@odata.type": "#microsoft.graph.webApp", "id": "app", "roleScopeTagIds": tags });
+        let partner = json!({ "id": "partner", "partnerState": state, "lastHeartbeatDateTime": heartbeat });
+        world.sim.add_rule(rule(APPS, Action::ExtraObject { object: app }));
+        world.sim.add_rule(rule(PARTNERS, Action::ExtraObject { object: partner }));
+        let run = world.sync(key, &["mobileApp", "complianceManagementPartner"]).await;
+        (run["status"].clone(), run["items_changed_count"].clone())
+    };
+    observe("first", json!(["1", "0"]), "2026-11-23T10:00:00Z", "enabled").await;
+    let same = observe("same", json!(["0", "1"]), "2026-11-23T10:05:00Z", "enabled").await;
+    assert_eq!(same, (json!("success"), json!(0)));
+    let changed = observe("changed", json!(["0", "2"]), "2026-11-23T10:05:00Z", "unresponsive").await;
+    assert_eq!(changed, (json!("success"), json!(2)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn ids_repeated_across_pages_are_one_item() {
     let world = World::with_three_pages(APPS).await;
     let _replica = Replica::start(&world).await;

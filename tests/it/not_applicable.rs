@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::sim::{Rule, Which};
+use crate::sim::{Action, ErrorBody, Rule, Which};
 use crate::support::daemon::Replica;
 use crate::support::world::World;
 
 const APPS: &str = "deviceAppManagement/mobileApps";
+const CONDITIONAL_ACCESS: &str = "identity/conditionalAccess/policies";
 const SCRIPTS: &str = "deviceManagement/deviceShellScripts";
 
 fn everything(world: &World, key: &str) -> Value {
@@ -31,14 +32,21 @@ async fn run_of_everything_succeeds_without_a_licence_for_some_types() {
     let _replica = Replica::start(&world).await;
     let events = world.subscribe().await;
     world.sim.add_rule(not_licensed(SCRIPTS));
+    // Conditional Access without a premium licence has an error of its own.
+    let premium =
+        json!({ "error": { "code": "Authentication_RequestFromNonPremiumTenantOrB2CTenant", "message": "" } });
+    let body = ErrorBody::Literal(premium.to_string());
+    let action = Action::Status { status: 403, retry_after: None, body };
+    world.sim.add_rule(Rule::new(action).path(CONDITIONAL_ACCESS));
     let run = run_of_everything(&world, "all").await;
     assert_eq!(
         (&run["status"], &run["had_errors"], &run["error_codes"], &run["errors_count"]),
         (&json!("success"), &json!(false), &json!([]), &json!(0)),
         "{run}"
     );
-    let status = "select status from inventory_sync_run_types where policy_type = 'deviceShellScript'";
-    assert_eq!(world.rows(status).await, [json!({ "status": "not_applicable" })]);
+    let without = "select policy_type from inventory_sync_run_types where status = 'not_applicable' order by 1";
+    let types = ["conditionalAccessPolicy", "deviceShellScript"].map(|key| json!({ "policy_type": key }));
+    assert_eq!(world.rows(without).await, types);
     assert_eq!(events.event_of(&run).await["data"]["status"], "success");
 }
 

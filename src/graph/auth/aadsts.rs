@@ -60,21 +60,47 @@ pub(super) fn is_transient(number: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
 
+    /// Every number with a part of its cause and of its cure.
+    const EXPECTED: [(u32, &str, &str); 18] = [
+        (7_000_215, "secret is wrong", "not to its id"),
+        (7_000_222, "secret has expired", "Create a new secret"),
+        (700_016, "does not know the application", "Check client_id"),
+        (90_002, "tenant does not exist", "graph.cloud"),
+        (53_003, "Conditional Access policy", "Exclude the application"),
+        (500_011, "does not know the resource", "graph.base_url"),
+        (7_000_112, "application is disabled", "Enable the enterprise application"),
+        (700_024, "outside its validity period", "clock of this host"),
+        (700_213, "No federated credential", "issuer, subject and audience"),
+        (70_021, "No federated credential", "issuer, subject and audience"),
+        (90_055, "throttles the tenant", "is retried"),
+        (90_033, "temporarily unavailable", "is retried"),
+        (50_034, "account does not exist", "tenant's id"),
+        (7_000_229, "no service principal", "Grant admin consent"),
+        (7_000_218, "neither a secret nor an assertion", "Set client_secret"),
+        (700_027, "not registered with the application", "Upload the certificate"),
+        (50_027, "assertion is not valid", "federated token file"),
+        (65_001, "no consent", "Grant admin consent"),
+    ];
+
     #[test]
-    fn every_known_number_has_its_own_cause_and_a_cure() {
-        let known = [
-            7_000_215, 7_000_222, 700_016, 90_002, 53_003, 500_011, 7_000_112, 700_024, 700_213, 90_055, 90_033,
-            50_034, 7_000_229,
-        ];
-        let advice: Vec<TokenAdvice> = known.iter().filter_map(|n| token_advice(&format!("AADSTS{n}"))).collect();
-        let causes: BTreeSet<&str> = advice.iter().map(|advice| advice.cause).collect();
-        assert_eq!((advice.len(), causes.len()), (known.len(), known.len()));
-        assert!(advice.iter().all(|advice| advice.cause.ends_with('.') && advice.cure.ends_with('.')));
+    fn every_known_number_has_its_own_cause_and_cure() {
+        assert_eq!(EXPECTED.len(), ADVICE.len(), "every number is in the table");
+        for (number, cause, cure) in EXPECTED {
+            let advice = token_advice(&format!("AADSTS{number}")).unwrap_or_else(|| panic!("{number} is unknown"));
+            assert!(advice.cause.contains(cause) && advice.cause.ends_with('.'), "{number}: {advice:?}");
+            assert!(advice.cure.contains(cure) && advice.cure.ends_with('.'), "{number}: {advice:?}");
+        }
         assert_eq!(token_advice("AADSTS1"), None);
         assert_eq!(token_advice("Forbidden"), None);
+    }
+
+    #[test]
+    fn only_an_outage_or_throttling_is_transient() {
+        let numbers = EXPECTED.map(|(number, ..)| number);
+        let transient: Vec<u32> = numbers.into_iter().filter(|number| is_transient(*number)).collect();
+        assert_eq!(transient, [90_055, 90_033]);
+        assert!(is_transient(50_196), "a client that repeats the same request is throttled");
     }
 }

@@ -11,6 +11,7 @@ use azure_core::http::headers::{HeaderName, HeaderValue, Headers};
 use azure_core::http::request::Body;
 use azure_core::http::{AsyncRawResponse, HttpClient, Request};
 use parking_lot::Mutex;
+use reqwest::header::HeaderMap;
 use reqwest::{Client, Response};
 use serde_json::{Map, Value};
 
@@ -57,7 +58,7 @@ impl TokenServiceClient {
             builder = builder.header(name.as_str(), value.as_str());
         }
         let response = builder.send().await.map_err(|error| self.fail(transport::describe(&error, &self.proxy)))?;
-        let (status, headers) = (response.status().as_u16(), headers_of(&response));
+        let (status, headers) = (response.status().as_u16(), headers_of(response.headers()));
         let body = self.read(response).await?;
         Ok(AsyncRawResponse::from_bytes(status.into(), headers, body))
     }
@@ -105,10 +106,12 @@ fn normalise(answer: &mut Map<String, Value>) {
     }
 }
 
-fn headers_of(response: &Response) -> Headers {
-    let named = response.headers().iter().filter_map(|(name, value)| {
-        let (name, value) = (name.as_str().to_owned(), value.to_str().ok()?.to_owned());
-        Some((HeaderName::from(name), HeaderValue::from(value)))
+/// Headers of a response; the lines of a repeated header are one value, joined by commas.
+fn headers_of(headers: &HeaderMap) -> Headers {
+    let named = headers.keys().filter_map(|name| {
+        let lines: Vec<&str> = headers.get_all(name).iter().filter_map(|line| line.to_str().ok()).collect();
+        let value = HeaderValue::from(lines.join(", "));
+        (!lines.is_empty()).then(|| (HeaderName::from(name.as_str().to_owned()), value))
     });
     named.collect::<HashMap<_, _>>().into()
 }
@@ -130,6 +133,7 @@ impl HttpClient for TokenServiceClient {
 
 #[cfg(test)]
 mod tests {
+    use azure_core::http::headers::RETRY_AFTER;
     use serde_json::json;
 
     use super::*;
@@ -147,6 +151,19 @@ mod tests {
         {
             assert_eq!(normalised(json!({ "expires_in": given }))["expires_in"], kept);
         }
+    }
+
+    #[test]
+    fn the_lines_of_a_repeated_header_are_one_value() {
+        let mut headers = HeaderMap::new();
+        for line in ["2", "5"] {
+            headers.append("retry-after", line.parse().unwrap());
+        }
+        headers.insert("date", "Mon, 23 Nov 2026 10:00:00 GMT".parse().unwrap());
+        let headers = headers_of(&headers);
+        assert_eq!(headers.get_optional_str(&RETRY_AFTER), Some("2, 5"));
+        let date = headers.get_optional_str(&HeaderName::from_static("date"));
+        assert_eq!(date, Some("Mon, 23 Nov 2026 10:00:00 GMT"));
     }
 
     #[test]
