@@ -19,6 +19,8 @@ const PEM: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/credentia
 const PFX: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/credentials/application.pfx");
 
 type Variables = Vec<(OsString, OsString)>;
+/// Key and value of a setting.
+type Setting<'a> = (&'a str, &'a str);
 
 fn variables(pairs: &[(&str, &str)]) -> Variables {
     pairs.iter().map(|(name, value)| (OsString::from(format!("INVENTORYD__{name}")), value.into())).collect()
@@ -130,7 +132,7 @@ fn doctor_names_the_local_reason_of_a_missing_token_as_text_and_json() {
     let file = |name: &str, text: &str| temporary_file(name, text).to_str().unwrap().to_owned();
     let (key, foreign) = (file("key", &pem[key_begins..]), file("other", &pem[..own_begins]));
     let encrypted = file("encrypted", &pem[key_begins..].replace(" PRIVATE", " ENCRYPTED PRIVATE"));
-    let cases: [(&[(&str, &str)], &str, &str); 6] = [
+    let cases: [(&[Setting<'_>], &str, &str); 6] = [
         (&[("CLIENT_CERTIFICATE_FILE", "/nowhere/app.pem")], "credential_unavailable", "cannot read /nowhere/app.pem"),
         (&[("CLIENT_CERTIFICATE_FILE", PFX)], "credential_unavailable", "set client_certificate_password"),
         (
