@@ -162,7 +162,7 @@ impl World {
         loop {
             // Uses the index on the id, which starts with the time: polling must not disturb the measurement.
             let row = sqlx::query(
-                "select count(*) filter (where status = 'success'), count(*) filter (where status <> 'success'),
+                "select count(*) filter (where status = 'success'), count(*) filter (where status not in ('running', 'success')),
                         coalesce(extract(epoch from max(finished_at)), 0)::float8
                    from inventory_sync_runs where id >= inventory_run_id_at(to_timestamp($2)) and starts_with(idempotency_key, $1)",
             )
