@@ -11,6 +11,8 @@ use super::rig::{Result, Rig};
 
 /// Line of a Markdown file below which everything is generated.
 const GENERATED: &str = "<!-- Everything below is written by `deploy/dev bench`. -->";
+/// Start of the note of a line whose measurement failed.
+const NOT_MEASURED: &str = "not measured";
 
 /// Target of a line.
 #[derive(Debug, Clone, Copy)]
@@ -156,7 +158,7 @@ impl Report {
     pub fn add(&mut self, name: &str, measured: Result<Vec<Line>>) {
         match measured {
             Ok(lines) => self.lines.extend(lines),
-            Err(error) => self.lines.push(Line::skipped(name, format!("not measured: {error}"))),
+            Err(error) => self.lines.push(Line::skipped(name, format!("{NOT_MEASURED}: {error}"))),
         }
         for line in self.lines.iter().filter(|line| line.name.starts_with(name) || name == "ingest") {
             eprintln!("  {}: {} (target {}) {}", line.name, shown(line.ratio.or(line.ours)), line.target, line.note);
@@ -192,9 +194,13 @@ impl Report {
         let file = rig.folder.join("report.json");
         fs::write(&file, serde_json::to_string_pretty(self)?)?;
         println!("rounds: {}", file.display());
-        let file = if complete { readme() } else { rig.folder.join("report.md") };
+        let failed = self.lines.iter().filter(|line| line.note.starts_with(NOT_MEASURED)).count();
+        let file = if complete && failed == 0 { readme() } else { rig.folder.join("report.md") };
         self.write_markdown(&file, rig.rounds)?;
         println!("table: {}", file.display());
+        if failed > 0 {
+            return Err(format!("{failed} lines were not measured").into());
+        }
         Ok(())
     }
 
