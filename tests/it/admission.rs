@@ -104,7 +104,8 @@ async fn the_fleet_limit_holds_across_replicas_and_tenants() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deferred_request_runs_once_a_slot_is_free() {
     let world = World::new().await;
-    world.sim.add_rule(slow(1_000));
+    // Long enough for the second request to arrive meanwhile.
+    world.sim.add_rule(slow(8_000));
     let mut config = world.config();
     config.limits.when_full = WhenFull::Defer;
     let _replica = Replica::with(config).await;
