@@ -20,15 +20,15 @@ use tokio_util::sync::CancellationToken;
 use crate::domain::clock::Heartbeat;
 
 mod auth;
+mod database;
 mod server;
 mod status;
 
 use auth::{is_authorised, unauthorised};
+use database::DatabaseProbe;
 pub use status::{Backlog, Component, Consumption, DatabaseState, Problem, ServerVersion, Servers, Status};
 use status::{ProblemLog, Readiness};
 
-/// Longest wait for the database before a probe is answered without it; below common probe timeouts.
-const DATABASE_TIMEOUT: Duration = Duration::from_millis(800);
 /// Interval at which histograms are compacted and problems are dated, also without requests.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -79,6 +79,7 @@ impl std::fmt::Debug for HttpState {
 struct Shared {
     state: HttpState,
     problems: ProblemLog,
+    database: DatabaseProbe,
 }
 
 /// Binds the address of `http.listen`.
@@ -96,7 +97,7 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
 
 /// Serves the endpoints until `stop` is cancelled and the open requests have ended.
 pub async fn serve(listener: TcpListener, state: HttpState, stop: CancellationToken) {
-    let shared = Arc::new(Shared { state, problems: ProblemLog::default() });
+    let shared = Arc::new(Shared { state, problems: ProblemLog::default(), database: DatabaseProbe::default() });
     let upkeep = async {
         let mut tick = tokio::time::interval(UPKEEP_INTERVAL);
         loop {
@@ -108,6 +109,7 @@ pub async fn serve(listener: TcpListener, state: HttpState, stop: CancellationTo
     tokio::select! {
         () = server::serve(listener, router(&shared), &stop) => {}
         () = upkeep => {}
+        () = shared.database.run(&*shared.state.source) => {}
     }
 }
 
@@ -152,7 +154,7 @@ async fn status(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Respon
 
 impl Shared {
     async fn readiness(&self) -> Readiness {
-        let database = in_time(self.state.source.ping()).await;
+        let database = self.database.in_time(self.state.source.ping()).await;
         let problems = self.problems(database.err(), &self.state.source.consumption());
         // A pause is a state of a ready daemon: it resumes without a restart, and an alert reports it.
         let missing: Vec<Component> =
@@ -161,7 +163,7 @@ impl Shared {
     }
 
     async fn status(&self) -> Status {
-        let backlog = in_time(self.state.source.backlog()).await;
+        let backlog = self.database.in_time(self.state.source.backlog()).await;
         let consumption = self.state.source.consumption();
         let mut problems = self.problems(backlog.as_ref().err().cloned(), &consumption);
         // Names tenants, which `/readyz` must not do: it requires no token.
@@ -203,11 +205,6 @@ impl Shared {
         }
         self.problems.update(present)
     }
-}
-
-async fn in_time<T>(answer: BoxFuture<'_, Result<T, String>>) -> Result<T, String> {
-    let late = |_| format!("no response within {} ms", DATABASE_TIMEOUT.as_millis());
-    tokio::time::timeout(DATABASE_TIMEOUT, answer).await.map_err(late)?
 }
 
 #[cfg(test)]

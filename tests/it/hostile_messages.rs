@@ -12,7 +12,7 @@ use crate::support::daemon::{Process, Replica, peak_mib};
 use crate::support::raw_amqp::{self, unreadable};
 use crate::support::servers::{self, Private};
 use crate::support::world::World;
-use crate::support::{binary, eventually};
+use crate::support::{binary, eventually, within};
 
 async fn dead(world: &World) -> BasicGetMessage {
     eventually("a dead letter arrives", || world.take("inventory.dead")).await
@@ -123,7 +123,7 @@ async fn list_with_peak(world: &World) -> (Vec<Value>, u64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backlog_of_large_bodies_needs_no_memory() {
-    const LARGE: usize = 24 * 1024 * 1024;
+    const LARGE: usize = 60 * 1024 * 1024;
     let broker = Private::start("rabbitmq", "rabbitmq-large-bodies").await;
     let postgres = tokio::task::spawn_blocking(|| servers::postgres().url.clone()).await.unwrap();
     let world = World::on(SimConfig::default(), &postgres, &broker.url).await;
@@ -140,10 +140,14 @@ async fn a_backlog_of_large_bodies_needs_no_memory() {
     let (none, idle) = list_with_peak(&world).await;
     assert!(none.is_empty());
     let replica = Process::start(&world, "large", &[]);
-    world.sync("behind-them", &["mobileApp"]).await;
-    eventually("all are dead letters", || async { (world.depth("inventory.dead").await == 48).then_some(()) }).await;
+    // Half a gigabyte takes a slow disk a while.
+    let patience = Duration::from_secs(400);
+    world.publish(&world.request("behind-them", &["mobileApp"])).await;
+    let letters = async || world.depth("inventory.dead").await;
+    within(patience, "all are dead letters", || async { (letters().await == 48).then_some(()) }).await;
+    world.ended("behind-them").await;
     let daemon = replica.peak_mib();
-    assert!(daemon < 150, "{daemon} MiB in the daemon for 230 MiB of messages");
+    assert!(daemon < 150, "{daemon} MiB in the daemon for 520 MiB of messages");
     let (letters, peak) = list_with_peak(&world).await;
     assert_eq!(letters.len(), 48);
     assert!(letters.iter().all(|letter| letter["reason"] == "message_too_large"), "{letters:?}");
