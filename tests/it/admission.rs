@@ -45,7 +45,7 @@ async fn a_duplicate_of_a_finished_request_creates_no_run_and_no_event() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_run_of_a_running_selection_is_skipped() {
     let world = World::new().await;
-    world.sim.add_rule(slow(1_500));
+    world.sim.add_rule(slow(50_000));
     let _replica = Replica::start(&world).await;
     let events = world.subscribe().await;
     world.publish(&world.request("first", &["mobileApp"])).await;
@@ -53,6 +53,7 @@ async fn a_second_run_of_a_running_selection_is_skipped() {
     let second = world.sync("second", &["mobileApp"]).await;
     assert_eq!((&second["status"], &second["error_codes"]), (&json!("skipped"), &json!(["lock_contended"])));
     assert_eq!((&second["had_errors"], &second["started_at"]), (&json!(true), &second["finished_at"]));
+    world.sim.remove_rules(None);
     assert_eq!(world.ended("first").await["status"], "success");
     let event = events.event_of(&second).await;
     assert_eq!(
@@ -65,12 +66,13 @@ async fn a_second_run_of_a_running_selection_is_skipped() {
 async fn a_run_over_the_tenant_limit_is_skipped() {
     let world = World::new().await;
     world.execute("update tenants set max_concurrent_runs = 1").await;
-    world.sim.add_rule(slow(1_500));
+    world.sim.add_rule(slow(50_000));
     let _replica = Replica::start(&world).await;
     world.publish(&world.request("first", &["mobileApp"])).await;
     running(&world, "first").await;
     let second = world.sync("second", &["deviceShellScript"]).await;
     assert_eq!((&second["status"], &second["error_codes"]), (&json!("skipped"), &json!(["concurrency_limit_tenant"])));
+    world.sim.remove_rules(None);
     let other = Uuid::new_v4();
     world.register(other, None).await;
     world.publish(&World::request_of(other, "other", &["mobileApp"])).await;
@@ -80,7 +82,7 @@ async fn a_run_over_the_tenant_limit_is_skipped() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_fleet_limit_holds_across_replicas_and_tenants() {
     let world = World::new().await;
-    world.sim.add_rule(slow(1_500));
+    world.sim.add_rule(slow(50_000));
     let mut config = world.config();
     config.limits.fleet_max_runs = 2;
     let _one = Replica::with(config.clone()).await;
@@ -90,6 +92,9 @@ async fn the_fleet_limit_holds_across_replicas_and_tenants() {
         world.register(*tenant, None).await;
         world.publish(&World::request_of(*tenant, &format!("k{number}"), &["mobileApp"])).await;
     }
+    let refused = "select count(*) from inventory_sync_runs where status = 'skipped'";
+    eventually("all others are refused", || async { (world.count(refused).await == 4).then_some(()) }).await;
+    world.sim.remove_rules(None);
     let mut statuses = Vec::new();
     for number in 0..6 {
         let run = world.ended(&format!("k{number}")).await;
@@ -104,8 +109,7 @@ async fn the_fleet_limit_holds_across_replicas_and_tenants() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deferred_request_runs_once_a_slot_is_free() {
     let world = World::new().await;
-    // Long enough for the second request to arrive meanwhile.
-    world.sim.add_rule(slow(8_000));
+    world.sim.add_rule(slow(50_000));
     let mut config = world.config();
     config.limits.when_full = WhenFull::Defer;
     let _replica = Replica::with(config).await;
@@ -117,6 +121,7 @@ async fn a_deferred_request_runs_once_a_slot_is_free() {
     })
     .await;
     assert!(world.runs("second").await.is_empty(), "a deferred request has no run yet");
+    world.sim.remove_rules(None);
     assert_eq!(world.ended("second").await["status"], "success");
     assert_eq!(world.ended("first").await["status"], "success");
 }
@@ -124,7 +129,7 @@ async fn a_deferred_request_runs_once_a_slot_is_free() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_deferred_too_long_is_skipped() {
     let world = World::new().await;
-    world.sim.add_rule(slow(8_000));
+    world.sim.add_rule(slow(50_000));
     let mut config = world.config();
     config.limits.when_full = WhenFull::Defer;
     config.limits.defer_max_s = 5;

@@ -46,7 +46,7 @@ async fn ended_at_least(world: &World, count: i64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn unpublished_event_is_released_to_another_replica() {
     let world = new_world().await;
-    world.sim.add_rule(slow(1_500));
+    world.sim.add_rule(slow(50_000));
     let events = world.subscribe().await;
     let broker = Proxy::to(world.amqp_address()).await;
     let mut cut_off = world.config();
@@ -57,6 +57,7 @@ async fn unpublished_event_is_released_to_another_replica() {
     running(&world, "run").await;
     broker.refuse(true);
     broker.cut();
+    world.sim.remove_rules(None);
     let run = world.ended("run").await;
     let claims = "select count(*) from outbox where due_at <= clock_timestamp() and attempts = 0";
     eventually("the claim of the event is released", || async { (world.count(claims).await == 1).then_some(()) }).await;
@@ -232,7 +233,7 @@ async fn frozen_replies_of_the_database_lose_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn redelivery_during_a_run_starts_no_second_run() {
     let world = new_world().await;
-    world.sim.add_rule(slow(4_000));
+    world.sim.add_rule(slow(50_000));
     let broker = Proxy::to(world.amqp_address()).await;
     let mut config = world.config();
     config.broker.url = world.amqp_through(&broker).into();
@@ -248,6 +249,7 @@ async fn redelivery_during_a_run_starts_no_second_run() {
     })
     .await;
     assert_eq!(world.runs("run").await[0]["status"], "running");
+    world.sim.remove_rules(None);
     broker.refuse(false);
     invariants::assert_all_succeeded(&world, &["run".to_owned()], &events).await;
     assert_eq!(world.runs("run").await[0]["attempt"], 1);

@@ -52,7 +52,7 @@ async fn a_retry_that_the_broker_refuses_is_held_without_a_slot() {
     let retry = format!("{}inventory.retry", world.prefix);
     let (_connection, channel) = channel(&world).await;
     channel.exchange_delete(retry.as_str().into(), ExchangeDeleteOptions::default()).await.unwrap();
-    world.sim.add_rule(slow(4_000));
+    world.sim.add_rule(slow(50_000));
     let mut config = world.config();
     config.topology.mode = TopologyMode::Verify;
     config.limits.when_full = WhenFull::Defer;
@@ -81,6 +81,7 @@ async fn a_retry_that_the_broker_refuses_is_held_without_a_slot() {
         world.publish(&world.request(&format!("deferred-{index}"), &["mobileApp"])).await;
     }
     eventually("all are held", || async { (health.held() == 4).then_some(()) }).await;
+    world.sim.remove_rules(None);
     let other = Uuid::new_v4();
     world.register(other, None).await;
     world.publish(&World::request_of(other, "other", &["mobileApp"])).await;

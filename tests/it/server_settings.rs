@@ -164,7 +164,7 @@ async fn default_isolation_level_does_not_weaken_admission() {
                    execute function note_running();",
             )
             .await;
-        world.sim.add_rule(slow(4_000));
+        world.sim.add_rule(slow(50_000));
         let mut config = world.config();
         config.consumer.prefetch = 12;
         config.database.max_connections = 12;
@@ -177,6 +177,9 @@ async fn default_isolation_level_does_not_weaken_admission() {
             keys.push(format!("k{number}"));
             world.publish(&world.request(&keys[keys.len() - 1], &chosen)).await;
         }
+        let skipped = "select count(*) from inventory_sync_runs where status = 'skipped'";
+        eventually("all others are refused", || async { (world.count(skipped).await >= 11).then_some(()) }).await;
+        world.sim.remove_rules(None);
         let runs = ended(&world, level, &keys).await;
         let succeeded = runs.iter().filter(|run| run["status"] == "success").count();
         let refused = runs.iter().filter(|run| run["error_codes"] == json!(["concurrency_limit_tenant"])).count();

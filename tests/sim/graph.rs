@@ -96,8 +96,8 @@ pub async fn answer_token(State(shared): State<Arc<Shared>>, request: Request) -
     let mut record = record(&request, &ids, tenant);
     let form = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap_or_default();
     let probe = Probe { on: Endpoint::Token, tenant, path: &path, page: 1 };
-    let (delay_ms, action) = shared.rules.strike(&probe);
-    pause(shared.latency_ms.load(Ordering::Relaxed) + delay_ms).await;
+    pause(shared.latency_ms.load(Ordering::Relaxed)).await;
+    let action = shared.rules.apply(&probe).await;
     let replaced = action.as_ref().and_then(|action| faults::instead_of_token(action, &path, &ids));
     let is_foreign = action == Some(Action::ForeignToken);
     let mut reply = replaced.unwrap_or_else(|| shared.tokens.answer(&name, &form, &ids, is_foreign));
@@ -134,8 +134,7 @@ async fn judge(shared: &Shared, call: &Call) -> (Reply, u64) {
         });
     }
     let probe = Probe { on: Endpoint::Graph, tenant: Some(tenant), path: &call.path, page: call.page };
-    let (delay_ms, action) = shared.rules.strike(&probe);
-    pause(delay_ms).await;
+    let action = shared.rules.apply(&probe).await;
     if let Some(reply) = action.as_ref().and_then(|action| faults::instead_of_graph(action, &call.path, &call.ids)) {
         return refused(reply);
     }

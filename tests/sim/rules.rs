@@ -1,8 +1,11 @@
 //! Fault injection by rules, added and removed while the simulator runs.
 
+use std::time::Duration;
+
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::seed;
@@ -96,7 +99,7 @@ pub enum Action {
     WrongContent,
     /// The connection is cut before any answer.
     Drop,
-    /// The answer comes late; other rules still apply.
+    /// The answer comes late, or once a rule is removed; other rules still apply.
     Slow {
         /// Delay.
         delay_ms: u64,
@@ -223,6 +226,8 @@ pub struct Probe<'a> {
 pub struct Rules {
     active: Mutex<(u64, Vec<ActiveRule>)>,
     seed: u64,
+    /// Count of removals, each of which ends the delays.
+    removals: watch::Sender<u64>,
 }
 
 impl Rule {
@@ -322,12 +327,23 @@ impl Rules {
         let mut active = self.active.lock();
         let before = active.1.len();
         active.1.retain(|entry| id.is_some_and(|id| id != entry.id));
+        self.removals.send_modify(|count| *count += 1);
         before - active.1.len()
     }
 
     /// The rules with their counts.
     pub fn list(&self) -> Vec<ActiveRule> {
         self.active.lock().1.clone()
+    }
+
+    /// Applies the rules to a request: waits for the slow ones, at most until a rule is removed, and returns the first other
+    /// one.
+    pub async fn apply(&self, probe: &Probe<'_>) -> Option<Action> {
+        let mut removals = self.removals.subscribe();
+        let (delay_ms, action) = self.strike(probe);
+        // Fails at the end of the wait, or never: the sender lives as long as the rules.
+        let _ = tokio::time::timeout(Duration::from_millis(delay_ms), removals.changed()).await;
+        action
     }
 
     /// Total delay of the slow rules, and the first other rule that applies to this request.
