@@ -391,7 +391,8 @@ fn what_ended(cause: &str) -> &'static str {
     match cause {
         "watchdog" => "requests are ready but none arrived",
         _ => {
-            "the broker ended the subscription: the queue was deleted or moved, or a delivery exceeded the consumer timeout"
+            "the broker ended the subscription: the connection was closed, the queue was deleted or moved, or a delivery \
+             exceeded the consumer timeout"
         }
     }
 }

@@ -194,7 +194,11 @@ impl Shared {
             present.push((Component::Database, format!("the database is unavailable: {cause}")));
         }
         if !consumption.subscribed {
-            let cause = consumption.problem.as_deref().unwrap_or("not connected yet");
+            let cause = match (&consumption.problem, &consumption.paused) {
+                (Some(problem), _) => problem,
+                (None, Some(_)) => "there is none while no new requests are accepted",
+                (None, None) => "not connected yet",
+            };
             present.push((Component::Subscription, format!("no subscription to the request queue: {cause}")));
         }
         if let Some(reason) = &consumption.paused {

@@ -111,8 +111,12 @@ impl ConsumerHealth {
         }
     }
 
+    /// A problem found before a pause is forgotten: no subscription is attempted during the pause, which may last longer.
     pub(super) fn set_paused(&self, paused: Option<Paused>) {
         *self.paused.lock() = paused;
+        if paused.is_some() {
+            *self.problem.lock() = None;
+        }
     }
 
     pub(super) fn set_problem(&self, problem: String) {
