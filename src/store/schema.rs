@@ -109,7 +109,7 @@ fn compare(applied: Option<(i64, Vec<u8>)>) -> Result<Compared, StoreError> {
     let needed = newest_migration();
     let (version, checksum) = applied.unwrap_or_default();
     match version.cmp(&needed) {
-        Ordering::Equal if MIGRATIONS.iter().any(|known| *known.checksum == *checksum) => Ok(Compared::Same),
+        Ordering::Equal if is_ours(version, &checksum) => Ok(Compared::Same),
         Ordering::Equal => Err(migration_error(MigrateError::VersionMismatch(version))),
         Ordering::Greater => Ok(Compared::Newer(version)),
         Ordering::Less => Err(StoreError::Schema(format!(
@@ -117,6 +117,10 @@ fn compare(applied: Option<(i64, Vec<u8>)>) -> Result<Compared, StoreError> {
              version"
         ))),
     }
+}
+
+fn is_ours(version: i64, checksum: &[u8]) -> bool {
+    MIGRATIONS.iter().any(|known| known.version == version && *known.checksum == *checksum)
 }
 
 fn newest_migration() -> i64 {
