@@ -97,7 +97,7 @@ async fn a_body_of_many_megabytes_is_moved_by_the_broker_and_not_kept() {
     assert_eq!(listed["reason"], "message_too_large");
     let small = World::request_of(uuid::Uuid::new_v4(), "small", &["mobileApp"]).to_string();
     world.publish_bytes(small.as_bytes(), BasicProperties::default()).await;
-    eventually("both are dead", || async { (world.depth("inventory.dead").await == 2).then_some(()) }).await;
+    eventually("both are dead", || async { (world.depth("inventory.dead").await >= 2).then_some(()) }).await;
     let replayed = dead_command(&world, &["replay", "--all"]).await;
     assert_eq!(replayed["replayed"].as_array().unwrap().len(), 1, "the large letter does not stop the others");
     let letter = dead(&world).await;
@@ -143,8 +143,11 @@ async fn a_backlog_of_large_bodies_needs_no_memory() {
     // Half a gigabyte takes a slow disk a while.
     let patience = Duration::from_secs(400);
     world.publish(&world.request("behind-them", &["mobileApp"])).await;
-    let letters = async || world.depth("inventory.dead").await;
-    within(patience, "all are dead letters", || async { (letters().await == 48).then_some(()) }).await;
+    // A copy that a slow broker did not confirm in time is published again, so there may be more.
+    within(patience, "all are dead letters", || async { (world.depth("inventory.dead").await >= 48).then_some(()) })
+        .await;
+    within(patience, "nothing waits", || async { (world.depth("inventory.sync.requests").await == 0).then_some(()) })
+        .await;
     world.ended("behind-them").await;
     let daemon = replica.peak_mib();
     assert!(daemon < 150, "{daemon} MiB in the daemon for 520 MiB of messages");

@@ -231,7 +231,7 @@ async fn tables_fit_the_terminal_with_relative_times() {
     let _replica = Replica::start(&world).await;
     let changes = two_runs(&world).await;
     world.publish_bytes(b"{ nope", BasicProperties::default()).await;
-    eventually("a dead letter arrives", || async { (world.depth("inventory.dead").await == 1).then_some(()) }).await;
+    eventually("a dead letter arrives", || async { (world.depth("inventory.dead").await >= 1).then_some(()) }).await;
     let tenant = world.tenant.to_string();
     let listings: [&[&str]; 9] = [
         &["runs", "list"],
