@@ -588,7 +588,8 @@ comment on function inventory_missing is
     'Items missing from a selection, relative to its latest completed run. No completed run: no rows.';
 
 create view inventory_latest_runs with (security_invoker = true) as
-    select r.tenant_id, r.selection_hash, r.id as run_id, r.selection_payload, r.status, r.had_errors, r.error_codes,
+    -- The keys are those of the selections: a condition on a column of r, which LIMIT shields, would read every selection.
+    select s.tenant_id, s.selection_hash, r.id as run_id, r.selection_payload, r.status, r.had_errors, r.error_codes,
            r.items_observed_count, r.items_upserted_count, r.items_created_count, r.items_changed_count, r.errors_count,
            r.started_at, r.finished_at, s.latest_success_at
       from inventory_selections s

@@ -1,4 +1,4 @@
-//! Long histories: the cost of a read does not depend on the number of past runs.
+//! Long histories and many tenants: the cost of a read does not depend on the number of past runs or of other tenants.
 //!
 //! Cost is counted in pages and rows that PostgreSQL touched, which are the same on every machine.
 
@@ -17,6 +17,8 @@ const APPS: &str = "deviceAppManagement/mobileApps";
 const TYPES: [&str; 4] = ["mobileApp", "deviceShellScript", "deviceHealthScript", "deviceCompliancePolicy"];
 /// Runs added to the history, each with four types.
 const PAST_RUNS: u32 = 3_000;
+/// Tenants added beside the one that is read.
+const OTHER_TENANTS: u32 = 2_000;
 /// Largest ratio of pages, long history to short: indexes are a level or two deeper.
 const MAX_RATIO: i64 = 2;
 /// Pages allowed on top, for catalog look-ups of the plan.
@@ -52,6 +54,35 @@ async fn add_history(world: &World) {
                select (jsonb_populate_record(t, jsonb_build_object('run_id', p.id, 'finished_at', p.at))).*
                  from past p join inventory_sync_run_types t on t.run_id = p.original;
              drop table past"
+        ))
+        .await;
+    world.execute("vacuum analyze").await;
+}
+
+/// Copies the tenant, with its second run, selection, listings and items, to `OTHER_TENANTS` other tenants.
+async fn add_tenants(world: &World) {
+    let copy = |table: &str, condition: &str| {
+        format!(
+            "insert into {table}
+               select (jsonb_populate_record(c, to_jsonb(o))).* from others o, {table} c
+                where c.tenant_id = '{}' and {condition};",
+            world.tenant
+        )
+    };
+    let tables = [
+        copy("tenants", "true"),
+        copy("inventory_sync_runs", "idempotency_key = 'second'")
+            .replace("to_jsonb(o)", "to_jsonb(o) || jsonb_build_object('id', latest_run_id)"),
+        copy("inventory_selections", "true"),
+        copy("inventory_complete_listings", "true"),
+        copy("inventory_items", "true"),
+    ];
+    world
+        .execute(&format!(
+            "create table others as
+               select gen_random_uuid() as tenant_id, gen_random_uuid() as latest_run_id from generate_series(1, {OTHER_TENANTS});
+             {} drop table others",
+            tables.concat()
         ))
         .await;
     world.execute("vacuum analyze").await;
@@ -96,6 +127,19 @@ async fn reads_do_not_touch_the_history() {
     world.partition_items(4).await;
     world.execute("vacuum analyze").await;
     assert_as_cheap(&world, "partitioned items", &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reads_of_a_tenant_do_not_touch_other_tenants() {
+    let (world, run) = short_history().await;
+    let mut before = Vec::new();
+    for (name, query) in queries(&world, &run).into_iter().filter(|(name, _)| !name.contains("all tenants")) {
+        before.push((pages(&world, &query).await, world.rows(&query).await, name, query));
+    }
+    add_tenants(&world).await;
+    let latest = world.count("select count(*) from inventory_latest_runs").await;
+    assert_eq!(latest, i64::from(OTHER_TENANTS) + 1, "each has a selection with its latest run");
+    assert_as_cheap(&world, "many tenants", &before).await;
 }
 
 /// Each query, with the pages that it touched before and its rows, touches about as many.
