@@ -6,6 +6,7 @@
 
 mod baseline;
 mod events;
+mod fleet;
 mod footprint;
 mod growth;
 mod ingest;
@@ -42,6 +43,8 @@ const LINES: &[&str] = &[
     "latency",
     "start",
     "replicas",
+    "fleet_idle",
+    "backlog",
     "throttled",
     "peer_celery",
 ];
@@ -112,6 +115,8 @@ async fn line(rig: &Rig, name: &str) -> Result<Vec<Line>> {
         "outbox" => events::measure(rig).await,
         "latency" => latency::measure(rig).await,
         "replicas" => replicas::measure(rig).await,
+        "fleet_idle" => fleet::idle(rig).await,
+        "backlog" => fleet::backlog(rig).await,
         "throttled" => throttled::measure(rig).await,
         _ => peer::measure(rig).await,
     }

@@ -45,17 +45,9 @@ impl Process {
     /// Seconds of processor time used by the process group.
     pub fn cpu_s(&self) -> f64 {
         let group = self.id().to_string();
-        let mut ticks = 0;
-        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
-            // Fields after the bracketed name: state, parent, group, ...; user and system time are the 12th and 13th.
-            let Some((_, rest)) = stat.rsplit_once(") ") else { continue };
-            let fields: Vec<&str> = rest.split(' ').collect();
-            if fields.get(2) == Some(&group.as_str()) {
-                ticks += fields[11].parse().unwrap_or(0) + fields[12].parse().unwrap_or(0);
-            }
-        }
-        ticks as f64 / TICKS_PER_S
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let stats = processes.filter_map(|entry| Stat::read(&entry.path()));
+        stats.filter(|stat| stat.group == group).map(|stat| stat.cpu_s).sum()
     }
 
     /// Peak resident memory in MiB.
@@ -83,6 +75,28 @@ impl Drop for Process {
     fn drop(&mut self) {
         signal("KILL", self.id());
         let _ = self.0.wait();
+    }
+}
+
+/// Seconds of processor time used by a process, 0 if there is none.
+pub fn cpu_s_of(process: i32) -> f64 {
+    Stat::read(&Path::new("/proc").join(process.to_string())).map_or(0.0, |stat| stat.cpu_s)
+}
+
+/// Part of `/proc/<id>/stat`.
+struct Stat {
+    group: String,
+    cpu_s: f64,
+}
+
+impl Stat {
+    fn read(process: &Path) -> Option<Self> {
+        let stat = fs::read_to_string(process.join("stat")).ok()?;
+        // Fields after the bracketed name: state, parent, group, ...; user and system time are the 12th and 13th.
+        let (_, rest) = stat.rsplit_once(") ")?;
+        let fields: Vec<&str> = rest.split(' ').collect();
+        let ticks: f64 = [11, 12].iter().filter_map(|&field| fields.get(field)?.parse::<f64>().ok()).sum();
+        Some(Self { group: (*fields.get(2)?).to_owned(), cpu_s: ticks / TICKS_PER_S })
     }
 }
 
