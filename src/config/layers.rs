@@ -43,9 +43,10 @@ pub(super) fn read(file: Option<&Path>, variables: &Variables) -> Result<Layers,
     let defaults: toml::Table =
         DEFAULTS.parse().map_err(|_| ConfigError("config/default.toml: not valid TOML".to_owned()))?;
     let defaults = tree(&defaults, None);
-    let file = file.map_or_else(|| Ok(Layer::default()), |path| file_layer(path, &mut problems))?;
+    let mut file = file.map_or_else(|| Ok(Layer::default()), |path| file_layer(path, &mut problems))?;
     let collector = collector_layer(variables, &mut problems);
     let environment = environment_layer(variables, &file, &mut problems);
+    drop_overridden_files(&mut file.0, &environment.0);
     let builder = config::Config::builder().add_source(Layer(defaults)).add_source(collector).add_source(file);
     let merged = builder
         .add_source(environment)
@@ -141,6 +142,18 @@ fn environment_layer(variables: &Variables, file: &Layer, problems: &mut Vec<Str
     layer
 }
 
+/// Removes the `url_file` of the file where the environment sets `url`, and so on: the environment overrides the file also if
+/// one names a secret and the other its file.
+fn drop_overridden_files(file: &mut Map<String, Value>, environment: &Map<String, Value>) {
+    for (name, value) in environment {
+        match (&value.kind, file.get_mut(name).map(|below| &mut below.kind)) {
+            (ValueKind::Table(inner), Some(ValueKind::Table(below))) => drop_overridden_files(below, inner),
+            (ValueKind::String(text), _) if !text.is_empty() => drop(file.remove(&format!("{name}_file"))),
+            _ => {}
+        }
+    }
+}
+
 /// Replaces the lower-case name of a credential by the spelling in the file.
 fn use_name_of_file(path: &mut [String], file: &Layer) {
     let [graph, credentials, name, ..] = path else { return };
@@ -189,6 +202,7 @@ mod tests {
     use std::os::unix::ffi::OsStringExt;
 
     use proptest::prelude::*;
+    use secrecy::ExposeSecret;
 
     use super::*;
     use crate::config::Config;
@@ -252,6 +266,28 @@ mod tests {
         let headers = OsString::from_vec(b"authorization=hunter2\xff".to_vec());
         let layers = read(None, &[(OsString::from("OTEL_EXPORTER_OTLP_HEADERS"), headers)].into()).unwrap();
         assert!(layers.problems.is_empty(), "not a variable of the configuration");
+    }
+
+    #[test]
+    fn a_variable_overrides_the_secret_file_of_the_file() {
+        let path = std::env::temp_dir().join(format!("inventoryd-secrets-{}.toml", std::process::id()));
+        let text =
+            "[database]\nurl_file = \"/nowhere\"\n[graph.credentials.default]\nclient_secret_file = \"/nowhere\"\n";
+        std::fs::write(&path, text).unwrap();
+        let url = ("INVENTORYD__DATABASE__URL", "postgres://owner@h/d");
+        let secret = ("INVENTORYD__GRAPH__CREDENTIALS__DEFAULT__CLIENT_SECRET", "hunter2");
+        let id = ("INVENTORYD__GRAPH__CREDENTIALS__DEFAULT__CLIENT_ID", "app");
+        let load = |given: &[(&str, &str)]| {
+            Config::load_with(Some(&path), given.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
+        };
+        let config = load(&[url, secret, id]).unwrap();
+        assert_eq!((config.database.url.expose_secret(), config.database.url_file), (url.1, None));
+        assert!(
+            load(&[url, id]).unwrap_err().to_string().contains("client_secret_file: /nowhere"),
+            "nothing overrides it"
+        );
+        assert!(load(&[("INVENTORYD__DATABASE__URL", ""), secret, id]).is_err(), "an empty variable overrides nothing");
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

@@ -39,18 +39,22 @@ impl Config {
         Ok(settings::of(&layers::read(file, &os_strings(variables))?.merged.cache))
     }
 
+    /// Reads the files of all secrets; the error names every file that is missing or empty.
     fn read_secret_files(&mut self) -> Result<(), ConfigError> {
-        read_secret("broker.url_file", self.broker.url_file.as_deref(), &mut self.broker.url)?;
-        read_secret("database.url_file", self.database.url_file.as_deref(), &mut self.database.url)?;
-        read_secret("http.token_file", self.http.token_file.as_deref(), &mut self.http.token)?;
+        let mut read = vec![
+            read_secret("broker.url_file", self.broker.url_file.as_deref(), &mut self.broker.url),
+            read_secret("database.url_file", self.database.url_file.as_deref(), &mut self.database.url),
+            read_secret("http.token_file", self.http.token_file.as_deref(), &mut self.http.token),
+        ];
         for (name, credential) in &mut self.graph.credentials {
             let key = format!("graph.credentials.{name}.client_secret_file");
-            read_secret(&key, credential.client_secret_file.as_deref(), &mut credential.client_secret)?;
+            read.push(read_secret(&key, credential.client_secret_file.as_deref(), &mut credential.client_secret));
             let key = format!("graph.credentials.{name}.client_certificate_password_file");
             let file = credential.client_certificate_password_file.as_deref();
-            read_secret(&key, file, &mut credential.client_certificate_password)?;
+            read.push(read_secret(&key, file, &mut credential.client_certificate_password));
         }
-        Ok(())
+        let problems: Vec<String> = read.into_iter().filter_map(Result::err).map(|error| error.to_string()).collect();
+        if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems.join("\n"))) }
     }
 }
 
@@ -130,6 +134,18 @@ pub(super) fn read_secret(key: &str, file: Option<&Path>, secret: &mut SecretStr
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_missing_or_empty_secret_is_named() {
+        let files = [("BROKER__URL_FILE", "/nowhere/broker"), ("DATABASE__URL_FILE", "/dev/null")];
+        let variables = files.map(|(key, file)| (format!("INVENTORYD__{key}"), file.to_owned()));
+        let problems = Config::load_with(None, variables.into()).unwrap_err().to_string();
+        for problem in
+            ["broker.url_file: /nowhere/broker: can't read", "database.url_file: /dev/null: the file is empty"]
+        {
+            assert!(problems.contains(problem), "{problem}: {problems}");
+        }
+    }
 
     #[test]
     fn a_syntax_error_is_reported_without_quoting_the_file() {
