@@ -269,6 +269,7 @@ impl http::Source for LiveState {
             held: self.health.held(),
             paused: self.health.paused().map(str::to_owned),
             problem: self.health.problem(),
+            run_failure: self.health.run_failure(),
         }
     }
 

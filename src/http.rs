@@ -156,9 +156,9 @@ impl Shared {
     async fn readiness(&self) -> Readiness {
         let database = self.database.in_time(self.state.source.ping()).await;
         let problems = self.problems(database.err(), &self.state.source.consumption());
-        // A pause is a state of a ready daemon: it resumes without a restart, and an alert reports it.
-        let missing: Vec<Component> =
-            problems.iter().map(|problem| problem.component).filter(|one| *one != Component::Consumption).collect();
+        // A pause or a full disk is a state of a ready daemon: it resumes without a restart, and an alert reports it.
+        let is_missing = |one: &Component| !matches!(one, Component::Consumption | Component::Runs);
+        let missing: Vec<_> = problems.iter().map(|problem| problem.component).filter(is_missing).collect();
         Readiness { ready: missing.is_empty(), missing, problems }
     }
 
@@ -203,6 +203,9 @@ impl Shared {
         }
         if let Some(reason) = &consumption.paused {
             present.push((Component::Consumption, format!("no new requests are accepted: {reason}")));
+        }
+        if let Some(cause) = &consumption.run_failure {
+            present.push((Component::Runs, format!("runs do not progress: {cause}")));
         }
         if self.state.draining.is_cancelled() {
             present.push((Component::Draining, "the daemon is stopping".to_owned()));
@@ -252,7 +255,7 @@ mod tests {
     }
 
     fn state() -> HttpState {
-        let consumption = Consumption { subscribed: true, in_flight: 4, held: 0, paused: None, problem: None };
+        let consumption = Consumption { subscribed: true, in_flight: 4, ..Consumption::default() };
         HttpState {
             replica: "here".to_owned(),
             metrics: PrometheusBuilder::new().build_recorder().handle(),
@@ -294,14 +297,16 @@ mod tests {
         let server = Server::start(state()).await;
         assert_eq!(server.get("/readyz", "").await, (200, r#"{"ready":true,"missing":[],"problems":[]}"#.to_owned()));
         let mut unready = state();
-        let consumption = Consumption { problem: Some("access refused".to_owned()), ..Consumption::default() };
+        let run_failure = Some("disk full".to_owned());
+        let consumption = Consumption { problem: Some("access refused".to_owned()), run_failure, ..Default::default() };
         unready.source = Box::new(Fake { consumption, database: Some(Err("connection refused".to_owned())) });
         unready.draining.cancel();
         let server = Server::start(unready).await;
         let (code, body) = server.get("/readyz", "").await;
         assert_eq!(code, 503);
         assert!(body.contains(r#""missing":["database","subscription","draining"]"#), "{body}");
-        assert!(body.contains("connection refused") && body.contains("access refused"), "{body}");
+        let causes = ["connection refused", "access refused", "disk full"];
+        assert!(causes.iter().all(|cause| body.contains(cause)), "{body}");
         assert!(body.contains(r#""since_s":0"#), "{body}");
     }
 

@@ -118,7 +118,8 @@ impl From<ConfigError> for CliError {
 impl From<StoreError> for CliError {
     fn from(error: StoreError) -> Self {
         let hint = match &error {
-            StoreError::Database(_) if !error.is_data_rejected() => {
+            // An error of the server itself says what is wrong.
+            StoreError::Database(cause) if cause.as_database_error().is_none() => {
                 "; check that PostgreSQL is running and that database.url is correct (`inventoryd check` shows it)"
             }
             _ => "",

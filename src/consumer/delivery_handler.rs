@@ -96,7 +96,12 @@ impl DeliveryHandler {
         let mut waits = Waits::new(Duration::from_millis(500), Duration::from_secs(15));
         loop {
             let disposition = self.runner.handle(incoming, &self.abort).await;
-            let undecided = matches!(disposition, Disposition::DatabaseUnavailable | Disposition::DataRejected);
+            match &disposition {
+                Disposition::DatabaseUnavailable(cause) => self.health.set_run_failure(Some(cause.clone())),
+                Disposition::Ended(_) => self.health.set_run_failure(None),
+                _ => {}
+            }
+            let undecided = matches!(disposition, Disposition::DatabaseUnavailable(_) | Disposition::DataRejected);
             if !undecided || hold.passed() || !delivery.usable() {
                 return disposition;
             }
@@ -129,12 +134,12 @@ impl DeliveryHandler {
             }
             Disposition::Rejected(rejection) => self.dead_letter(delivery, &rejection, slot).await,
             Disposition::HandBack(_) => note_requeued(delivery.requeue().await),
-            Disposition::DatabaseUnavailable | Disposition::DataRejected if self.database_unavailable() => {
+            Disposition::DatabaseUnavailable(_) | Disposition::DataRejected if self.database_unavailable() => {
                 note_requeued(delivery.requeue().await);
             }
             // The database answers but rejects this work (disk full, missing privilege). A retry queue is used because
             // brokers before 4.3 count a requeue as a failed delivery.
-            Disposition::DatabaseUnavailable => {
+            Disposition::DatabaseUnavailable(_) => {
                 self.schedule_retry(delivery, RetryTier::while_busy(delivery.retries), slot).await
             }
             // A counted rejection: a request that fails on every delivery becomes a dead letter.

@@ -12,6 +12,8 @@ use crate::domain::clock::Heartbeat;
 use crate::telemetry;
 
 const BEAT_EVERY: Duration = Duration::from_secs(1);
+/// Time for which a failure of a run is shown; a run that still fails is attempted again sooner.
+const RUN_FAILURE_LASTS: Duration = Duration::from_secs(90);
 
 /// Reason for taking no new requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +49,7 @@ pub struct ConsumerHealth {
     held: AtomicUsize,
     paused: Mutex<Option<Paused>>,
     problem: Mutex<Option<String>>,
+    run_failure: Mutex<Option<(String, Instant)>>,
 }
 
 impl ConsumerHealth {
@@ -86,6 +89,13 @@ impl ConsumerHealth {
         self.problem.lock().clone()
     }
 
+    /// Reason for which the database, although it responds, did not let a run progress lately.
+    #[must_use]
+    pub fn run_failure(&self) -> Option<String> {
+        let failure = self.run_failure.lock();
+        failure.as_ref().filter(|(_, at)| at.elapsed() < RUN_FAILURE_LASTS).map(|(cause, _)| cause.clone())
+    }
+
     /// Awaits `work` and keeps beating for at most `at_most`: work that takes longer counts as stuck.
     pub(super) async fn beating<T>(&self, at_most: Duration, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
@@ -121,6 +131,11 @@ impl ConsumerHealth {
 
     pub(super) fn set_problem(&self, problem: String) {
         *self.problem.lock() = Some(problem);
+    }
+
+    /// Records why a run failed at the database; `None` once a run has ended.
+    pub(super) fn set_run_failure(&self, cause: Option<String>) {
+        *self.run_failure.lock() = cause.map(|cause| (cause, Instant::now()));
     }
 
     /// Counts one delivery as held for the lifetime of the guard.
@@ -165,6 +180,18 @@ mod tests {
         health.beating(Duration::from_secs(10), work).await;
         // Beats at 0, 1, .., 10 s; the clock is at 60 s now.
         assert_eq!(health.heartbeat().age(), Duration::from_secs(50));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_run_is_shown_until_a_run_ends_or_no_further_one_fails() {
+        let health = ConsumerHealth::default();
+        health.set_run_failure(Some("disk full".to_owned()));
+        assert_eq!(health.run_failure().as_deref(), Some("disk full"));
+        tokio::time::advance(RUN_FAILURE_LASTS).await;
+        assert_eq!(health.run_failure(), None);
+        health.set_run_failure(Some("disk full".to_owned()));
+        health.set_run_failure(None);
+        assert_eq!(health.run_failure(), None);
     }
 
     #[tokio::test(start_paused = true)]

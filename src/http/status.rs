@@ -20,6 +20,8 @@ pub struct Consumption {
     pub paused: Option<String>,
     /// Reason for a missing subscription.
     pub problem: Option<String>,
+    /// Reason for which runs could not progress lately, although the database responds.
+    pub run_failure: Option<String>,
 }
 
 /// State of the outbox and of the runs, over all replicas.
@@ -53,6 +55,8 @@ pub enum Component {
     Subscription,
     /// Acceptance of new requests, paused at present.
     Consumption,
+    /// Runs that the database does not let progress, although it responds.
+    Runs,
     /// Shutdown in progress.
     Draining,
     /// Microsoft Graph or its token service, for one tenant or for all.

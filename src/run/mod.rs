@@ -62,8 +62,8 @@ pub enum Disposition {
     Rejected(Rejection),
     /// The message goes back to the queue, for any replica.
     HandBack(HandBackReason),
-    /// The database is unavailable or read-only: nothing can be decided.
-    DatabaseUnavailable,
+    /// The database is unavailable, read-only or full, for the given reason: nothing can be decided.
+    DatabaseUnavailable(String),
     /// The database rejected the data of the run; retrying cannot succeed.
     DataRejected,
 }
@@ -332,7 +332,7 @@ fn database_failure(error: &StoreError) -> Disposition {
         Disposition::DataRejected
     } else {
         warn!(%error, "the database is unavailable");
-        Disposition::DatabaseUnavailable
+        Disposition::DatabaseUnavailable(error.to_string())
     }
 }
 

@@ -70,8 +70,22 @@ fn describe(error: &sqlx::Error) -> String {
             "connection limit reached: {}; raise the limit, or lower database.max_connections or the number of replicas",
             error.message()
         ),
-        sqlx::Error::Database(error) => error.message().to_owned(),
+        sqlx::Error::Database(error) => match error.code().as_deref().map(cure) {
+            Some(cure) if !cure.is_empty() => format!("{}; {cure}", error.message()),
+            _ => error.message().to_owned(),
+        },
         other => other.to_string(),
+    }
+}
+
+/// Cure of an error by its SQLSTATE; empty where the text of the server suggests it, or the cause is not known.
+fn cure(code: &str) -> &'static str {
+    match code {
+        "28P01" | "28000" => "correct the user and password of database.url",
+        "3D000" => "correct the database of database.url, or create it",
+        "42501" => "migrate as the owner of the tables, and grant the daemon its role with deploy/sql/roles.sql",
+        "53100" => "free the disk of the database",
+        _ => "",
     }
 }
 

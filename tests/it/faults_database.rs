@@ -200,12 +200,15 @@ async fn full_disk_delays_requests_and_dead_letters_none() {
         .await;
     let mut config = world.config();
     config.consumer.broker_timeout_s = config.run.deadline_s + 6;
-    let _replica = Replica::with(config).await;
+    let replica = Replica::with(config).await;
     let events = world.subscribe().await;
     let (keys, requests) = requests(&world, "k", 4, &["mobileApp"]).await;
     for request in &requests {
         world.publish(request).await;
     }
+    let health = replica.daemon().health();
+    let failure = eventually("the health names the cause", || async { health.run_failure() }).await;
+    assert_eq!(failure, "database: could not extend file; free the disk of the database");
     eventually("the requests wait on a retry tier", || async {
         (world.depth("inventory.retry.5s").await > 0).then_some(())
     })
@@ -213,6 +216,7 @@ async fn full_disk_delays_requests_and_dead_letters_none() {
     world.execute("drop trigger full_disk on inventory_sync_runs").await;
     invariants::assert_all_succeeded(&world, &keys, &events).await;
     assert_no_dead_letter(&world).await;
+    eventually("the health forgets it", || async { health.run_failure().is_none().then_some(()) }).await;
 }
 
 fn rules() -> AdmissionRules {
