@@ -60,6 +60,7 @@ pub fn init_metrics() -> Result<PrometheusHandle, String> {
         .install_recorder()
         .map_err(|error| error.to_string())?;
     METRICS.iter().for_each(register);
+    build_info();
     Ok(handle)
 }
 

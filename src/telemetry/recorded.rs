@@ -207,6 +207,12 @@ pub const METRICS: &[Metric] = &[
         label: None,
         help: "Age of the oldest event waiting to be published.",
     },
+    Metric {
+        name: "inventoryd_build_info",
+        kind: Kind::Gauge,
+        label: Some(Label { name: "version", values: || vec![env!("CARGO_PKG_VERSION")] }),
+        help: "1, labelled with the version of this replica.",
+    },
 ];
 
 /// Runs that this replica ended, by status.
@@ -344,6 +350,11 @@ pub fn outbox_oldest(age_s: f64) {
     gauge!("inventoryd_outbox_oldest_seconds").set(age_s);
 }
 
+/// 1, labelled with the version of this replica.
+pub fn build_info() {
+    gauge!("inventoryd_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+}
+
 fn ended() -> Vec<&'static str> {
     texts(&[RunStatus::Success, RunStatus::Partial, RunStatus::Failed, RunStatus::Skipped], RunStatus::as_str)
 }
@@ -364,6 +375,7 @@ mod tests {
         let recorded: BTreeSet<&str> = source
             .lines()
             .filter_map(|line| line.trim().split_once("!(\"").map(|(_, rest)| rest.split('"').next().unwrap()))
+            .filter(|name| *name != "CARGO_PKG_VERSION")
             .collect();
         let declared: BTreeSet<&str> = METRICS.iter().map(|metric| metric.name).collect();
         assert_eq!(recorded, declared);

@@ -125,6 +125,24 @@ fn generated_pages_are_current() {
 }
 
 #[test]
+fn every_alert_names_its_page_and_is_tested() {
+    let pages = pages();
+    let read = |file| std::fs::read_to_string(root().join("deploy/prometheus").join(file)).unwrap();
+    let (alerts, tests) = (read("alerts.yml"), read("alerts_test.yml"));
+    let alerts: Vec<&str> = alerts.split("- alert: ").skip(1).collect();
+    assert!(alerts.len() > 15, "only {} alerts were found", alerts.len());
+    for alert in alerts {
+        let name = alert.lines().next().unwrap();
+        let url = alert.lines().find_map(|line| line.trim().strip_prefix("runbook_url: "));
+        let (page, heading) =
+            url.and_then(|url| url.split_once('#')).unwrap_or_else(|| panic!("{name}: no runbook_url"));
+        let page = pages.get(Path::new(page)).unwrap_or_else(|| panic!("{name}: no page {page}"));
+        assert!(anchors(page).iter().any(|anchor| anchor == heading), "{name}: no heading {heading}");
+        assert!(tests.contains(&format!("alertname=\"{name}\", alertstate=\"firing\"")), "no test lets {name} fire");
+    }
+}
+
+#[test]
 fn figures_and_configuration_keys_are_real() {
     let pages = pages();
     let types = Catalog::built_in().types().count();
