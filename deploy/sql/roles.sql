@@ -20,9 +20,9 @@
 --
 --     create role "inventoryd_reader:6a5b1a3e-3e24-4d1c-9d7b-0c3f1a2b3c4d" login password '…' in role inventoryd_reader;
 --
--- Back up as a superuser or with pg_dump --enable-row-security: row level security applies to the owner too, unless the owner is
--- a superuser, to whom it never applies. Nor does it apply to views of a superuser without security_invoker: keep the tables
--- and views owned by a role without that attribute.
+-- Row level security applies to the owner too, unless the owner is a superuser, to whom it never applies. Nor does it apply to
+-- views of a superuser without security_invoker: keep the tables and views owned by a role without that attribute.
+-- deploy/README.md describes backups.
 
 begin;
 set local client_min_messages = warning;

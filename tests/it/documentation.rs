@@ -41,8 +41,14 @@ fn lines(page: &str) -> impl Iterator<Item = (usize, bool, &str)> {
     })
 }
 
+/// Section of a page below a heading of the second level.
+pub(crate) fn section<'a>(page: &'a str, heading: &str) -> &'a str {
+    let (_, rest) = page.split_once(&format!("\n## {heading}\n")).expect("the page has the heading");
+    rest.split("\n## ").next().unwrap_or(rest)
+}
+
 /// Fenced code blocks of a language.
-fn blocks<'a>(page: &'a str, language: &str) -> Vec<&'a str> {
+pub(crate) fn blocks<'a>(page: &'a str, language: &str) -> Vec<&'a str> {
     let blocks = page.split("```").skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
     blocks.filter(|(name, _)| *name == language).map(|(_, code)| code).collect()
 }

@@ -139,8 +139,9 @@ async fn doctor_with_managed_identity(world: &World, proxy: &str, metadata: &str
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_proxy_is_used_for_the_metadata_service() {
-    // Any token does: the simulator rejects it, which takes a request to Graph.
-    let token = r#"{"access_token":"opaque","expires_on":"9999999999","token_type":"Bearer","resource":"graph"}"#;
+    // Any token does: the simulator rejects it, which takes a request to Graph. Its expiry is later than the vendor accepts.
+    let token =
+        r#"{"access_token":"opaque","expires_on":"99999999999999999999","token_type":"Bearer","resource":"graph"}"#;
     let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{token}", token.len());
     let (metadata, asked) = answering(answer).await;
     let connects = Connects::default();

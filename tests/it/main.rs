@@ -9,6 +9,7 @@ mod support;
 
 mod admission;
 mod architecture;
+mod backup;
 mod boundaries;
 mod broker;
 mod commands;

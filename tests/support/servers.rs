@@ -62,6 +62,11 @@ impl Server {
         self.instance("psql", &[&["-d", database], arguments].concat())
     }
 
+    /// Runs a shell script with the clients of a PostgreSQL in its path and libpq's variables set for a database.
+    pub fn shell(&self, database: &str, script: &str) -> String {
+        self.instance("run", &[database, "bash", "-euc", script])
+    }
+
     /// Runs `rabbitmqctl`.
     pub fn ctl(&self, arguments: &[&str]) -> String {
         self.instance("ctl", arguments)

@@ -15,12 +15,13 @@ use reqwest::header::HeaderMap;
 use reqwest::{Client, Response};
 use serde_json::{Map, Value};
 
+use crate::domain::clock::wall_clock_unix_s;
 use crate::graph::transport;
 
 /// Upper bound of a response of the token service, which has a few kilobytes.
 const MAX_BODY_BYTES: usize = 256 << 10;
 /// Upper bound of a token's lifetime; Microsoft issues no token for more than 24 hours.
-const MAX_LIFETIME_S: f64 = 24.0 * 3_600.0;
+const MAX_LIFETIME_S: i64 = 24 * 3_600;
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// HTTP client of one credential, which makes one request for a token.
@@ -76,7 +77,7 @@ impl TokenServiceClient {
         let text = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&body);
         match serde_json::from_slice::<Map<String, Value>>(text) {
             Ok(mut answer) => {
-                normalise(&mut answer);
+                normalise(&mut answer, wall_clock_unix_s());
                 Ok(Value::Object(answer).to_string().into_bytes())
             }
             Err(_) => {
@@ -89,12 +90,18 @@ impl TokenServiceClient {
 }
 
 /// Makes a response safe for the vendor's code, which adds any `expires_in` to the time (and panics over a large one),
-/// and finds the `AADSTS` number in `error_codes` only.
-fn normalise(answer: &mut Map<String, Value>) {
+/// rejects an `expires_on` after the year 9999 and believes any other, and finds the `AADSTS` number in `error_codes` only.
+fn normalise(answer: &mut Map<String, Value>, now_unix_s: i64) {
     if let Some(lifetime) = answer.get("expires_in").and_then(Value::as_f64)
-        && !(0.0..=MAX_LIFETIME_S).contains(&lifetime)
+        && !(0.0..=MAX_LIFETIME_S as f64).contains(&lifetime)
     {
-        answer.insert("expires_in".to_owned(), Value::from(24 * 3_600));
+        answer.insert("expires_in".to_owned(), Value::from(MAX_LIFETIME_S));
+    }
+    // Managed identities send a time, as text.
+    let latest = now_unix_s.saturating_add(MAX_LIFETIME_S);
+    let expires_on = answer.get("expires_on").and_then(Value::as_str).and_then(|text| text.parse::<f64>().ok());
+    if expires_on.is_some_and(|time| time > latest as f64) {
+        answer.insert("expires_on".to_owned(), Value::from(latest.to_string()));
     }
     let has_number = answer.get("error_codes").and_then(Value::as_array).is_some_and(|codes| !codes.is_empty());
     let number = answer.get("error_description").and_then(Value::as_str).and_then(|text| {
@@ -140,7 +147,7 @@ mod tests {
 
     fn normalised(answer: Value) -> Value {
         let Value::Object(mut answer) = answer else { panic!("no object") };
-        normalise(&mut answer);
+        normalise(&mut answer, 1_000_000);
         answer.into()
     }
 
@@ -150,6 +157,20 @@ mod tests {
             [(json!(3_599), 3_599), (json!(1e15), 86_400), (json!(-1), 86_400), (json!(u64::MAX), 86_400)]
         {
             assert_eq!(normalised(json!({ "expires_in": given }))["expires_in"], kept);
+        }
+    }
+
+    #[test]
+    fn expiry_times_are_bounded() {
+        for (given, kept) in [
+            ("1003600", "1003600"),
+            ("1086400", "1086400"),
+            ("1086401", "1086400"),
+            ("253402300800", "1086400"),
+            ("99999999999999999999", "1086400"),
+            ("-1", "-1"),
+        ] {
+            assert_eq!(normalised(json!({ "expires_on": given }))["expires_on"], kept);
         }
     }
 
