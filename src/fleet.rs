@@ -1,12 +1,16 @@
-//! State shared by the replicas: their number, by which the rate limits of Graph are divided, and the pauses that Graph asked for.
+//! State shared by the replicas: their number, by which the rate limits of Graph are divided, the turns of limits too low for
+//! that, and the pauses that Graph asked for.
 
 use std::time::Duration;
 
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
-use crate::graph::{GraphClient, PauseNotice};
+use crate::graph::{GraphClient, PauseNotice, TurnRequest};
 use crate::store::{Store, StoreError};
 
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
@@ -20,17 +24,21 @@ pub struct Fleet {
     store: Store,
     graph: GraphClient,
     replica: String,
+    turn_requests: mpsc::Receiver<TurnRequest>,
 }
 
 impl Fleet {
     /// The fleet as seen by `replica`.
     #[must_use]
     pub fn new(store: Store, graph: GraphClient, replica: &str) -> Self {
-        Self { store, graph, replica: replica.to_owned() }
+        let turn_requests = graph.turn_requests();
+        Self { store, graph, replica: replica.to_owned(), turn_requests }
     }
 
     /// Runs until `stop`. While the database is unavailable each replica uses its own pauses and the last known number.
-    pub async fn run(self, stop: &CancellationToken) {
+    pub async fn run(mut self, stop: &CancellationToken) {
+        let turn_requests = std::mem::replace(&mut self.turn_requests, mpsc::channel(1).1);
+        let _granting = AbortOnDropHandle::new(tokio::spawn(grant_turns(self.store.clone(), turn_requests)));
         let mut notices = self.graph.pause_notices();
         let mut heartbeat = tokio::time::interval(HEARTBEAT_INTERVAL);
         let mut pause_poll = tokio::time::interval(PAUSE_POLL_INTERVAL);
@@ -69,5 +77,21 @@ impl Fleet {
             self.graph.pause(pause.tenant_id, &pause.family, Duration::from_secs_f64(pause.left_s.max(0.0)));
         }
         Ok(())
+    }
+}
+
+/// Grants turns through the database until the client is dropped. A request that gets none uses the part of its own replica.
+pub async fn grant_turns(store: Store, mut requests: mpsc::Receiver<TurnRequest>) {
+    let mut granting = JoinSet::new();
+    while let Some(request) = requests.recv().await {
+        let store = store.clone();
+        granting.spawn(async move {
+            match store.take_turn(request.tenant_id, request.family, request.interval).await {
+                // The requester may have given up meanwhile: its turn stays unused.
+                Ok(wait) => _ = request.reply.send(wait),
+                Err(error) => debug!(%error, "turn not granted"),
+            }
+        });
+        while granting.try_join_next().is_some() {}
     }
 }

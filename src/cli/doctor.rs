@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use schemars::JsonSchema;
 use serde::Serialize;
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::ids::unknown_tenant;
@@ -18,6 +19,7 @@ use crate::domain::catalog::{Catalog, Listing, Scope};
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::policy_type::PolicyType;
 use crate::domain::selection::Selection;
+use crate::fleet::grant_turns;
 use crate::graph::{GraphClient, ProbeFailure, TokenFailure};
 
 /// Number of concurrent probes; small, because the tenant's limits are shared.
@@ -134,8 +136,10 @@ pub(super) async fn run(args: &Args, context: &mut Context<'_>) -> Result<Outcom
     })?;
     let scope = scope(&args.selection, &config.graph.catalog()?)?;
     let graph = GraphClient::new(&config.graph).map_err(|error| CliError::Failed(error.to_string()))?;
-    // The daemon's pauses hold for this command too, and a 429 of this command holds for the daemon.
+    // The daemon's pauses and turns hold for this command too, and a 429 of this command holds for the daemon.
     let mut notices = graph.pause_notices();
+    let grants = store.clone().map(|store| grant_turns(store, graph.turn_requests()));
+    let _granting = grants.map(|grants| AbortOnDropHandle::new(tokio::spawn(grants)));
     if let Some(store) = &store {
         for pause in store.pauses().await?.into_iter().filter(|pause| pause.tenant_id == args.tenant) {
             graph.pause(args.tenant, &pause.family, Duration::from_secs_f64(pause.left_s.max(0.0)));

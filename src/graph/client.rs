@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use reqwest::Url;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, mpsc};
 use uuid::Uuid;
 
 use super::auth::token::{TokenCache, TokenSource};
 use super::limits::budget::{BudgetTracker, RunBudget};
-use super::limits::pause::{LimitRegistry, PauseNotice};
+use super::limits::pause::PauseNotice;
+use super::limits::registry::LimitRegistry;
+use super::limits::turns::TurnRequest;
 use super::problems::{GraphProblem, ProblemRegistry};
 use super::transport::{GraphError, HttpTransport};
 use crate::config::GraphConfig;
@@ -102,6 +104,25 @@ impl GraphClient {
     /// Divides Graph's limits by the number of replicas that read the same tenants, this one included.
     pub fn set_replicas(&self, replicas: u32) {
         self.0.limits.set_replicas(replicas);
+    }
+
+    /// Time for which an earlier process may still have requests in a window of Graph's limits; `None` if this process is
+    /// older than that.
+    #[must_use]
+    pub fn predecessor_counts_for(&self) -> Option<Duration> {
+        self.0.limits.predecessor_counts_for()
+    }
+
+    /// Gives a tenant that no other process has read within that time all of its limits at once.
+    pub fn tenant_was_idle(&self, tenant_id: Uuid) {
+        self.0.limits.tenant_was_idle(tenant_id);
+    }
+
+    /// Receiver of the requests for turns of limits that are too low to be divided. Without one, or if a request is
+    /// dropped, this replica uses its own part.
+    #[must_use]
+    pub fn turn_requests(&self) -> mpsc::Receiver<TurnRequest> {
+        self.0.limits.turn_requests()
     }
 
     /// Receiver of every pause that Graph asks this replica for, to be announced to the other replicas.

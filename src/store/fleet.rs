@@ -1,13 +1,20 @@
-//! State that replicas share: who is running, and the pauses that Graph asked for.
+//! State that replicas share: who is running, the pauses that Graph asked for, and turns of limits that are too low to be
+//! divided.
 
 use std::time::Duration;
 
 use uuid::Uuid;
 
 use super::{Store, StoreError};
+use crate::domain::run::RunKey;
 
 /// Longest pause that is believed; a row can hold anything, `infinity` included.
 const MAX_PAUSE_S: f64 = 86_400.0;
+
+/// Longest wait for a turn that is believed, for the same reason and because the clock may have been set back.
+const MAX_TURN_WAIT_S: f64 = 600.0;
+/// Ending of the family under which the next turn is kept: until then no replica sends a request, as in a pause.
+const TURN: &str = "_turn";
 
 /// A pause that some replica announced.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,9 +72,50 @@ impl Store {
             r#"select tenant_id, family,
                       extract(epoch from least(paused_until, clock_timestamp() + make_interval(secs => $1)) - clock_timestamp())::float8
                         as "left_s!"
-                 from tenant_pauses where paused_until > clock_timestamp()"#,
-            MAX_PAUSE_S
+                 from tenant_pauses where paused_until > clock_timestamp() and right(family, length($2)) <> $2"#,
+            MAX_PAUSE_S,
+            TURN
         );
         self.with_timeout(async { Ok(pauses.fetch_all(&self.control).await?) }).await
+    }
+
+    /// Takes the next turn of a tenant and family, `interval` before the one after it, and returns the wait until then.
+    pub async fn take_turn(&self, tenant_id: Uuid, family: &str, interval: Duration) -> Result<Duration, StoreError> {
+        // The row's lock orders the replicas; clock_timestamp() is read after the wait for it.
+        let wait_s = sqlx::query_scalar!(
+            r#"insert into tenant_pauses as p values ($1, $2, clock_timestamp() + make_interval(secs => $3))
+               on conflict (tenant_id, family) do update
+                 set paused_until = make_interval(secs => $3)
+                       + greatest(least(p.paused_until, clock_timestamp() + make_interval(secs => $4)), clock_timestamp())
+               returning extract(epoch from paused_until - clock_timestamp())::float8 - $3 as "wait_s!""#,
+            tenant_id,
+            format!("{family}{TURN}"),
+            interval.as_secs_f64(),
+            MAX_TURN_WAIT_S
+        );
+        let wait_s = self.with_timeout(async { Ok(wait_s.fetch_one(&self.control).await?) }).await?;
+        Ok(Duration::from_secs_f64(wait_s.clamp(0.0, MAX_TURN_WAIT_S)))
+    }
+
+    /// Returns `true` if no run of the tenant but `run` was at work within `window`. Runs that began more than
+    /// `longest_run` before it have ended.
+    pub async fn tenant_was_idle(
+        &self,
+        run: RunKey,
+        window: Duration,
+        longest_run: Duration,
+    ) -> Result<bool, StoreError> {
+        let idle = sqlx::query_scalar!(
+            r#"select not exists (select from inventory_sync_runs where tenant_id = $1 and id <> $2 and status = 'running')
+                  and not exists (select from inventory_sync_runs
+                                   where tenant_id = $1 and id <> $2 and status not in ('running', 'skipped')
+                                     and id >= inventory_run_id_at(clock_timestamp() - make_interval(secs => $3) - make_interval(secs => $4))
+                                     and finished_at > clock_timestamp() - make_interval(secs => $3)) as "idle!""#,
+            run.tenant_id,
+            run.run_id,
+            window.as_secs_f64(),
+            longest_run.as_secs_f64()
+        );
+        self.with_timeout(async { Ok(idle.fetch_one(&self.control).await?) }).await
     }
 }

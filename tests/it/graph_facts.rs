@@ -102,15 +102,18 @@ const FACTS: &[Fact] = &[
     (
         "Intune takes 1,000 requests of an application in 20 seconds, its devices family 2,000",
         &[
-            "src/graph/limits/pause.rs::every_family_of_the_contracts_has_its_limits",
-            "src/graph/limits/rate_limit.rs::no_window_exceeds_the_limit",
+            "src/graph/limits/family.rs::every_family_of_the_contracts_has_its_limits",
+            "src/graph/limits/sliding_window.rs::no_window_exceeds_the_limit",
+            "src/graph/limits/sliding_window/properties.rs::graph_never_refuses_a_request",
             "tests/it/graph_limits.rs::the_rate_limiter_avoids_throttling_and_uses_the_allowance",
         ],
     ),
     (
         "Conditional Access takes one request a second, and says nothing of when to come back",
         &[
-            "src/graph/limits/rate_limit.rs::conditional_access_has_no_burst_and_zero_is_no_limit",
+            "src/graph/limits/sliding_window.rs::conditional_access_has_no_burst_and_zero_is_no_limit",
+            "src/graph/limits/family.rs::everything_of_conditional_access_is_paced_by_its_limit",
+            "tests/it/fleet.rs::a_run_of_every_type_is_never_throttled",
             "tests/it/graph_limits.rs::conditional_access_gets_one_request_a_second",
         ],
     ),

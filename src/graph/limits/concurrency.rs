@@ -34,7 +34,7 @@ impl Default for State {
 }
 
 /// Right to have one request in flight, until it is dropped.
-pub(in crate::graph) struct Permit {
+pub(super) struct Permit {
     limit: Arc<ConcurrencyLimit>,
     epoch: u64,
 }
@@ -69,7 +69,7 @@ impl ConcurrencyLimit {
 
 impl Permit {
     /// Records a successful response.
-    pub(in crate::graph) fn succeeded(&self) {
+    pub(super) fn succeeded(&self) {
         let mut state = self.limit.state();
         state.successes += 1;
         if state.successes >= SUCCESSES_PER_STEP && state.limit < MAX_LIMIT {
@@ -80,7 +80,7 @@ impl Permit {
     }
 
     /// Records a throttled response.
-    pub(in crate::graph) fn throttled(&self) {
+    pub(super) fn throttled(&self) {
         let mut state = self.limit.state();
         state.successes = 0;
         if state.epoch == self.epoch {

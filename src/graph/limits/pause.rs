@@ -2,9 +2,7 @@
 //!
 //! Shared by all runs of a tenant in this process; pauses are shared with the other replicas as well.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -14,13 +12,11 @@ use uuid::Uuid;
 
 use super::budget::BudgetTracker;
 use super::concurrency::{ConcurrencyLimit, Permit};
-use super::rate_limit::{Allowance, DocumentedLimit, RateLimiter};
+use super::family::Family;
+use super::rate_limit::{RateLimiter, SoleRequest};
 use crate::backoff::full_jitter;
-use crate::config::GraphConfig;
 use crate::telemetry;
 
-/// Notices kept for a slow receiver. The oldest are dropped first; the newest matter.
-const NOTICES_KEPT: usize = 256;
 /// Several requests are throttled at about the same time: an extension below this is not announced again.
 const ANNOUNCE_AFTER: Duration = Duration::from_millis(250);
 
@@ -35,70 +31,38 @@ pub struct PauseNotice {
     pub duration: Duration,
 }
 
-/// Lists that Graph counts against the same limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(in crate::graph) enum Family {
-    /// Policies and apps: every Intune list without a documented limit of its own.
-    Intune,
-    /// Devices and scripts.
-    Devices,
-    /// Conditional Access policies and named locations.
-    ConditionalAccess,
-    /// Lists outside Intune; Graph publishes no limit for them.
-    Graph,
-}
-
-impl Family {
-    const ALL: [Self; 4] = [Self::Intune, Self::Devices, Self::ConditionalAccess, Self::Graph];
-
-    /// Family of a contract's `throttle`.
-    pub(in crate::graph) fn of(throttle: &str) -> Self {
-        match throttle {
-            "devices" => Self::Devices,
-            "identityprotection-ca" => Self::ConditionalAccess,
-            "graph-default" => Self::Graph,
-            _ => Self::Intune,
-        }
-    }
-
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Intune => "intune",
-            Self::Devices => "devices",
-            Self::ConditionalAccess => "conditional_access",
-            Self::Graph => "graph",
-        }
-    }
-}
-
-/// Limits of all tenants of this process.
-pub(in crate::graph) struct LimitRegistry {
-    intune: DocumentedLimit,
-    devices: DocumentedLimit,
-    conditional_access: DocumentedLimit,
-    share: f64,
-    started: Instant,
-    replicas: AtomicU32,
-    min_jitter: Duration,
-    tenants: Mutex<HashMap<(Uuid, Family), Arc<TenantLimits>>>,
-    concurrency: Mutex<HashMap<Uuid, Arc<ConcurrencyLimit>>>,
-    notices: broadcast::Sender<PauseNotice>,
-}
-
 /// Limits of one tenant and family.
 pub(in crate::graph) struct TenantLimits {
-    tenant_id: Uuid,
-    family: Family,
-    pause: Mutex<Option<Pause>>,
-    concurrency: Arc<ConcurrencyLimit>,
-    rate_limiter: RateLimiter,
-    min_jitter: Duration,
-    notices: broadcast::Sender<PauseNotice>,
+    pub(super) tenant_id: Uuid,
+    pub(super) family: Family,
+    pub(super) pause: Mutex<Option<Pause>>,
+    pub(super) concurrency: Arc<ConcurrencyLimit>,
+    pub(super) rate_limiter: RateLimiter,
+    pub(super) min_jitter: Duration,
+    pub(super) notices: broadcast::Sender<PauseNotice>,
+}
+
+/// Right to send one request, until it is dropped with the response.
+pub(in crate::graph) struct RequestPermit {
+    concurrency: Permit,
+    _sole_request: Option<SoleRequest>,
+}
+
+impl RequestPermit {
+    /// Records a successful response.
+    pub(in crate::graph) fn succeeded(&self) {
+        self.concurrency.succeeded();
+    }
+
+    /// Records a throttled response.
+    pub(in crate::graph) fn throttled(&self) {
+        self.concurrency.throttled();
+    }
 }
 
 /// Time in which no request is sent.
 #[derive(Clone, Copy)]
-struct Pause {
+pub(super) struct Pause {
     until: Instant,
     /// Upper bound of the random wait after the pause, which spreads the requests that waited for it.
     jitter: Duration,
@@ -115,87 +79,16 @@ impl Pause {
     }
 }
 
-impl LimitRegistry {
-    pub(in crate::graph) fn new(config: &GraphConfig) -> Self {
-        let per_20_s = |max| DocumentedLimit { max, window: Duration::from_secs(20) };
-        Self {
-            intune: per_20_s(config.intune_per_20s),
-            devices: per_20_s(config.devices_per_20s),
-            conditional_access: DocumentedLimit {
-                max: config.conditional_access_per_s,
-                window: Duration::from_secs(1),
-            },
-            share: config.rate_share,
-            started: Instant::now(),
-            replicas: AtomicU32::new(1),
-            min_jitter: Duration::from_secs_f64(config.backoff_first_s),
-            tenants: Mutex::default(),
-            concurrency: Mutex::default(),
-            notices: broadcast::channel(NOTICES_KEPT).0,
-        }
-    }
-
-    /// Limits of a tenant and family.
-    pub(in crate::graph) fn of(&self, tenant_id: Uuid, family: Family) -> Arc<TenantLimits> {
-        let mut tenants = self.tenants.lock();
-        let limits = tenants.entry((tenant_id, family)).or_insert_with(|| {
-            Arc::new(TenantLimits {
-                tenant_id,
-                family,
-                pause: Mutex::default(),
-                concurrency: Arc::clone(self.concurrency.lock().entry(tenant_id).or_default()),
-                rate_limiter: RateLimiter::new(self.allowance(family), self.started),
-                min_jitter: self.min_jitter,
-                notices: self.notices.clone(),
-            })
-        });
-        Arc::clone(limits)
-    }
-
-    fn allowance(&self, family: Family) -> Option<Allowance> {
-        let limit = match family {
-            Family::Intune => self.intune,
-            Family::Devices => self.devices,
-            Family::ConditionalAccess => self.conditional_access,
-            Family::Graph => return None,
-        };
-        limit.allowance(self.share, self.replicas.load(Ordering::Relaxed))
-    }
-
-    /// Divides the documented limits by the number of replicas that share them.
-    pub(in crate::graph) fn set_replicas(&self, replicas: u32) {
-        let replicas = replicas.max(1);
-        if self.replicas.swap(replicas, Ordering::Relaxed) == replicas {
-            return;
-        }
-        for limits in self.tenants.lock().values() {
-            limits.rate_limiter.set_allowance(self.allowance(limits.family));
-        }
-    }
-
-    /// Receiver of the pauses that Graph asks this replica for.
-    pub(in crate::graph) fn notices(&self) -> broadcast::Receiver<PauseNotice> {
-        self.notices.subscribe()
-    }
-
-    /// Applies a pause that another replica announced; it is not announced again.
-    pub(in crate::graph) fn pause(&self, tenant_id: Uuid, family: &str, duration: Duration) {
-        if let Some(family) = Family::ALL.into_iter().find(|known| known.as_str() == family) {
-            self.of(tenant_id, family).extend(duration);
-        }
-    }
-}
-
 impl TenantLimits {
     /// Waits until a request may be sent. The error is the rest of a pause that exceeds the run's budget.
-    pub(in crate::graph) async fn acquire(&self, budget: &BudgetTracker) -> Result<Permit, Duration> {
+    pub(in crate::graph) async fn acquire(&self, budget: &BudgetTracker) -> Result<RequestPermit, Duration> {
         loop {
             self.wait_for_pause(budget).await?;
-            let permit = self.concurrency.acquire().await;
-            self.rate_limiter.acquire().await;
+            let concurrency = self.concurrency.acquire().await;
+            let sole_request = self.rate_limiter.acquire().await;
             // A pause may have begun while this request waited for permit and rate limiter.
             if self.current_pause().is_none() {
-                return Ok(permit);
+                return Ok(RequestPermit { concurrency, _sole_request: sole_request });
             }
         }
     }
@@ -229,7 +122,7 @@ impl TenantLimits {
     }
 
     /// Extends the pause to at least `duration` from now. Returns `true` if the change is worth announcing.
-    fn extend(&self, duration: Duration) -> bool {
+    pub(super) fn extend(&self, duration: Duration) -> bool {
         let mut pause = self.pause.lock();
         let now = Instant::now();
         let before = pause.map_or(Duration::ZERO, |pause| pause.remaining(now));
@@ -247,6 +140,7 @@ mod tests {
     use crate::config::Config;
     use crate::domain::clock::Deadline;
     use crate::graph::RunBudget;
+    use crate::graph::limits::registry::LimitRegistry;
 
     const TENANT: Uuid = Uuid::from_u128(7);
 
@@ -302,7 +196,7 @@ mod tests {
     fn a_pause_is_announced_once_and_never_when_it_came_from_another_replica() {
         let registry = registry();
         let mut notices = registry.notices();
-        let limits = registry.of(TENANT, Family::of("identityprotection-ca"));
+        let limits = registry.of(TENANT, Family::ConditionalAccess);
         limits.pause(Duration::from_secs(3));
         limits.pause(Duration::from_secs(3));
         limits.pause(Duration::from_secs(1));
@@ -313,24 +207,5 @@ mod tests {
         registry.pause(TENANT, "no such family", Duration::from_secs(9));
         assert!(notices.try_recv().is_err());
         assert!(registry.of(TENANT, Family::Intune).current_pause().is_some());
-    }
-
-    #[test]
-    fn every_family_of_the_contracts_has_its_limits() {
-        for (throttle, family) in [
-            ("device-configuration", Family::Intune),
-            ("intune-default", Family::Intune),
-            ("devices", Family::Devices),
-            ("identityprotection-ca", Family::ConditionalAccess),
-            ("graph-default", Family::Graph),
-        ] {
-            assert_eq!(Family::of(throttle), family, "{throttle}");
-        }
-        let registry = LimitRegistry::new(&Config::load_with(None, [].into()).unwrap().graph);
-        assert!(registry.allowance(Family::Graph).is_none());
-        let in_window = |family| registry.allowance(family).unwrap().in_window;
-        assert_eq!((in_window(Family::Intune), in_window(Family::Devices)), (Some(800), Some(1_600)));
-        registry.set_replicas(4);
-        assert_eq!((in_window(Family::Intune), in_window(Family::Devices)), (Some(200), Some(400)));
     }
 }

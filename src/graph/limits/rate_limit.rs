@@ -1,81 +1,52 @@
-//! Rate limiter for one documented limit of Graph: a sliding window on top of the generic cell rate algorithm (GCRA).
+//! Rate limiter for one documented limit of Graph.
 //!
-//! `governor` implements GCRA alone, and with a clock of its own: here both algorithms judge the same moment.
+//! A limit is divided by the number of replicas. One that is too low for that (Conditional Access: one request a second) is
+//! not: the replicas take turns, which `turns.rs` asks the fleet for.
 
-use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
+use super::sliding_window::{Allowance, SlidingWindow};
+use super::turns::Turns;
 use crate::telemetry;
 
-/// Factor by which requests may exceed the even rate while the window has capacity left.
-const BURST_FACTOR: f64 = 5.0;
-/// Divisor of the window's capacity that gives the number of requests allowed at the same moment.
-const BURST_DIVISOR: f64 = 20.0;
-/// Resolution at which sent requests are counted.
-const SLOT: Duration = Duration::from_millis(100);
-/// Requests overtake one another in transit: Graph may see two of them closer together by this than they were sent.
-const REORDER_MARGIN: Duration = Duration::from_millis(250);
 /// Shortest wait that is recorded as a metric.
 const MIN_RECORDED_WAIT: Duration = Duration::from_millis(1);
-
-/// Documented limit of Graph: `max` requests in any `window`; 0 means no limit.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct DocumentedLimit {
-    pub(super) max: u32,
-    pub(super) window: Duration,
-}
-
-/// Part of a documented limit that this replica may use.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Allowance {
-    /// Shortest average interval between two requests.
-    interval: Duration,
-    /// Requests that may be sent at the same moment.
-    burst: u32,
-    /// Requests in any window. `None` if they are so few that the interval alone enforces the limit.
-    pub(super) in_window: Option<u32>,
-    window: Duration,
-}
-
-impl DocumentedLimit {
-    /// This replica's allowance, or `None` if there is no limit.
-    pub(super) fn allowance(self, share: f64, replicas: u32) -> Option<Allowance> {
-        let ours = f64::from(self.max) / f64::from(replicas.max(1)) * share;
-        if ours <= 0.0 {
-            return None;
-        }
-        let counted = ours >= BURST_DIVISOR;
-        let fastest = if counted { ours * BURST_FACTOR } else { ours };
-        Some(Allowance {
-            interval: self.window.div_f64(fastest),
-            burst: floor(ours / BURST_DIVISOR).max(1),
-            in_window: counted.then(|| floor(ours)),
-            window: self.window,
-        })
-    }
-}
-
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the value is a fraction of a u32")]
-fn floor(requests: f64) -> u32 {
-    requests.floor() as u32
-}
 
 /// Rate limiter of one tenant and family.
 #[derive(Debug)]
 pub(super) struct RateLimiter {
     allowance: Mutex<Option<Allowance>>,
     /// Locked by the request whose turn is next, so that requests leave in the order of their arrival.
-    sent: tokio::sync::Mutex<SlidingWindow>,
+    sent: Arc<tokio::sync::Mutex<SlidingWindow>>,
+    turns: Turns,
+}
+
+/// The one request of a low limit that is in flight; the next one follows its response.
+#[derive(Debug)]
+pub(super) struct SoleRequest {
+    sent: OwnedMutexGuard<SlidingWindow>,
+    after_response: Duration,
+}
+
+impl Drop for SoleRequest {
+    fn drop(&mut self) {
+        let next = Instant::now() + self.after_response;
+        self.sent.not_before = Some(next);
+    }
 }
 
 impl RateLimiter {
-    /// Limiter with `allowance`. Another process may have sent requests of the same tenant before `started`.
-    pub(super) fn new(allowance: Option<Allowance>, started: Instant) -> Self {
-        let sent = allowance.map(|allowance| SlidingWindow::of_predecessor(allowance, started)).unwrap_or_default();
-        Self { allowance: Mutex::new(allowance), sent: tokio::sync::Mutex::new(sent) }
+    /// Limiter with `allowance`. Another process may have sent requests of the same tenant before `started`; `None` if
+    /// it has not.
+    pub(super) fn new(allowance: Option<Allowance>, started: Option<Instant>, turns: Turns) -> Self {
+        let sent = allowance.zip(started).map(|(allowance, started)| SlidingWindow::of_predecessor(allowance, started));
+        let sent = Arc::new(tokio::sync::Mutex::new(sent.unwrap_or_default()));
+        Self { allowance: Mutex::new(allowance), sent, turns }
     }
 
     /// Replaces the allowance; requests sent before stay counted.
@@ -83,219 +54,103 @@ impl RateLimiter {
         *self.allowance.lock() = allowance;
     }
 
-    /// Waits until one request may be sent, and counts it.
-    pub(super) async fn acquire(&self) {
+    /// Waits until one request may be sent, and counts it. The result is kept until its response.
+    pub(super) async fn acquire(&self) -> Option<SoleRequest> {
         let arrived = Instant::now();
-        let mut sent = self.sent.lock().await;
-        loop {
+        let mut sent = Arc::clone(&self.sent).lock_owned().await;
+        let sole = loop {
             let allowance = *self.allowance.lock();
-            let Some(allowance) = allowance else { break };
+            let Some(allowance) = allowance else { break None };
+            if let Some(interval) = allowance.between_turns {
+                self.wait_for_turn(&mut sent, allowance, interval).await;
+                break Some(SoleRequest { sent, after_response: allowance.after_response });
+            }
             match sent.try_send(allowance, Instant::now()) {
-                Ok(()) => break,
+                Ok(()) => break None,
                 Err(wait) => tokio::time::sleep(wait).await,
             }
-        }
-        drop(sent);
+        };
         let waited = arrived.elapsed();
         if waited >= MIN_RECORDED_WAIT {
             telemetry::graph_rate_limit_wait(waited);
         }
-    }
-}
-
-/// Requests sent within the last window.
-#[derive(Debug, Default)]
-struct SlidingWindow {
-    /// Start of each slot with the requests sent in it.
-    slots: VecDeque<(Instant, u32)>,
-    total: u32,
-    /// GCRA's theoretical arrival time: when the burst is available in full again.
-    burst_restored: Option<Instant>,
-}
-
-impl SlidingWindow {
-    /// Counts one request at `now`, or returns the shortest time until it may be sent.
-    fn try_send(&mut self, allowance: Allowance, now: Instant) -> Result<(), Duration> {
-        if let Some(wait) = allowance.in_window.and_then(|max| self.time_until_free(max, allowance.window, now)) {
-            return Err(wait);
-        }
-        let restored = self.burst_restored.map_or(now, |restored| restored.max(now));
-        let tolerance = allowance.interval * (allowance.burst - 1);
-        let debt = restored.duration_since(now);
-        if debt > tolerance {
-            return Err(debt - tolerance);
-        }
-        self.burst_restored = Some(restored + allowance.interval);
-        self.count(now);
-        Ok(())
+        sole
     }
 
-    /// Requests that the process before this one may have sent until `started`, at an even rate and with one burst to
-    /// spare: a restarted daemon must not use the same window twice.
-    fn of_predecessor(allowance: Allowance, started: Instant) -> Self {
-        let mut sent = Self::default();
-        let begin = started.checked_sub(counted_for(allowance.window));
-        let (Some(begin), Some(max)) = (begin, allowance.in_window) else { return sent };
-        let max = max - allowance.burst;
-        let step = allowance.window / max.max(1);
-        for number in 0..max {
-            sent.count(begin + step * number);
+    /// Waits for the next request of a low limit: for a turn, or for this replica's part if the fleet grants none.
+    async fn wait_for_turn(&self, sent: &mut SlidingWindow, allowance: Allowance, interval: Duration) {
+        if let Some(not_before) = sent.not_before {
+            tokio::time::sleep_until(not_before).await;
         }
-        sent
-    }
-
-    fn count(&mut self, now: Instant) {
-        self.total += 1;
-        match self.slots.back_mut() {
-            Some((start, count)) if now < *start + SLOT => *count += 1,
-            _ => self.slots.push_back((now, 1)),
+        if self.turns.wait_for_next(interval).await {
+            sent.sent_in_turn(allowance, Instant::now());
+            return;
+        }
+        while let Err(wait) = sent.try_send(allowance, Instant::now()) {
+            tokio::time::sleep(wait).await;
         }
     }
-
-    /// Time until a window that allows `max` requests has capacity again, or `None` if it has.
-    fn time_until_free(&mut self, max: u32, window: Duration, now: Instant) -> Option<Duration> {
-        let counted_for = counted_for(window);
-        while let Some((_, count)) = self.slots.pop_front_if(|(start, _)| *start + counted_for <= now) {
-            self.total -= count;
-        }
-        let (oldest, _) = self.slots.front()?;
-        (self.total >= max).then(|| (*oldest + counted_for).saturating_duration_since(now))
-    }
-}
-
-/// Time for which a slot is counted from its start.
-fn counted_for(window: Duration) -> Duration {
-    SLOT + window + REORDER_MARGIN
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backoff::full_jitter;
+    use crate::graph::limits::sliding_window::DocumentedLimit;
+    use crate::graph::limits::turns::TurnSource;
 
-    const INTUNE: DocumentedLimit = DocumentedLimit { max: 1_000, window: Duration::from_secs(20) };
+    fn limiter(allowance: Option<Allowance>, started: Option<Instant>) -> RateLimiter {
+        let (source, tenant_id) = (TurnSource::default(), uuid::Uuid::nil());
+        RateLimiter::new(allowance, started, Turns { source, tenant_id, family: "conditional_access" })
+    }
 
-    /// Send times of `requests` requests, each as soon as the limits allow, from the first one on.
-    fn greedy(requests: usize, allowance: Allowance, mut sent: SlidingWindow) -> Vec<Duration> {
+    #[tokio::test(start_paused = true)]
+    async fn a_low_limit_waits_for_the_response_and_after_a_restart() {
+        let second = DocumentedLimit { max: 1, window: Duration::from_secs(1) };
         let start = Instant::now();
-        let (interval, mut times) = (allowance.interval, Vec::with_capacity(requests));
-        let mut after = Duration::ZERO;
-        while times.len() < requests {
-            let now = start + after;
-            match allowance.in_window.and_then(|max| sent.time_until_free(max, allowance.window, now)) {
-                Some(wait) => after += wait,
-                None => {
-                    sent.count(now);
-                    times.push(after);
-                    after += interval;
-                }
+        let limiter = limiter(second.allowance(0.8, 1), Some(start));
+        let mut times = Vec::new();
+        for response_ms in [100, 2_000, 0] {
+            let request = limiter.acquire().await;
+            times.push(start.elapsed().as_millis());
+            tokio::time::sleep(Duration::from_millis(response_ms)).await;
+            drop(request);
+        }
+        assert_eq!(times, [1_250, 2_500, 5_500]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_low_limit_is_not_divided_while_the_fleet_grants_turns() {
+        let second = DocumentedLimit { max: 1, window: Duration::from_secs(1) };
+        let limiter = limiter(second.allowance(0.8, 8), Some(Instant::now()));
+        let mut requests = limiter.turns.source.requests();
+        let fleet = async {
+            for wait_ms in [0, 1_250] {
+                let request = requests.recv().await.unwrap();
+                assert_eq!(request.interval, Duration::from_millis(1_250));
+                request.reply.send(Duration::from_millis(wait_ms)).unwrap();
             }
-        }
-        times
-    }
-
-    /// Highest number of arrivals in any window.
-    fn fullest(arrivals: &[Duration], window: Duration) -> usize {
-        let counts = (0..arrivals.len()).map(|first| {
-            let end = arrivals[first] + window;
-            arrivals[first..].partition_point(|arrival| *arrival < end)
-        });
-        counts.max().unwrap_or_default()
-    }
-
-    #[test]
-    fn no_window_exceeds_the_limit() {
-        for (share, replicas) in [(0.8, 1), (1.0, 1), (1.0, 3), (0.5, 2), (0.01, 7), (0.8, 900)] {
-            let allowance = INTUNE.allowance(share, replicas).unwrap();
-            let one = match allowance.in_window {
-                Some(max) => {
-                    let mut arrivals = greedy(4_000, allowance, SlidingWindow::default());
-                    // Some requests take longer to reach Graph than others.
-                    arrivals.iter_mut().for_each(|sent| *sent += full_jitter(REORDER_MARGIN));
-                    arrivals.sort();
-                    assert_eq!(fullest(&arrivals, INTUNE.window), max as usize, "{share} {replicas}");
-                    f64::from(max)
-                }
-                None => 1.0 + INTUNE.window.div_duration_f64(allowance.interval),
-            };
-            assert!(one * f64::from(replicas) <= 1_000.0 + f64::from(replicas), "{share} {replicas}: {one}");
-        }
-    }
-
-    #[test]
-    fn requests_reordered_by_250_ms_stay_within_the_limit() {
-        let allowance = INTUNE.allowance(1.0, 1).unwrap();
-        let mut arrivals = greedy(3_000, allowance, SlidingWindow::default());
-        // The last requests of the first window arrive late, the first ones of the second window at once.
-        arrivals[..1_000].iter_mut().for_each(|sent| *sent += Duration::from_millis(250));
-        arrivals.sort();
-        assert!(fullest(&arrivals, INTUNE.window) <= 1_000, "{}", fullest(&arrivals, INTUNE.window));
-    }
-
-    #[test]
-    fn a_window_is_used_early_and_the_next_one_starts_when_graph_forgets_it() {
-        let sent = greedy(5_000, INTUNE.allowance(1.0, 1).unwrap(), SlidingWindow::default());
-        assert!(sent[999] <= Duration::from_secs(4), "{:?}", sent[999]);
-        // Before 80 s a fifth thousand is not allowed; an even rate would need 100 s.
-        assert!(sent[4_000] >= Duration::from_secs(80) && sent[4_999] < Duration::from_secs(86), "{:?}", sent[4_999]);
-    }
-
-    #[test]
-    fn a_restarted_process_starts_at_an_even_rate() {
-        let allowance = INTUNE.allowance(0.8, 1).unwrap();
+            requests.close();
+        };
         let start = Instant::now();
-        let sent = greedy(800, allowance, SlidingWindow::of_predecessor(allowance, start));
-        let within = |time: Duration| sent.iter().filter(|after| **after < time).count();
-        for (seconds, max) in [(1, 80), (5, 240), (10, 440), (15, 640)] {
-            let (sent, even) = (within(Duration::from_secs(seconds)), max - 60);
-            assert!((even..=max).contains(&sent), "{sent} in {seconds} s");
-        }
-        // A tenant first requested when the process is older than a window has the whole window.
-        let later = SlidingWindow::of_predecessor(allowance, start.checked_sub(Duration::from_secs(30)).unwrap());
-        assert!(greedy(800, allowance, later)[799] <= Duration::from_secs(4));
-    }
-
-    #[test]
-    fn sent_requests_stay_counted_under_a_new_allowance() {
-        let mut sent = SlidingWindow::default();
-        let now = Instant::now();
-        (0..500).for_each(|_| sent.count(now));
-        let in_window = |replicas| INTUNE.allowance(1.0, replicas).unwrap().in_window.unwrap();
-        assert_eq!(sent.time_until_free(in_window(1), INTUNE.window, now), None);
-        let forgotten = counted_for(INTUNE.window);
-        assert_eq!(sent.time_until_free(in_window(2), INTUNE.window, now), Some(forgotten));
-        assert_eq!(sent.time_until_free(in_window(2), INTUNE.window, now + forgotten), None);
-        assert_eq!(sent.total, 0);
-    }
-
-    #[test]
-    fn conditional_access_has_no_burst_and_zero_is_no_limit() {
-        let allowance = DocumentedLimit { max: 1, window: Duration::from_secs(1) }.allowance(0.8, 1).unwrap();
-        assert_eq!((allowance.burst, allowance.interval), (1, Duration::from_millis(1_250)));
-        assert!(allowance.in_window.is_none());
-        assert!(DocumentedLimit { max: 0, ..INTUNE }.allowance(0.8, 1).is_none());
-    }
-
-    #[test]
-    fn a_burst_leaves_at_once_and_the_rest_at_the_rate() {
-        // 40 requests a second, of which two may leave at once.
-        let allowance = DocumentedLimit { max: 40, window: Duration::from_secs(5) }.allowance(1.0, 1).unwrap();
-        let (mut sent, start) = (SlidingWindow::default(), Instant::now());
-        let mut now = start;
-        for _ in 0..12 {
-            while let Err(wait) = sent.try_send(allowance, now) {
-                now += wait;
+        let sending = async {
+            let mut times = Vec::new();
+            for _ in 0..3 {
+                drop(limiter.acquire().await);
+                times.push(start.elapsed().as_millis());
             }
-        }
-        assert_eq!(now - start, Duration::from_millis(250));
-        assert_eq!(sent.try_send(allowance, now), Err(Duration::from_millis(25)));
+            times
+        };
+        let (times, ()) = tokio::join!(sending, fleet);
+        assert_eq!(times[0], 0);
+        assert!((1_250..=2_250).contains(&times[1]), "{times:?}");
+        assert_eq!(times[2], times[1] + 8 * 1_250, "without turns this replica uses its own part");
     }
 
     #[tokio::test(start_paused = true)]
     async fn requests_leave_in_the_order_of_arrival() {
         let limit = DocumentedLimit { max: 40, window: Duration::from_millis(500) };
         let started = Instant::now().checked_sub(limit.window * 2).unwrap();
-        let (limiter, order) = (RateLimiter::new(limit.allowance(1.0, 1), started), Mutex::new(Vec::new()));
+        let (limiter, order) = (limiter(limit.allowance(1.0, 1), Some(started)), Mutex::new(Vec::new()));
         let requests = (0..12).map(|number| {
             let (limiter, order) = (&limiter, &order);
             async move {

@@ -12,7 +12,7 @@ use crate::domain::catalog::Collection;
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::policy_type::Shape;
 use crate::graph::client::{GraphReader, QueryOptions};
-use crate::graph::limits::pause::Family;
+use crate::graph::limits::family::Family;
 
 /// Maximum number of consecutive empty pages; single ones are legal anywhere in a list.
 const MAX_EMPTY_PAGES: u32 = 100;
@@ -62,7 +62,7 @@ impl Pager {
             version: collection.api_version.clone(),
             path: path.to_owned(),
             template: collection.path.clone(),
-            family: Family::of(&collection.throttle),
+            family: Family::of(collection),
             select: select.join(","),
             top: collection.top,
             is_singleton: collection.shape == Shape::Singleton,

@@ -14,8 +14,8 @@ use crate::backoff::{Waits, full_jitter};
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::graph::auth::token::Token;
 use crate::graph::client::GraphReader;
-use crate::graph::limits::concurrency::Permit;
-use crate::graph::limits::pause::{Family, TenantLimits};
+use crate::graph::limits::family::Family;
+use crate::graph::limits::pause::{RequestPermit, TenantLimits};
 use crate::graph::transport::{Get, HttpResponse, TransportError};
 use crate::telemetry::{self, spans};
 
@@ -98,7 +98,7 @@ impl GraphReader {
     }
 
     /// Waits until the limits of the tenant allow another request.
-    async fn acquire(&self, limits: &TenantLimits, state: &RetryState) -> Result<Permit, ListError> {
+    async fn acquire(&self, limits: &TenantLimits, state: &RetryState) -> Result<RequestPermit, ListError> {
         let acquired = tokio::time::timeout(self.budget.deadline.remaining(), limits.acquire(&self.budget)).await;
         // After a wait for the end of a pause, the throttling explains more than the deadline.
         let late = || state.throttled.clone().unwrap_or_else(|| ErrorCode::DeadlineExceeded.into());
