@@ -34,6 +34,20 @@ pub struct Collection {
     pub types: Vec<Arc<PolicyType>>,
 }
 
+impl Collection {
+    /// True for the lists that a run waits for longest: Graph allows one request a second, or each parent has pages.
+    #[must_use]
+    pub fn takes_longest(&self) -> bool {
+        self.throttle == "identityprotection-ca" || self.shape == Shape::ChildCollection
+    }
+
+    /// Property that holds the ids of the list, which is the same for all of its types.
+    #[must_use]
+    pub fn id_property(&self) -> &str {
+        self.types.first().map_or("id", |policy_type| policy_type.id.as_str())
+    }
+}
+
 /// All policy types known to this process.
 #[derive(Debug, Clone)]
 pub struct Catalog {

@@ -15,7 +15,7 @@ use inventoryd::domain::policy_type::Shape;
 use inventoryd::graph::{GraphClient, GraphReader, PageObject, RunBudget};
 use uuid::Uuid;
 
-use crate::sim::{Action, ErrorBody, Rule, Sim, SimConfig};
+use crate::sim::{Action, ErrorBody, PageSizes, Rule, Sim, SimConfig};
 
 pub const TENANT: Uuid = Uuid::from_u128(0x6a5b_1a3e_3e24_4d1c_9d7b_0c3f_1a2b_3c4d);
 /// List shared by several types.
@@ -181,6 +181,56 @@ async fn children_are_read_for_each_parent() {
         .sum();
     assert_eq!((parents.len(), objects.len()), (30, children));
     assert!(objects.iter().all(|object| object.first_sight));
+}
+
+#[tokio::test]
+async fn children_of_several_parents_are_read_at_once_and_passed_on_in_order() {
+    let page_sizes = PageSizes { default: 5, ..PageSizes::default() };
+    let world = World::with(SimConfig { latency_ms: 100, page_sizes, ..SimConfig::default() }, &[]).await;
+    let collection = world.collection("deviceManagement/depOnboardingSettings/{parent_id}/enrollmentProfiles");
+    world.sim.set_size(Some(TENANT), collection.parent.as_deref(), 20).unwrap();
+    let parents = world.sim.object_ids(TENANT, collection.parent.as_deref().unwrap()).unwrap();
+    let path = |parent: &String| collection.path.replace("{parent_id}", parent);
+    // The first parent is the last to be read.
+    let slow = serde_json::json!({ "path": path(&parents[0]), "action": { "kind": "slow", "delay_ms": 400 } });
+    world.rule(serde_json::from_value(slow).unwrap());
+    let read = read(&world.reader(), &collection).await.unwrap();
+    let expected: Vec<String> =
+        parents.iter().flat_map(|parent| world.sim.object_ids(TENANT, &path(parent)).unwrap()).collect();
+    let id = |object: &PageObject| {
+        let object: serde_json::Value = serde_json::from_str(object.text.as_str()).unwrap();
+        object["id"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(read.iter().map(id).collect::<Vec<_>>(), expected);
+    let state = &world.sim.state().tenants[&TENANT];
+    assert!((2..=8).contains(&state.concurrent_max), "{} requests in flight", state.concurrent_max);
+    assert_eq!(state.requests, 4 + 20 * 3, "each page is requested once");
+}
+
+#[tokio::test]
+async fn a_child_list_ends_as_if_its_parents_were_read_one_after_the_other() {
+    for status in [403, 401] {
+        let world = World::start().await;
+        let collection = world.collection("deviceManagement/depOnboardingSettings/{parent_id}/enrollmentProfiles");
+        let parents = world.sim.object_ids(TENANT, collection.parent.as_deref().unwrap()).unwrap();
+        let path = |parent: &String| collection.path.replace("{parent_id}", parent);
+        // The first failure is known last, because it is repeated; only the other one may end the list.
+        world.rule(Rule::status(500, None).path(&path(&parents[1])));
+        world.rule(Rule::status(status, None).path(&path(&parents[5])));
+        let (mut pages, mut read) = (world.reader().pages(&collection), 0);
+        let failure = loop {
+            match pages.next().await {
+                Ok(Some(page)) => read += page.objects.len(),
+                Ok(None) => panic!("{status}: the list is not complete"),
+                Err(failure) => break failure,
+            }
+        };
+        let expected: usize = (parents.iter().enumerate())
+            .filter(|(index, _)| *index != 1 && *index != 5 && (status == 403 || *index < 5))
+            .map(|(_, parent)| world.sim.object_ids(TENANT, &path(parent)).unwrap().len())
+            .sum();
+        assert_eq!((failure.http_status, read), (Some(500), expected), "{status}");
+    }
 }
 
 #[tokio::test]

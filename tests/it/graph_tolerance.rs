@@ -230,7 +230,9 @@ async fn parents_that_all_refuse_are_not_all_requested() {
         world.rule(forbidden.path(&CHILDREN.replace("{parent_id}", &parent)));
     }
     assert_eq!(world.refused(CHILDREN).await.code, ErrorCode::GraphForbidden);
-    assert_eq!(requests(&world, "/enrollmentProfiles"), 11);
+    // Ten in a row are one too few; those after the eleventh were requested together with it.
+    let requested = requests(&world, "/enrollmentProfiles");
+    assert!((11..=18).contains(&requested), "{requested}");
 }
 
 #[tokio::test]

@@ -38,7 +38,7 @@ impl GraphClient {
         collection: &Arc<Collection>,
     ) -> Result<usize, ProbeFailure> {
         let budget = RunBudget { deadline: Deadline::after(DEADLINE), throttle_budget: THROTTLE_BUDGET };
-        let mut pages = self.reader(tenant_id, credential, budget).pages(collection);
+        let mut pages = self.reader(tenant_id, credential, budget).pages(collection).one_by_one();
         match pages.next_page().await {
             Ok(page) => Ok(page.map_or(0, |page| page.objects.len())),
             Err(ListError { failure, detail, permissions, .. }) => {
