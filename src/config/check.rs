@@ -29,12 +29,12 @@ impl Config {
     pub fn warnings(&self) -> Vec<String> {
         let lists = u64::from(self.consumer.prefetch) * self.run.concurrent_lists as u64;
         let connections = u64::from(self.database.max_connections);
-        let many_lists = (lists > 4 * connections).then(|| {
+        let many_lists = (lists > 16 * connections).then(|| {
             format!(
                 "consumer.prefetch x run.concurrent_lists is {lists}, so that many lists can write at the same time over the \
                  {connections} connections of database.max_connections: runs will wait for each other. Raise \
                  database.max_connections to {} or more, or lower one of the others",
-                lists.div_ceil(4)
+                lists.div_ceil(16)
             )
         });
         let is_unset = self.graph.credentials.get("default").is_some_and(CredentialConfig::is_unset);

@@ -10,6 +10,7 @@ use tracing::{Instrument, info, warn};
 
 use super::RunSettings;
 use super::list::{List, ListEnd, Seen};
+use super::page_memory::PageMemory;
 use crate::domain::catalog::{Listing, Scope};
 use crate::domain::clock::ObservationClock;
 use crate::domain::failure::{ErrorCode, Failure};
@@ -26,6 +27,7 @@ pub(super) struct Collector<'a> {
     clock: ObservationClock,
     reader: GraphReader,
     settings: RunSettings,
+    memory: PageMemory,
     unclassified: Arc<AtomicI64>,
     /// Use of Graph that is recorded in the run.
     recorded_usage: Mutex<GraphUsage>,
@@ -56,6 +58,7 @@ impl<'a> Collector<'a> {
             clock: admitted.clock,
             reader,
             settings,
+            memory: PageMemory::default(),
             unclassified: Arc::default(),
             recorded_usage: Mutex::default(),
             unread: AtomicUsize::new(0),
@@ -74,8 +77,10 @@ impl<'a> Collector<'a> {
         self.record(&mut unsupported).await?;
         outcomes.append(&mut unsupported);
 
-        let remaining: Vec<Listing> =
+        let mut remaining: Vec<Listing> =
             scope.listings.iter().filter_map(|listing| unfinished(listing, finished)).collect();
+        // The run takes at least as long as these: they begin first.
+        remaining.sort_by_key(|listing| !listing.collection.takes_longest());
         self.unread.store(remaining.len(), Ordering::Relaxed);
         let mut lists = stream::iter(remaining)
             .map(|listing| self.read(listing, &scope.named))
@@ -109,7 +114,8 @@ impl<'a> Collector<'a> {
         let mut buffers: Vec<TypeBuffer> = listing.selected.iter().map(TypeBuffer::new).collect();
         let path = listing.collection.path.clone();
         let span = spans::list(&path);
-        let mut list = List::read(&self.reader, listing, Arc::clone(&self.unclassified), span.clone());
+        let mut list =
+            List::read(&self.reader, listing, self.memory.clone(), Arc::clone(&self.unclassified), span.clone());
         while let Some(found) = list.next_part().await {
             for (index, item) in found {
                 buffers[index].pending.push(item);

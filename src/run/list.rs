@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, warn};
 
+use super::page_memory::PageMemory;
 use crate::domain::catalog::Listing;
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::item::{InventoryItem, RawObject};
@@ -48,10 +49,16 @@ pub(super) struct Seen {
 
 impl List {
     /// Starts to read, within `span`. Objects that no policy type claims are counted in `unclassified`.
-    pub(super) fn read(reader: &GraphReader, listing: Listing, unclassified: Arc<AtomicI64>, span: Span) -> Self {
+    pub(super) fn read(
+        reader: &GraphReader,
+        listing: Listing,
+        memory: PageMemory,
+        unclassified: Arc<AtomicI64>,
+        span: Span,
+    ) -> Self {
         let (sender, parts) = mpsc::channel(PARTS_AHEAD);
         let seen = listing.selected.iter().map(|_| Seen::default()).collect();
-        let reading = Reading { seen, unclassified, pages: reader.pages(&listing.collection), listing };
+        let reading = Reading { seen, unclassified, memory, pages: reader.pages(&listing.collection), listing };
         // Log lines take the run's fields from the spans that are entered; the span of the list alone would not show them.
         let work = reading.work(sender).instrument(span).in_current_span();
         Self { parts, end: AbortOnDropHandle::new(tokio::spawn(work)) }
@@ -77,13 +84,18 @@ struct Reading {
     pages: Pages,
     seen: Vec<Seen>,
     unclassified: Arc<AtomicI64>,
+    memory: PageMemory,
 }
 
 impl Reading {
     async fn work(mut self, sender: mpsc::Sender<Vec<Found>>) -> ListEnd {
+        let mut last_page = None;
         loop {
+            // Held until the page is passed on.
+            let _reserved = self.memory.reserve(last_page).await;
             match self.pages.next().await {
                 Ok(Some(page)) => {
+                    last_page = Some(page.objects.len());
                     self.bad_elements(page.bad_objects);
                     let mut objects = page.objects.into_iter();
                     while objects.len() > 0 {

@@ -3,6 +3,7 @@
 mod collect;
 mod lease;
 mod list;
+mod page_memory;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -287,9 +288,23 @@ impl RunnerInner {
             deadline: Deadline::from_start(admitted.granted, self.settings.deadline.saturating_sub(admitted.age)),
             throttle_budget: self.settings.throttle_budget.saturating_sub(waited),
         };
+        if self.tenant_was_idle(admitted).await? {
+            self.graph.tenant_was_idle(admitted.lease.tenant_id);
+        }
         let reader = self.graph.reader(admitted.lease.tenant_id, &admitted.credential, budget);
         let collector = Collector::new(&self.store, admitted, reader, self.settings);
         collector.collect(scope, &admitted.finished).await
+    }
+
+    /// Returns `true` if this process is new, and no other has read the tenant within the windows of Graph's limits. A
+    /// process that is older knows what was sent.
+    async fn tenant_was_idle(&self, admitted: &Admitted) -> Result<bool, StoreError> {
+        match self.graph.predecessor_counts_for() {
+            Some(window) if admitted.lease.attempt == 1 => {
+                self.store.tenant_was_idle(admitted.lease.run(), window, self.settings.deadline).await
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Notifies the relay. If it cannot keep up, the event is found in the outbox once it is due.
