@@ -18,6 +18,7 @@ mod replicas;
 mod report;
 mod rig;
 mod runs;
+mod tenant_time;
 mod throttled;
 mod world;
 
@@ -45,6 +46,7 @@ const LINES: &[&str] = &[
     "replicas",
     "fleet_idle",
     "backlog",
+    "tenant_time",
     "throttled",
     "peer_celery",
 ];
@@ -117,6 +119,7 @@ async fn line(rig: &Rig, name: &str) -> Result<Vec<Line>> {
         "replicas" => replicas::measure(rig).await,
         "fleet_idle" => fleet::idle(rig).await,
         "backlog" => fleet::backlog(rig).await,
+        "tenant_time" => tenant_time::measure(rig).await,
         "throttled" => throttled::measure(rig).await,
         _ => peer::measure(rig).await,
     }

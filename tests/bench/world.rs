@@ -138,8 +138,17 @@ impl World {
 
     /// Publishes a request for some types of a tenant without awaiting the confirm.
     pub async fn publish(&self, tenant: Uuid, key: &str, types: &[&str]) -> Result<()> {
-        let request = json!({ "schema_version": 1, "tenant_id": tenant, "idempotency_key": key,
-            "selection": { "policy_types": types, "include_foundations": false } });
+        self.publish_selection(tenant, key, json!({ "policy_types": types, "include_foundations": false })).await
+    }
+
+    /// Publishes a request for everything of a tenant, without awaiting the confirm.
+    pub async fn publish_everything(&self, tenant: Uuid, key: &str) -> Result<()> {
+        self.publish_selection(tenant, key, json!({ "policy_types": ["*"], "include_foundations": true })).await
+    }
+
+    async fn publish_selection(&self, tenant: Uuid, key: &str, selection: Value) -> Result<()> {
+        let request =
+            json!({ "schema_version": 1, "tenant_id": tenant, "idempotency_key": key, "selection": selection });
         let properties = BasicProperties::default().with_content_type("application/json".into()).with_delivery_mode(2);
         let exchange = format!("{}inventory.sync", self.prefix);
         let body = request.to_string();
