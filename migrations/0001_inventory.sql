@@ -250,9 +250,9 @@ create table tenant_pauses (
     paused_until timestamptz not null,
     primary key (tenant_id, family)
 );
-comment on table tenant_pauses is 'Pauses that Graph asked for with Retry-After, shared by all replicas.';
+comment on table tenant_pauses is 'Pauses that Graph asked for with Retry-After, and turns at limits too low to be divided, shared by all replicas.';
 comment on column tenant_pauses.tenant_id is 'The tenant.';
-comment on column tenant_pauses.family is 'Throttling family: intune, devices, conditional_access or graph.';
+comment on column tenant_pauses.family is 'Throttling family: intune, devices, conditional_access or graph; with the ending _turn for the next turn of a replica.';
 comment on column tenant_pauses.paused_until is 'Time until which no replica sends a request.';
 
 -- ------------------------------------------------------------------------------------------------ run ids
