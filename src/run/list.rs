@@ -18,9 +18,9 @@ use crate::store::ObservedItem;
 
 /// Objects passed to the writer together; pages may have ten thousand.
 const PART_OBJECTS: usize = 100;
-/// Parts that may wait between the network and the database: with the current one the 500 rows of a usual batch, so that one
-/// batch is ready when another is written. A list whose writer waits for a connection reads no further page.
-const PARTS_AHEAD: usize = 4;
+/// Parts of a list that may wait between the network and the database. A list whose writer waits for a connection reads no
+/// further page.
+const PARTS_AHEAD: usize = 2;
 
 /// A list that is being read; reading stops on drop.
 pub(super) struct List {

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Objects of pages that are requested or not yet passed on. At 1,000 a page that is four pages, whatever the number of
+/// Objects of pages that are requested or not yet passed on. At 1,000 a page that is three pages, whatever the number of
 /// lists. Each run has as many: one that waits for Graph holds back no other.
-const MAX_OBJECTS: u32 = 4_000;
+const MAX_OBJECTS: u32 = 3_000;
 /// Objects reserved for a page of unknown length: Graph's usual page.
 const USUAL_PAGE: u32 = 25;
 
@@ -40,10 +40,10 @@ mod tests {
     #[tokio::test]
     async fn long_pages_wait_for_one_another_in_order_and_short_ones_hardly() {
         let memory = PageMemory::default();
-        let first: Vec<_> = (0..100).map(|_| memory.reserve(None).now_or_never().unwrap()).collect();
+        let first: Vec<_> = (0..80).map(|_| memory.reserve(None).now_or_never().unwrap()).collect();
         drop(first);
-        let long: Vec<_> = (0..4).map(|_| memory.reserve(Some(1_000)).now_or_never().unwrap()).collect();
-        let mut waiting = Box::pin(memory.reserve(Some(2_000)));
+        let long: Vec<_> = (0..3).map(|_| memory.reserve(Some(1_000)).now_or_never().unwrap()).collect();
+        let mut waiting = Box::pin(memory.reserve(Some(1_500)));
         assert!((&mut waiting).now_or_never().is_none());
         let mut later = Box::pin(memory.reserve(None));
         assert!((&mut later).now_or_never().is_none(), "the longer page was first");
