@@ -96,12 +96,15 @@ fn limits() -> impl Strategy<Value = DocumentedLimit> {
     (max, window_s).prop_map(|(max, window_s)| DocumentedLimit { max, window: Duration::from_secs(window_s) })
 }
 
-/// Arrivals within two windows as shares of that time, mostly in crowds, and restarts as shares of a window.
-fn replica() -> impl Strategy<Value = (Vec<(f64, u32)>, Vec<f64>)> {
+/// Load of a replica: arrivals, each a share of the window and a number of requests, and restarts as shares of a window.
+type Load = (Vec<(f64, u32)>, Vec<f64>);
+
+/// Arrivals within two windows, mostly in crowds, and up to two restarts.
+fn load() -> impl Strategy<Value = Load> {
     (prop::collection::vec((0.0..2.0, 1_u32..400), 1..5), prop::collection::vec(0.0..1.0, 0..3))
 }
 
-fn fleet(limit: DocumentedLimit, share: f64, replicas: &[(Vec<(f64, u32)>, Vec<f64>)]) -> Option<Fleet> {
+fn fleet(limit: DocumentedLimit, share: f64, replicas: &[Load]) -> Option<Fleet> {
     let allowance = limit.allowance(share, u32::try_from(replicas.len()).unwrap())?;
     let replicas = replicas.iter().map(|(crowds, restarts)| {
         // Enough to fill the windows of high limits, and not so much that low ones take for ever.
@@ -130,7 +133,7 @@ proptest! {
     fn graph_never_refuses_a_request(
         limit in limits(),
         share in prop_oneof![Just(0.8), Just(1.0), 0.05..1.0],
-        replicas in prop::collection::vec(replica(), 1..=8),
+        replicas in prop::collection::vec(load(), 1..=8),
         delays in prop::collection::vec(prop_oneof![Just(0.0), Just(1.0), 0.0..1.0], 1..40),
     ) {
         let Some(fleet) = fleet(limit, share, &replicas) else { return Ok(()) };
@@ -143,11 +146,11 @@ proptest! {
     fn a_lone_replica_keeps_to_a_low_limit_without_turns(
         max in 1_u32..20,
         share in prop_oneof![Just(0.8), Just(1.0), 0.05..1.0],
-        replica in replica(),
+        load in load(),
         delays in prop::collection::vec(prop_oneof![Just(0.0), Just(1.0), 0.0..1.0], 1..40),
     ) {
         let limit = DocumentedLimit { max, window: Duration::from_secs(1) };
-        let Some(mut fleet) = fleet(limit, share, &[replica]) else { return Ok(()) };
+        let Some(mut fleet) = fleet(limit, share, &[load]) else { return Ok(()) };
         fleet.allowance.between_turns = None;
         prop_assert_eq!(refused(&fleet.run(&delays), limit), 0, "{:?} share {}", limit, share);
     }
