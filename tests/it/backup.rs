@@ -128,6 +128,16 @@ async fn assert_reader_is_confined(world: &World, server: &Private) {
     assert!(refused.contains("permission denied for table outbox"), "{refused}");
 }
 
+/// Changes the run as if the dump were three days old.
+async fn age_by_three_days(world: &World, key: &str) {
+    world
+        .execute(&format!(
+            "update inventory_sync_runs set started_at = started_at - interval '3 days', \
+             lease_expires_at = lease_expires_at - interval '3 days' where idempotency_key = '{key}'"
+        ))
+        .await;
+}
+
 fn times_received(events: &Subscriber, run: &Value) -> usize {
     events.received().iter().filter(|event| event["id"] == run["id"]).count()
 }
@@ -168,13 +178,7 @@ async fn a_restored_dump_loses_nothing_and_repeats_no_run() {
     assert_check_passes(&world).await;
     assert_reader_is_confined(&world, &target).await;
 
-    // As if the dump were three days old for this run.
-    world
-        .execute(
-            "update inventory_sync_runs set started_at = started_at - interval '3 days', \
-             lease_expires_at = lease_expires_at - interval '3 days' where idempotency_key = 'aged'",
-        )
-        .await;
+    age_by_three_days(&world, "aged").await;
     let finished = world.runs("finished").await;
     let replica = Replica::with(config_of(&world)).await;
     world.publish(&world.request("finished", &["mobileApp"])).await;
