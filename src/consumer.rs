@@ -258,7 +258,9 @@ impl ConsumeLoop {
                     if let Err(error) = self.requeue_overdue().await {
                         return LoopExit::Lost("error", Some(error));
                     }
-                    let expects = self.waiting.is_empty() && self.permits.available_permits() > 0;
+                    // At the limit of held deliveries the broker delivers no more, although the subscription is not stalled.
+                    let free = self.permits.available_permits() > 0 && self.health.held() < usize::from(MAX_HELD);
+                    let expects = self.waiting.is_empty() && free;
                     let check = drain.run_until_cancelled(watchdog.stalled(session, expects));
                     let looked = self.health.beating(BROKER_ALLOWANCE, check).await;
                     match looked {

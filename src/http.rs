@@ -156,9 +156,8 @@ impl Shared {
     async fn readiness(&self) -> Readiness {
         let database = self.database.in_time(self.state.source.ping()).await;
         let problems = self.problems(database.err(), &self.state.source.consumption());
-        // A pause or a full disk is a state of a ready daemon: it resumes without a restart, and an alert reports it.
-        let is_missing = |one: &Component| !matches!(one, Component::Consumption | Component::Runs);
-        let missing: Vec<_> = problems.iter().map(|problem| problem.component).filter(is_missing).collect();
+        let missing: Vec<_> =
+            problems.iter().map(|problem| problem.component).filter(|one| one.is_required()).collect();
         Readiness { ready: missing.is_empty(), missing, problems }
     }
 
@@ -207,6 +206,7 @@ impl Shared {
         if let Some(cause) = &consumption.run_failure {
             present.push((Component::Runs, format!("runs do not progress: {cause}")));
         }
+        present.extend(consumption.held_deliveries().map(|message| (Component::HeldDeliveries, message)));
         if self.state.draining.is_cancelled() {
             present.push((Component::Draining, "the daemon is stopping".to_owned()));
         }

@@ -7,7 +7,7 @@ use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt, TryFutureExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{Channel, Confirmation, Event};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::connection::{Connection, Events};
 use super::error::{BrokerError, within};
@@ -20,14 +20,19 @@ use crate::domain::clock::Deadline;
 /// Messages passed to the connection's thread at once.
 const SEND_WINDOW: usize = 64;
 
+/// Age from which a channel is replaced after a nack: RabbitMQ goes on refusing the messages of a channel that it refused
+/// once, after the policy that limited the queue is gone.
+const REFUSED_AGE: Duration = Duration::from_secs(10);
+
 /// Connection with one channel in confirm mode, used for one batch at a time.
 pub(super) struct ConfirmChannel {
     pub(super) connection: Connection,
     channel: Channel,
     pub(super) events: Events,
     pub(super) limit: Duration,
-    /// False once a message published on it has no confirm.
+    /// False once a message published on it has no confirm, or was refused for a while.
     pub(super) clean: bool,
+    opened: Instant,
 }
 
 impl ConfirmChannel {
@@ -43,7 +48,7 @@ impl ConfirmChannel {
         let select = channel.confirm_select(ConfirmSelectOptions::default());
         within(limit, "asking for confirms", select).await?;
         let events = connection.events();
-        Ok(Self { connection, channel, events, limit, clean: true })
+        Ok(Self { connection, channel, events, limit, clean: true, opened: Instant::now() })
     }
 
     /// Publishes a batch and waits for its confirms.
@@ -101,7 +106,8 @@ impl ConfirmChannel {
         while let Some(Some(confirm)) = confirms.next().now_or_never() {
             self.clean &= note(confirm);
         }
-        self.clean &= confirms.is_empty();
+        let refused = outcomes.contains(&PublishOutcome::Refused);
+        self.clean &= confirms.is_empty() && !(refused && self.opened.elapsed() >= REFUSED_AGE);
         if denied {
             mark_denied(&mut outcomes);
         }

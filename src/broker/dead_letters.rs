@@ -14,13 +14,14 @@ use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 
 use super::confirm_channel::ConfirmChannel;
+use super::connection::Connection;
 use super::content_header::BODY_DISCARDED;
 use super::error::{BrokerError, within};
 use super::message::{
     DEAD_AT, DEAD_BY, DEAD_DETAIL, DEAD_ID, DEAD_REASON, Original, Outgoing, RETRIES, read_number, read_text,
     value_text,
 };
-use super::topology::Names;
+use super::topology::{Names, refusal};
 use super::{Broker, Purpose};
 use crate::domain::event::rfc3339;
 use crate::domain::request::SyncRequest;
@@ -71,6 +72,30 @@ pub struct DeadLetter {
     properties: BasicProperties,
     /// One for each copy.
     ackers: Vec<Acker>,
+}
+
+/// Warning of letters that a policy of the broker moved out of the dead-letter queue, if any wait. A user who may not look
+/// gets none.
+pub(super) async fn warn_of_kept(
+    connection: &Connection,
+    names: &Names,
+    limit: Duration,
+) -> Result<Option<String>, BrokerError> {
+    let channel = connection.channel().await?;
+    let options = QueueDeclareOptions::durable().passive();
+    let declare = channel.queue_declare(names.dead_kept.as_str().into(), options, FieldTable::default());
+    let depth = match within(limit, "reading the depth of a queue", declare).await {
+        Ok(queue) => queue.message_count(),
+        Err(error) if refusal(&error).is_some() => 0,
+        Err(error) => return Err(error),
+    };
+    Ok((depth > 0).then(|| {
+        format!(
+            "{depth} dead letters wait in {}, moved there by a policy of the broker: exempt {} from that policy (deploy/README.md, \
+             Policies), then list them with `inventoryd dead list` and replay or drop each",
+            names.dead_kept, names.dead
+        )
+    }))
 }
 
 impl DeadLetters {

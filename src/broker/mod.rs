@@ -140,7 +140,9 @@ impl Broker {
     pub async fn subscribe(&self, prefetch: u16) -> Result<Subscription, BrokerError> {
         let connection = self.connect(Purpose::Consume).await?;
         self.ensure(&connection).await?;
-        self.check_permissions(&connection).await?;
+        for warning in self.check_permissions(&connection).await? {
+            tracing::warn!("{warning}");
+        }
         Subscription::start(connection, &self.0.names.requests, prefetch, self.0.opening.answer_limit).await
     }
 
@@ -161,15 +163,15 @@ impl Broker {
         ensured
     }
 
-    /// Connects, declares or verifies the topology, and checks the permissions of this user, as a start does.
+    /// Connects, declares or verifies the topology, and checks the permissions of this user, as a start does; returns warnings.
     ///
     /// # Errors
     /// [`BrokerError::Drift`], [`BrokerError::Permissions`], or a connection error.
-    pub async fn check(&self) -> Result<(), BrokerError> {
+    pub async fn check(&self) -> Result<Vec<String>, BrokerError> {
         let connection = self.connect(Purpose::Manage).await?;
         let checked = match self.ensure(&connection).await {
             Ok(()) => self.check_permissions(&connection).await,
-            refused => refused,
+            Err(error) => Err(error),
         };
         connection.close(self.0.opening.answer_limit).await;
         checked
@@ -220,14 +222,16 @@ impl Broker {
         EventTail::open(self, pattern).await
     }
 
-    /// Checks the permissions until they have been sufficient once.
-    async fn check_permissions(&self, connection: &Connection) -> Result<(), BrokerError> {
+    /// Checks the permissions until they have been sufficient once. Returns warnings of that one check.
+    async fn check_permissions(&self, connection: &Connection) -> Result<Vec<String>, BrokerError> {
         let inner = &self.0;
-        if !inner.permitted.load(Ordering::Relaxed) {
-            permissions::check(connection, &inner.names, inner.opening.answer_limit).await?;
-            inner.permitted.store(true, Ordering::Relaxed);
+        if inner.permitted.load(Ordering::Relaxed) {
+            return Ok(Vec::new());
         }
-        Ok(())
+        permissions::check(connection, &inner.names, inner.opening.answer_limit).await?;
+        let warning = dead_letters::warn_of_kept(connection, &inner.names, inner.opening.answer_limit).await?;
+        inner.permitted.store(true, Ordering::Relaxed);
+        Ok(warning.into_iter().collect())
     }
 
     async fn ensure(&self, connection: &Connection) -> Result<(), BrokerError> {

@@ -55,7 +55,11 @@ async fn connect(config: &Config) -> Vec<String> {
     if let Some((version, tested)) = broker.version() {
         note_version("RabbitMQ", version, tested);
     }
-    let mut problems: Vec<String> = checked.err().map(|error| error.to_string()).into_iter().collect();
+    let mut problems = Vec::new();
+    match checked {
+        Ok(warnings) => warnings.iter().for_each(|warning| note(format_args!("warning: {warning}"))),
+        Err(error) => problems.push(error.to_string()),
+    }
     match connect_to_database(config).await {
         Ok(()) => {}
         Err(error) => problems.push(error.to_string()),

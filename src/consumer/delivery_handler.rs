@@ -9,6 +9,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, warn};
 
+use super::MAX_HELD;
 use super::health::{ConsumerHealth, InFlight, Paused};
 use crate::backoff::{Waits, full_jitter};
 use crate::broker::{BrokerError, Delivery, PublishOutcome, Publisher, RetryTier};
@@ -35,6 +36,16 @@ type Slot = Option<(InFlight, OwnedSemaphorePermit)>;
 enum CopyTarget<'a> {
     Retry(RetryTier),
     DeadLetter(&'a Rejection),
+}
+
+impl CopyTarget<'_> {
+    /// Outcome of a delivery whose copy was confirmed.
+    const fn settled(self) -> &'static str {
+        match self {
+            Self::Retry(_) => "retry_scheduled",
+            Self::DeadLetter(_) => "rejected",
+        }
+    }
 }
 
 /// Handles and settles deliveries; shared by all of them.
@@ -181,47 +192,74 @@ impl DeliveryHandler {
     }
 
     /// Acknowledges once the copy is confirmed. A copy of unknown outcome is published again: the idempotency key
-    /// makes duplicates harmless. A copy that the broker permanently refuses must not occupy a slot: a dead letter is
-    /// moved by the broker itself, a retry is held without its permit.
+    /// makes duplicates harmless. A copy that the broker permanently refuses must not occupy a slot: the delivery is held
+    /// without its permit, or the broker moves a dead letter itself.
     async fn copy_then_ack(&self, delivery: &Delivery, copy: CopyTarget<'_>, slot: &mut Slot) -> bool {
-        let settled = match copy {
-            CopyTarget::Retry(_) => "retry_scheduled",
-            CopyTarget::DeadLetter(_) => "rejected",
-        };
         let mut timeout = Deadline::after(COPY_TIMEOUT);
         let mut waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
         let mut refusals = 0;
         let mut held = None;
         loop {
-            let outcome = match copy {
-                CopyTarget::Retry(tier) => self.publisher.schedule_retry(delivery, tier).await,
-                CopyTarget::DeadLetter(rejection) => self.publisher.dead_letter(delivery, rejection, &self.name).await,
-            };
+            let outcome = self.publish_copy(delivery, copy).await;
             if outcome == PublishOutcome::Confirmed {
-                self.ack(delivery, settled).await;
+                self.ack(delivery, copy.settled()).await;
                 return true;
             }
             refusals += u32::from(outcome == PublishOutcome::Refused);
-            if outcome == PublishOutcome::Denied || refusals >= STEADY_REFUSALS {
-                if matches!(copy, CopyTarget::DeadLetter(_)) {
+            let permanent = outcome == PublishOutcome::Denied || refusals >= STEADY_REFUSALS;
+            if permanent && held.is_none() {
+                if !self.may_hold(copy, outcome) {
                     warn!(?outcome, "copy permanently refused; the broker moves the original");
                     return self.dead_letter_original(delivery).await;
                 }
-                if held.is_none() {
-                    warn!(?outcome, "copy permanently refused; holding the delivery without a slot");
-                    held = Some(self.health.track_held());
-                    timeout = Deadline::after(self.hold);
-                    *slot = None;
-                }
+                warn!(?outcome, "copy permanently refused; holding the delivery without a slot");
+                held = Some(self.health.track_held());
+                timeout = Deadline::after(self.hold);
+                *slot = None;
             }
             if timeout.passed() || !delivery.usable() || self.drain.is_cancelled() {
-                warn!(?outcome, settled, "copy not confirmed in time; requeueing the delivery");
-                note_requeued(delivery.requeue().await);
-                return false;
+                return self.give_up_copy(delivery, copy, outcome, held.is_some()).await;
             }
             let wait = full_jitter(waits.next_wait()) + if held.is_some() { HELD_WAIT } else { Duration::ZERO };
             self.drain.run_until_cancelled(tokio::time::sleep(wait)).await;
         }
+    }
+
+    async fn publish_copy(&self, delivery: &Delivery, copy: CopyTarget<'_>) -> PublishOutcome {
+        match copy {
+            CopyTarget::Retry(tier) => self.publisher.schedule_retry(delivery, tier).await,
+            CopyTarget::DeadLetter(rejection) => self.publisher.dead_letter(delivery, rejection, &self.name).await,
+        }
+    }
+
+    /// False for a dead letter that the broker can move although this user may not write to the exchange, and for one
+    /// above the number of deliveries that extend the prefetch.
+    fn may_hold(&self, copy: CopyTarget<'_>, outcome: PublishOutcome) -> bool {
+        match copy {
+            CopyTarget::Retry(_) => true,
+            CopyTarget::DeadLetter(_) => {
+                outcome == PublishOutcome::Refused && self.health.held() < usize::from(MAX_HELD)
+            }
+        }
+    }
+
+    /// Settles a delivery whose copy was not confirmed in time. Requeued, a dead letter that was held would be rejected
+    /// and held again; the broker keeps the original until its target queue has room.
+    async fn give_up_copy(
+        &self,
+        delivery: &Delivery,
+        copy: CopyTarget<'_>,
+        outcome: PublishOutcome,
+        held: bool,
+    ) -> bool {
+        let settled = copy.settled();
+        if held && matches!(copy, CopyTarget::DeadLetter(_)) && !self.drain.is_cancelled() {
+            warn!(?outcome, settled, "copy not confirmed in time; the broker moves the original");
+            return self.dead_letter_original(delivery).await;
+        }
+        warn!(?outcome, settled, "copy not confirmed in time; requeueing the delivery");
+        note_requeued(delivery.requeue().await);
+        false
     }
 }
 

@@ -24,6 +24,19 @@ pub struct Consumption {
     pub run_failure: Option<String>,
 }
 
+impl Consumption {
+    /// Problem of the held deliveries, if there are any.
+    pub(super) fn held_deliveries(&self) -> Option<String> {
+        (self.held > 0).then(|| {
+            format!(
+                "{} deliveries are held, because the broker refuses their copies: the queues of inventory.retry and inventory.dead \
+                 need room, the exchanges must exist, and this user needs write permission on them",
+                self.held
+            )
+        })
+    }
+}
+
 /// State of the outbox and of the runs, over all replicas.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Backlog {
@@ -57,10 +70,19 @@ pub enum Component {
     Consumption,
     /// Runs that the database does not let progress, although it responds.
     Runs,
+    /// Deliveries held because the broker permanently refuses their copies.
+    HeldDeliveries,
     /// Shutdown in progress.
     Draining,
     /// Microsoft Graph or its token service, for one tenant or for all.
     Graph,
+}
+
+impl Component {
+    /// False for a problem of a ready daemon, which resumes without a restart; an alert reports it.
+    pub(super) const fn is_required(self) -> bool {
+        !matches!(self, Self::Consumption | Self::Runs | Self::HeldDeliveries)
+    }
 }
 
 /// A present problem.

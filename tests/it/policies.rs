@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
-use crate::support::daemon::Replica;
+use crate::support::daemon::{Process, Replica};
 use crate::support::servers;
 use crate::support::world::World;
 use crate::support::{binary, eventually};
@@ -19,10 +19,10 @@ const KEPT: &str = "inventory.dead.kept";
 const REQUESTS: &str = "inventory.sync.requests";
 
 /// Policy for the queues of one environment whose names start with `queue`; removed on drop.
-struct Policy(String);
+pub(crate) struct Policy(String);
 
 impl Policy {
-    async fn set(world: &World, queue: &str, definition: Value) -> Self {
+    pub(crate) async fn set(world: &World, queue: &str, definition: Value) -> Self {
         let (name, pattern) = (Uuid::new_v4().to_string(), format!("^{}{queue}", world.prefix.replace('.', "\\.")));
         let set = name.clone();
         spawn_blocking(move || servers::rabbitmq().ctl(&["-q", "set_policy", &set, &pattern, &definition.to_string()]))
@@ -59,7 +59,7 @@ async fn listed(world: &World, count: usize) -> Vec<Value> {
 }
 
 /// Publishes `body` straight to a queue.
-async fn put(world: &World, queue: &str, body: &[u8]) {
+pub(crate) async fn put(world: &World, queue: &str, body: &[u8]) {
     let connection = Connection::connect(&world.amqp_url, ConnectionProperties::default()).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
     channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
@@ -96,6 +96,26 @@ async fn reading_dead_letters_loses_none_under_a_low_delivery_limit() {
     assert_eq!(world.take(REQUESTS).await.expect("it is replayed").data, b"{ one");
     dead(&world, &["drop", "--all", "--yes"]).await;
     assert_eq!((world.depth(DEAD).await, world.depth(KEPT).await), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn letters_moved_by_a_policy_are_named_by_the_start_and_the_check() {
+    let world = World::new().await;
+    let check = async || {
+        let mut command = std::process::Command::new(binary());
+        command.args(["check", "--connect"]).env_clear().envs(world.variables());
+        let output = spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let said = check().await;
+    assert!(!said.contains(KEPT), "{said}");
+    put(&world, KEPT, b"{ one").await;
+    let said = check().await;
+    assert!(said.contains("1 dead letters wait in") && said.contains("inventoryd dead list"), "{said}");
+    let replica = Process::start(&world, "start", &[]);
+    replica.wait_for_log("inventory.dead.kept, moved there by a policy").await;
+    assert_eq!(world.sync("good", &["mobileApp"]).await["status"], "success");
 }
 
 #[tokio::test(flavor = "multi_thread")]
