@@ -110,6 +110,8 @@ async fn letters_moved_by_a_policy_are_named_by_the_start_and_the_check() {
     };
     let said = check().await;
     assert!(!said.contains(KEPT), "{said}");
+    let versions = said.lines().filter(|line| line.ends_with(": tested")).count();
+    assert_eq!(versions, 2, "the versions of both servers are named: {said}");
     put(&world, KEPT, b"{ one").await;
     let said = check().await;
     assert!(said.contains("1 dead letters wait in") && said.contains("inventoryd dead list"), "{said}");

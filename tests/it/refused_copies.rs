@@ -145,6 +145,10 @@ async fn dead_letters_that_do_not_fit_are_held_without_a_slot_or_kept_by_the_bro
         assert_eq!(run["attempt"], 1, "good work goes on");
         events.event_of(&run).await;
     }
+    let status: Value = serde_json::from_str(&page(&listen, "/status").await.unwrap()).unwrap();
+    for server in ["rabbitmq", "postgresql"] {
+        assert_eq!(status["servers"][server]["tested"], true, "{status}");
+    }
     let ready = reqwest::get(format!("http://{listen}/readyz")).await.unwrap().status();
     assert!(ready.is_success(), "{ready}");
     assert_eq!(world.depth(DEAD).await, 2);
