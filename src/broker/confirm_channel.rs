@@ -75,12 +75,8 @@ impl ConfirmChannel {
             match timeout(deadline.remaining(), sending.next()).await {
                 Ok(Some(Ok(confirm))) => confirms.push(confirm),
                 Ok(None) => break,
-                Ok(Some(Err(error))) => {
-                    denied = refusal_of(&error).is_some();
-                    self.clean = false;
-                    break;
-                }
-                Err(_) => {
+                failed => {
+                    denied = matches!(&failed, Ok(Some(Err(error))) if refusal_of(error).is_some());
                     self.clean = false;
                     break;
                 }
