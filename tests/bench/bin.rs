@@ -9,7 +9,9 @@ mod events;
 mod fleet;
 mod footprint;
 mod growth;
+mod hand_written;
 mod ingest;
+mod instructions;
 mod latency;
 mod peer;
 mod process;
@@ -49,6 +51,7 @@ const LINES: &[&str] = &[
     "tenant_time",
     "throttled",
     "peer_celery",
+    "instructions",
 ];
 
 /// Measures the daemon against baselines of its parts.
@@ -121,6 +124,7 @@ async fn line(rig: &Rig, name: &str) -> Result<Vec<Line>> {
         "backlog" => fleet::backlog(rig).await,
         "tenant_time" => tenant_time::measure(rig).await,
         "throttled" => throttled::measure(rig).await,
+        "instructions" => instructions::measure(rig).await,
         _ => peer::measure(rig).await,
     }
 }

@@ -27,6 +27,8 @@ pub enum Target {
     AtLeast(f64),
     /// Greatest value.
     AtMost(f64),
+    /// None: the line is information.
+    Information,
 }
 
 /// Round: the daemon's value and, where there is one, the baseline's.
@@ -82,6 +84,7 @@ impl Line {
             ),
             Target::AtLeast(least) => (format!(">= {least}"), ours.map(|ours| ours >= least)),
             Target::AtMost(most) => (format!("<= {most}"), ours.map(|ours| ours <= most)),
+            Target::Information => ("-".to_owned(), None),
         };
         Self {
             name: name.to_owned(),
@@ -100,10 +103,7 @@ impl Line {
 
     /// Creates a line that was not measured, with the reason.
     pub fn skipped(name: &str, why: String) -> Self {
-        let mut line = Self::new(name, "", Target::AtLeast(0.0), Vec::new());
-        line.target = "-".to_owned();
-        line.note = why;
-        line
+        Self::new(name, "", Target::Information, Vec::new()).note(why)
     }
 
     /// Sets the description.

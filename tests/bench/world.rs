@@ -15,6 +15,7 @@ use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Connection as _, Row};
 use uuid::Uuid;
 
+use super::baseline::Lists;
 use super::process::Process;
 use super::rig::{Result, Rig, text};
 
@@ -112,15 +113,29 @@ impl World {
 
     /// Starts a daemon without waiting for it.
     pub fn launch(&self, extra: &[(&str, &str)]) -> Result<Process> {
+        self.launch_under(&[], extra)
+    }
+
+    /// Starts a daemon as the last arguments of another program.
+    fn launch_under(&self, wrapper: &[&str], extra: &[(&str, &str)]) -> Result<Process> {
         let mut variables = self.variables();
         variables.extend(extra.iter().map(|(key, value)| (format!("INVENTORYD__{key}"), (*value).to_owned())));
         let variables = variables.iter().map(|(key, value)| (key.as_str(), value.as_str()));
-        Process::start(&self.daemon, &["serve"], variables, &self.log)
+        let command = [wrapper, &[text(&self.daemon)?, "serve"]].concat();
+        Process::start(command[0], &command[1..], variables, &self.log)
     }
 
     /// Starts a daemon and waits until `replicas` replicas consume.
     pub async fn daemon(&self, extra: &[(&str, &str)], replicas: u32) -> Result<Process> {
-        let process = self.launch(extra)?;
+        self.consuming(self.launch(extra)?, replicas).await
+    }
+
+    /// Starts a daemon as the last arguments of another program, and waits until it consumes.
+    pub async fn daemon_under(&self, wrapper: &[&str], extra: &[(&str, &str)]) -> Result<Process> {
+        self.consuming(self.launch_under(wrapper, extra)?, 1).await
+    }
+
+    async fn consuming(&self, process: Process, replicas: u32) -> Result<Process> {
         let options = QueueDeclareOptions { passive: true, ..Default::default() };
         let begun = Instant::now();
         loop {
@@ -162,6 +177,15 @@ impl World {
             )
             .await?;
         Ok(())
+    }
+
+    /// Publishes `count` requests of all tenants in turn, and waits until their runs have succeeded; returns the seconds.
+    pub async fn runs(&self, lists: &Lists, name: &str, count: usize) -> Result<f64> {
+        let since = self.now().await?;
+        for (number, tenant) in self.tenants.iter().cycle().take(count).enumerate() {
+            self.publish(*tenant, &format!("{name}.{number}"), &lists.types()).await?;
+        }
+        self.seconds_to_end(&format!("{name}."), count, since).await
     }
 
     /// Waits until `count` runs whose keys start with `prefix` have succeeded; returns the seconds from `since`, a time

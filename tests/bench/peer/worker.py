@@ -1,7 +1,8 @@
 """Peer of the benchmark: the daemon's work done by a small Celery worker.
 
-Tasks come from a quorum queue and are acknowledged late, commits are durable, the event is published with a confirm.
-It has no lease, no fence, no outbox relay and no protection against throttling or endless lists.
+Tasks come from a quorum queue and are acknowledged late, commits are durable, and the event stays in an outbox until the
+broker has confirmed it. It has no lease, no fence, and no protection against throttling or endless lists; an event
+that a crash leaves in the outbox is published by nobody.
 """
 
 import json
@@ -102,7 +103,11 @@ def sync(tenant, run, key, selection_hash, policy_types):
     database.execute(
         "update inventory_sync_runs set status = 'success', items_observed_count = %s, finished_at = clock_timestamp()"
         " where tenant_id = %s and id = %s", (count, tenant, run))
+    # Not due for as long as the daemon under comparison polls the same outbox.
+    database.execute("insert into outbox (tenant_id, run_id, due_at) values (%s, %s, now() + interval '1 day')", (tenant, run))
     database.commit()
     with app.producer_pool.acquire(block=True) as producer:
         producer.publish(event, exchange=EVENTS, routing_key=f"run.completed.success.{tenant}", delivery_mode=2,
                          content_type="application/json", content_encoding="utf-8")
+    database.execute("delete from outbox where tenant_id = %s and run_id = %s", (tenant, run))
+    database.commit()
