@@ -10,7 +10,7 @@ use super::catalog::Collection;
 use super::credential_scan::looks_like_credential;
 use super::platform;
 use super::policy_type::{Discriminator, PlatformRule, PolicyType};
-use super::raw_object::BorrowedText;
+use super::raw_object::string_text;
 pub use super::raw_object::{BadObject, RawObject};
 
 /// Maximum length of a stored display name, in characters.
@@ -149,7 +149,7 @@ fn keep(raw: &RawValue) -> Option<Cow<'_, str>> {
         b'n' => None,
         b't' | b'f' => Some(Cow::Borrowed(text)),
         b'"' => {
-            let value = serde_json::from_str::<BorrowedText<'_>>(text).ok()?.0;
+            let value = string_text(text)?;
             let storable = value.len() <= MAX_TEXT_BYTES && !value.contains('\0') && !looks_like_credential(&value);
             storable.then_some(Cow::Borrowed(text))
         }

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use memchr::memchr;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
@@ -80,14 +81,22 @@ impl<'de> Visitor<'de> for PropertyVisitor {
 
 /// A string that borrows from the input unless it contains escapes. Serde deserialises a bare `Cow<str>` as owned.
 #[derive(Deserialize)]
-pub(super) struct BorrowedText<'a>(#[serde(borrow)] pub(super) Cow<'a, str>);
+struct BorrowedText<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// Text of a scalar: a string as is, numbers and booleans as they are written.
 fn scalar_text(raw: &RawValue) -> Option<Cow<'_, str>> {
     let text = raw.get();
     match text.as_bytes().first()? {
-        b'"' => serde_json::from_str::<BorrowedText<'_>>(text).ok().map(|text| text.0),
+        b'"' => string_text(text),
         b'{' | b'[' | b'n' => None,
         _ => Some(Cow::Borrowed(text)),
+    }
+}
+
+/// Text of a JSON string that was read as a [`RawValue`]: without escapes it is what stands between the quotes.
+pub(super) fn string_text(json: &str) -> Option<Cow<'_, str>> {
+    match memchr(b'\\', json.as_bytes()) {
+        None => json.strip_prefix('"')?.strip_suffix('"').map(Cow::Borrowed),
+        Some(_) => serde_json::from_str::<BorrowedText<'_>>(json).ok().map(|text| text.0),
     }
 }
