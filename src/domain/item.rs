@@ -90,11 +90,11 @@ impl RawObject<'_> {
     fn display_name(&self, property: &str) -> Option<String> {
         let name = self.text(property).filter(|name| !looks_like_credential(name))?;
         // PostgreSQL can't store NUL in text.
-        if name.len() <= MAX_DISPLAY_NAME_CHARS && !name.contains('\0') {
-            return (!name.is_empty()).then(|| name.into_owned());
-        }
-        let kept: String = name.chars().filter(|c| *c != '\0').take(MAX_DISPLAY_NAME_CHARS).collect();
-        (!kept.is_empty()).then_some(kept)
+        let name = if name.contains('\0') { Cow::Owned(name.replace('\0', "")) } else { name };
+        let mut rest = name.chars();
+        rest.nth(MAX_DISPLAY_NAME_CHARS - 1);
+        let kept = &name[..name.len() - rest.as_str().len()];
+        (!kept.is_empty()).then(|| kept.to_owned())
     }
 
     fn platform(&self, rule: &PlatformRule) -> Option<String> {
