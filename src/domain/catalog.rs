@@ -337,6 +337,11 @@ mod tests {
         let cases = [
             (good.replace("\"beta\"", "\"v2\""), "`api_version`"),
             (good.replace("meta = []", "meta = [\"secret\"]"), "`meta` reads `secret`"),
+            (
+                good.replace("\"displayName\"]\n", "\"displayName\", \"a-b\"]\n")
+                    .replace("meta = []", "meta = [\"a-b\"]"),
+                "`meta` names `a-b`",
+            ),
             (good.replace("\"displayName\"]", "\"x\"]"), "`name` reads `displayName`"),
             (good.replace("shape = \"collection\"", "shape = \"child_collection\""), "`parent`"),
             (format!("{good}colour = 1"), "colour"),

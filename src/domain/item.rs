@@ -116,27 +116,15 @@ impl RawObject<'_> {
         json.push('{');
         for name in &policy_type.meta {
             let Some(value) = self.get(name).and_then(keep) else { continue };
-            if json.len() > 1 {
-                json.push(',');
-            }
-            push_name(&mut json, name);
+            // The catalog accepts only names that need no escaping.
+            json.push_str(if json.len() > 1 { ",\"" } else { "\"" });
+            json.push_str(name);
+            json.push_str("\":");
             json.push_str(&value);
         }
         json.push('}');
         json
     }
-}
-
-/// Appends a property name and colon; plain alphanumeric names need no escaping.
-fn push_name(json: &mut String, name: &str) {
-    if name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-        json.push('"');
-        json.push_str(name);
-        json.push('"');
-    } else {
-        json.push_str(&Value::from(name).to_string());
-    }
-    json.push(':');
 }
 
 /// JSON text to store for a value, or none if it must not be stored.

@@ -136,6 +136,9 @@ impl PolicyType {
         }
         for name in &self.meta {
             must_be_selected("meta", name)?;
+            if !name.bytes().all(|b| b.is_ascii_alphanumeric()) {
+                return Err(format!("`meta` names `{name}`, which must be letters and digits"));
+            }
         }
         if let Some(name) = self.platform.as_ref().and_then(|rule| rule.property.as_deref()) {
             must_be_selected("platform.property", name)?;
