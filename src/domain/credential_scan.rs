@@ -4,29 +4,33 @@ use std::sync::LazyLock;
 
 use memchr::memmem::Finder;
 
-/// Marks of two kinds of credentials. Every kept text is searched for them, so the searches are prepared.
+/// Marks of two kinds of credentials. Many kept texts are searched for them, so the searches are prepared.
 static PEM: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("-----BEGIN"));
 static JWT: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("eyJ"));
 
 /// Returns `true` for a text with a bearer token, a JSON Web Token or a private key.
 pub(super) fn looks_like_credential(text: &str) -> bool {
-    let holds = |mark: &Finder<'_>| mark.find(text.as_bytes()).is_some();
-    holds_bearer(text) || (holds(&PEM) && text.contains("PRIVATE KEY")) || holds_jwt(text)
+    let holds = |byte| memchr::memchr(byte, text.as_bytes()).is_some();
+    // A header and a private key contain a space and a JWT contains dots, which most ids, times and values do not.
+    (holds(b' ') && (holds_bearer(text) || holds_private_key(text))) || (holds(b'.') && holds_jwt(text))
 }
 
 /// `Bearer` and a space, as in a header. In another case it is also an English word: then a header's name before it, or
 /// a word after it that is no English one, tells a credential.
 fn holds_bearer(text: &str) -> bool {
-    const BEARER: &str = "bearer ";
-    memchr::memchr2_iter(b'b', b'B', text.as_bytes()).any(|at| {
-        let Some(word) = text.get(at..at + BEARER.len()).filter(|word| word.eq_ignore_ascii_case(BEARER)) else {
-            return false;
-        };
-        let before = text[..at].trim_end().to_ascii_lowercase();
-        let next = text[at + BEARER.len()..].split_whitespace().next().unwrap_or_default();
+    const BEARER: &str = "bearer";
+    memchr::memchr_iter(b' ', text.as_bytes()).any(|end| {
+        let start = end.saturating_sub(BEARER.len());
+        let Some(word) = text.get(start..end).filter(|word| word.eq_ignore_ascii_case(BEARER)) else { return false };
+        let before = text[..start].trim_end().to_ascii_lowercase();
+        let next = text[end..].split_whitespace().next().unwrap_or_default();
         let is_token = next.len() >= 20 || next.bytes().any(|byte| byte.is_ascii_digit() || b"._~+/=".contains(&byte));
         word.starts_with("Bearer") || before.ends_with("authorization:") || is_token
     })
+}
+
+fn holds_private_key(text: &str) -> bool {
+    PEM.find(text.as_bytes()).is_some() && text.contains("PRIVATE KEY")
 }
 
 /// A JWT: three base64url segments joined by dots, the first of which is a JSON object (`{"` encodes to `eyJ`).
