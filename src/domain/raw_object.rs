@@ -33,9 +33,9 @@ impl<'a> RawObject<'a> {
         serde_json::from_str(text).map_err(|_| BadObject { external_id: None })
     }
 
-    /// Value of a property; the last one of a repeated property.
+    /// Value of a property; the first one of a repeated property.
     pub(super) fn get(&self, name: &str) -> Option<&'a RawValue> {
-        self.0.iter().rev().find(|(known, _)| known == name).map(|(_, value)| *value)
+        self.0.iter().find(|(known, _)| known == name).map(|(_, value)| *value)
     }
 
     /// Text of a property: a string as is, numbers and booleans as they are written.
