@@ -1,9 +1,13 @@
 //! HTTP transport for Graph and the token service: TLS, connections, and one request with its bounds.
 
+use std::io::Read;
 use std::time::Duration;
 
+use flate2::bufread::MultiGzDecoder;
 use parking_lot::Mutex;
-use reqwest::header::{ACCEPT, AUTHORIZATION, DATE, HeaderMap, HeaderValue, RETRY_AFTER};
+use reqwest::header::{
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, DATE, HeaderMap, HeaderValue, RETRY_AFTER,
+};
 use reqwest::{Certificate, Client, ClientBuilder, NoProxy, Proxy, Response, Url, redirect};
 use uuid::Uuid;
 
@@ -137,6 +141,7 @@ impl HttpTransport {
             .get(get.url.clone())
             .header(AUTHORIZATION, get.authorization)
             .header(ACCEPT, "application/json")
+            .header(ACCEPT_ENCODING, "gzip")
             .header("prefer", "include-unknown-enum-members")
             .header("client-request-id", get.client_request_id.to_string())
             .timeout(get.timeout.min(self.timeout))
@@ -162,7 +167,6 @@ fn build_client(ca: &[Certificate], proxy: Option<&Proxy>, timeout: Duration) ->
         // Environment variables must not put a proxy between the daemon and Graph.
         .no_proxy()
         .https_only(true)
-        .gzip(true)
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(timeout)
         .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -207,7 +211,10 @@ fn certificates(path: &std::path::Path) -> Result<Vec<Certificate>, GraphError> 
     Ok(certificates)
 }
 
+/// Reads a body to its end and decompresses it.
 async fn read(mut response: Response, max_bytes: usize, proxy: &str) -> Result<Vec<u8>, TransportError> {
+    let encoding = response.headers().get(CONTENT_ENCODING);
+    let is_compressed = encoding.is_some_and(|encoding| encoding.as_bytes().eq_ignore_ascii_case(b"gzip"));
     let (mut chunks, mut bytes) = (Vec::new(), 0);
     while let Some(chunk) = response.chunk().await.map_err(|error| transport_error(&error, proxy))? {
         bytes += chunk.len();
@@ -217,7 +224,18 @@ async fn read(mut response: Response, max_bytes: usize, proxy: &str) -> Result<V
         chunks.push(chunk);
     }
     // A growing buffer would take up to three times the size of the page.
-    Ok(chunks.concat())
+    let body = chunks.concat();
+    if is_compressed { decompress(&body, max_bytes) } else { Ok(body) }
+}
+
+/// Decompresses a body in one piece: by a stream it would be copied and allocated in pieces of a few kilobytes.
+fn decompress(compressed: &[u8], max_bytes: usize) -> Result<Vec<u8>, TransportError> {
+    // The last four bytes are the size before compression; a false one is found at the end.
+    let size = compressed.last_chunk().map_or(0, |size| u32::from_le_bytes(*size) as usize);
+    let mut body = Vec::with_capacity(size.min(max_bytes) + 1);
+    let mut reader = MultiGzDecoder::new(compressed).take(max_bytes as u64 + 1);
+    reader.read_to_end(&mut body).map_err(|_| TransportError::Broken("the compressed body is damaged".to_owned()))?;
+    if body.len() > max_bytes { Err(TransportError::TooLarge) } else { Ok(body) }
 }
 
 /// Class of an error. The text is dropped: it may contain the requested link, and with it names of the tenant.
@@ -276,7 +294,41 @@ fn text(headers: &HeaderMap, name: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+
     use super::*;
+
+    fn compressed(body: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+        encoder.write_all(body).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn a_compressed_body_is_limited_by_its_size_after_decompression() {
+        let (page, bomb) = (vec![b'x'; 100_000], compressed(&vec![0; 1 << 20]));
+        assert_eq!(decompress(&compressed(&page), page.len()), Ok(page.clone()));
+        assert_eq!(decompress(&compressed(&page), page.len() - 1), Err(TransportError::TooLarge));
+        assert!(bomb.len() < 2_000);
+        assert_eq!(decompress(&bomb, 100_000), Err(TransportError::TooLarge));
+        let members = [compressed(b"[1,"), compressed(b"2]")].concat();
+        assert_eq!(decompress(&members, 10), Ok(b"[1,2]".to_vec()), "a body may have several members");
+    }
+
+    #[test]
+    fn a_damaged_compressed_body_is_a_broken_response() {
+        let whole = compressed(b"a page of objects");
+        for end in 0..whole.len() {
+            assert!(matches!(decompress(&whole[..end], 100), Err(TransportError::Broken(_))), "{end}");
+        }
+        let mut false_size = whole.clone();
+        *false_size.last_mut().unwrap() = 0xff;
+        assert!(matches!(decompress(&false_size, 100), Err(TransportError::Broken(_))));
+        assert!(matches!(decompress(b"<html>", 100), Err(TransportError::Broken(_))));
+    }
 
     #[test]
     fn of_two_retry_after_lines_the_longest_wait_counts() {
