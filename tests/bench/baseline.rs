@@ -1,7 +1,9 @@
 //! Baselines: a download that discards the bodies, and an upsert of existing rows.
 
+use std::io::Read;
 use std::time::Instant;
 
+use flate2::bufread::MultiGzDecoder;
 use inventoryd::domain::catalog::{Catalog, Collection};
 use inventoryd::domain::policy_type::Shape;
 use reqwest::Certificate;
@@ -83,7 +85,6 @@ impl Graph {
         let http = Client::builder()
             .tls_certs_merge([authority])
             .no_proxy()
-            .gzip(true)
             .http2_initial_stream_window_size(4 << 20)
             .http2_initial_connection_window_size(16 << 20)
             .build()?;
@@ -106,13 +107,18 @@ impl Graph {
     /// Fetches one link; returns the decompressed body.
     pub async fn get(&self, link: &str, token: &str) -> Result<Vec<u8>> {
         let request = self.http.get(link).header("authorization", token).header("accept", "application/json");
-        let mut response = request.header("prefer", "include-unknown-enum-members").send().await?;
+        let request = request.header("prefer", "include-unknown-enum-members").header("accept-encoding", "gzip");
+        let response = request.send().await?;
         if response.status() != 200 {
             return Err(format!("Graph responded with {}", response.status()).into());
         }
+        let is_compressed = response.headers().contains_key("content-encoding");
+        let received = response.bytes().await?;
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await? {
-            body.extend_from_slice(&chunk);
+        if is_compressed {
+            MultiGzDecoder::new(&received[..]).read_to_end(&mut body)?;
+        } else {
+            body.extend_from_slice(&received);
         }
         Ok(body)
     }

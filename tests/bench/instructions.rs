@@ -1,9 +1,9 @@
-//! Instructions that the daemon executes for one item and for one small run, by where they are spent. Valgrind counts
-//! them: unlike times, counts hardly depend on the machine and on what else it does.
+//! Instructions that the daemon executes for an item and for a small run, by where they are spent. Valgrind counts them:
+//! unlike times, counts repeat, whatever else the machine does.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use super::baseline::Lists;
@@ -14,145 +14,75 @@ use super::world::World;
 
 const TYPES: usize = 30;
 const OBJECTS: usize = 20_000;
-const TENANTS: usize = 50;
+const TENANTS: usize = 200;
 const RUNS: usize = 500;
-/// Name of what no entry of [`PARTS`] describes.
-const REST: &str = "rest";
 
-/// Parts of the daemon and the crates (or, without a crate, the functions) that they consist of.
-const PARTS: &[(&str, &[&str])] = &[
-    ("tls", &["rustls", "ring", "tokio_rustls", "hyper_rustls"]),
-    (
-        "http",
-        &[
-            "h2",
-            "hyper",
-            "hyper_util",
-            "http",
-            "http_body",
-            "http_body_util",
-            "reqwest",
-            "tower_http",
-            "tower",
-            "bytes",
-        ],
-    ),
-    ("inflate", &["flate2", "miniz_oxide", "zlib_rs", "async_compression", "compression_codecs", "crc32fast"]),
-    ("json", &["serde_json", "serde", "serde_core"]),
-    ("daemon", &["inventoryd"]),
-    ("sql", &["sqlx", "sqlx_core", "sqlx_postgres"]),
-    ("amqp", &["lapin", "amq_protocol", "amq_protocol_types", "async_rs", "executor_trait", "nom", "cookie_factory"]),
-    (
-        "tasks",
-        &[
-            "tokio",
-            "tokio_util",
-            "tokio_stream",
-            "mio",
-            "parking_lot",
-            "parking_lot_core",
-            "futures_util",
-            "futures_channel",
-        ],
-    ),
-    (
-        "logs",
-        &[
-            "tracing",
-            "tracing_core",
-            "tracing_subscriber",
-            "tracing_opentelemetry",
-            "metrics",
-            "metrics_exporter_prometheus",
-            "metrics_util",
-            "opentelemetry",
-        ],
-    ),
-    ("std", &["core", "alloc", "std", "hashbrown", "memchr"]),
-    (
-        "allocation",
-        &[
-            "malloc",
-            "free",
-            "realloc",
-            "calloc",
-            "_int_malloc",
-            "_int_free",
-            "_int_realloc",
-            "malloc_consolidate",
-            "unlink_chunk",
-            "_int_free_merge_chunk",
-            "_int_free_create_chunk",
-        ],
-    ),
-    (
-        "copies",
-        &[
-            "memcpy",
-            "memmove",
-            "__memcpy_avx_unaligned_erms",
-            "__memmove_avx_unaligned_erms",
-            "memset",
-            "__memset_avx2_unaligned_erms",
-            "memcmp",
-            "bcmp",
-            "__memcmp_avx2_movbe",
-        ],
-    ),
+/// Parts of the daemon, and the crates that they consist of.
+const PARTS: &[(&str, &str)] = &[
+    ("daemon", "inventoryd"),
+    ("json", "serde_json serde serde_core"),
+    ("inflate", "flate2 zlib_rs crc32fast"),
+    ("http", "reqwest hyper hyper_util h2 http http_body http_body_util tower tower_http bytes"),
+    ("tls", "rustls ring tokio_rustls hyper_rustls"),
+    ("sql", "sqlx sqlx_core sqlx_postgres"),
+    ("amqp", "lapin amq_protocol amq_protocol_types async_rs nom cookie_factory pinky_swear"),
+    ("tasks", "tokio tokio_util mio parking_lot parking_lot_core futures_util futures_core futures_channel"),
+    ("logs", "tracing tracing_core tracing_subscriber tracing_opentelemetry opentelemetry opentelemetry_sdk metrics"),
+    ("std", "core alloc std hashbrown memchr"),
 ];
 
-/// Measures both.
+/// Counts the instructions of both.
 pub async fn measure(rig: &Rig) -> Result<Vec<Line>> {
     if !Command::new("valgrind").arg("--version").output().is_ok_and(|output| output.status.success()) {
         return Ok(vec![Line::skipped("instructions", "skipped: valgrind is not installed".to_owned())]);
     }
     let per_list = OBJECTS / TYPES;
-    let simulator = ["--objects".to_owned(), per_list.to_string(), "--page-size".to_owned(), "100".to_owned()];
-    let world = World::new(rig, "instructions_item", 1, &simulator).await?;
-    let mut lines = profile(rig, &world, "instructions_item", (&Lists::first(TYPES), 1, per_list * TYPES)).await?;
+    let big = ["--objects".to_owned(), per_list.to_string(), "--page-size".to_owned(), "100".to_owned()];
+    let world = World::new(rig, "instructions_item", 1, &big).await?;
+    let (instructions, parts) = count(rig, &world, &Lists::first(TYPES), 1).await?;
+    let items = per_list * TYPES;
+    let line = |name: &str, instructions: u64, units: usize, target| {
+        Line::new(name, "instructions", target, vec![Round::absolute(instructions as f64 / units as f64)])
+    };
+    let item = line("instructions_item", instructions, items, Target::Information)
+        .note(format!("for each of {items} items of one run, nothing changed: {parts}"));
     drop(world);
-    let simulator = ["--objects".to_owned(), "10".to_owned()];
-    let world = World::new(rig, "instructions_run", TENANTS, &simulator).await?;
-    lines.extend(profile(rig, &world, "instructions_run", (&Lists::first(1), RUNS, RUNS)).await?);
-    Ok(lines)
+    let small = ["--objects".to_owned(), "10".to_owned()];
+    let world = World::new(rig, "instructions_run", TENANTS, &small).await?;
+    let (instructions, parts) = count(rig, &world, &Lists::first(1), RUNS).await?;
+    let run = line("instructions_run", instructions, RUNS, Target::Information)
+        .note(format!("for each of {RUNS} runs of one page: {parts}"));
+    Ok(vec![item, run])
 }
 
-/// Counts the instructions of `runs` runs over unchanged objects, for each of `units`.
-async fn profile(
-    rig: &Rig,
-    world: &World,
-    name: &str,
-    (lists, runs, units): (&Lists, usize, usize),
-) -> Result<Vec<Line>> {
-    let file = rig.folder.join(format!("{name}.callgrind"));
+/// Counts the instructions of `runs` runs, and lists the share of each part.
+async fn count(rig: &Rig, world: &World, lists: &Lists, runs: usize) -> Result<(u64, String)> {
+    let file = rig.folder.join(format!("{}callgrind", world.prefix));
     let out = format!("--callgrind-out-file={}", text(&file)?);
-    let valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", &out];
-    let daemon =
-        world.daemon_under(&valgrind, &[("CONSUMER__PREFETCH", "32"), ("DATABASE__MAX_CONNECTIONS", "16")]).await?;
+    // Valgrind counts an instruction that copies a whole block once for each byte: the C library copies without it.
+    let copying =
+        "GLIBC_TUNABLES=glibc.cpu.x86_rep_movsb_threshold=1000000000:glibc.cpu.x86_rep_stosb_threshold=1000000000";
+    let valgrind = ["env", copying, "valgrind", "--tool=callgrind", "--instr-atstart=no", &out];
+    let settings = [("CONSUMER__PREFETCH", "32"), ("DATABASE__MAX_CONNECTIONS", "16")];
+    let daemon = world.daemon_under(&valgrind, &settings).await?;
     // Warm-up: the daemon fetches its tokens and prepares its statements, the simulator builds its pages.
     world.runs(lists, "warm", runs.max(world.tenants.len())).await?;
     control(&daemon, "--instr=on")?;
     world.runs(lists, "counted", runs).await?;
     control(&daemon, "--instr=off")?;
     daemon.stop().await?;
-    let costs = self_costs(&fs::read_to_string(&file)?);
-    let unit = |instructions: u64| vec![Round::absolute(instructions as f64 / units as f64)];
-    let total = Line::new(name, "instructions", Target::Information, unit(costs.values().sum()));
-    let mut lines = vec![total.note(format!("{runs} runs, {units} units, nothing changed; by part:"))];
-    let mut by_part: BTreeMap<&str, u64> = BTreeMap::new();
-    for (function, instructions) in &costs {
-        *by_part.entry(part_of(function)).or_default() += instructions;
+    let profile = fs::read_to_string(&file)?;
+    let mut parts: BTreeMap<&str, u64> = BTreeMap::new();
+    for (function, instructions) in by_function(&profile) {
+        *parts.entry(part_of(function)).or_default() += instructions;
     }
-    for part in PARTS.iter().map(|(part, _)| *part).chain([REST]) {
-        let line = Line::new(
-            &format!("{name}_{part}"),
-            "instructions",
-            Target::Information,
-            unit(by_part.get(part).copied().unwrap_or(0)),
-        );
-        lines.push(line);
-    }
-    Ok(lines)
+    let total: u64 = parts.values().sum();
+    let mut parts: Vec<(&str, u64)> = parts.into_iter().collect();
+    parts.sort_by_key(|(_, instructions)| Reverse(*instructions));
+    let share =
+        |(part, instructions): &(&str, u64)| format!("{part} {:.1} %", 100.0 * *instructions as f64 / total as f64);
+    let parts: Vec<String> = parts.iter().map(share).collect();
+    Ok((total, parts.join(", ")))
 }
 
 fn control(daemon: &Process, command: &str) -> Result<()> {
@@ -164,9 +94,9 @@ fn control(daemon: &Process, command: &str) -> Result<()> {
 }
 
 /// Sums a profile's instructions by function, without those of called functions.
-fn self_costs(profile: &str) -> BTreeMap<&str, u64> {
-    let (mut names, mut costs) = (BTreeMap::new(), BTreeMap::new());
-    let (mut function, mut is_call) = ("", false);
+fn by_function(profile: &str) -> BTreeMap<&str, u64> {
+    let (mut names, mut sums) = (BTreeMap::new(), BTreeMap::new());
+    let (mut function, mut after_call) = ("", false);
     for line in profile.lines() {
         if let Some(named) = line.strip_prefix("fn=").or_else(|| line.strip_prefix("cfn=")) {
             // A name is written once, after its number.
@@ -178,24 +108,29 @@ fn self_costs(profile: &str) -> BTreeMap<&str, u64> {
                 function = names.get(number).copied().unwrap_or_default();
             }
         } else if line.starts_with("calls=") {
-            is_call = true;
+            after_call = true;
         } else if line.starts_with(|first: char| first.is_ascii_digit() || "+-*".contains(first)) {
             // The line after a call has the cost of the called function.
-            if !std::mem::take(&mut is_call) {
-                let cost: u64 = line.split(' ').nth(1).and_then(|cost| cost.parse().ok()).unwrap_or(0);
-                *costs.entry(function).or_insert(0) += cost;
+            if !std::mem::take(&mut after_call) {
+                let cost = line.split(' ').nth(1).and_then(|cost| cost.parse().ok()).unwrap_or(0);
+                *sums.entry(function).or_insert(0) += cost;
             }
         }
     }
-    costs
+    sums
 }
 
-/// Part of the daemon that a function belongs to.
+/// Part of the daemon that a function belongs to, by the crate at the start of its path.
 fn part_of(function: &str) -> &'static str {
-    let path =
-        function.trim_start_matches(['<', '&', '(', '[', ' ']).trim_start_matches("mut ").trim_start_matches("dyn ");
-    let end = path.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(path.len());
-    let name = &path[..end];
-    let name = if name.starts_with("ring_core") { "ring" } else { name };
-    PARTS.iter().find(|(_, crates)| crates.contains(&name)).map_or(REST, |(part, _)| part)
+    let path = function.trim_start_matches(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    let path = path.trim_start_matches("mut ").trim_start_matches("dyn ");
+    let name = path.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or_default();
+    let of_crate = |(_, crates): &&(&str, &str)| crates.split(' ').any(|known| known == name);
+    match PARTS.iter().find(of_crate) {
+        Some((part, _)) => part,
+        None if name.starts_with("ring_") => "tls",
+        None if name.contains("alloc") || name.contains("free") => "allocation",
+        None if name.contains("mem") => "copies",
+        None => "rest",
+    }
 }
