@@ -24,21 +24,19 @@ pub struct Fleet {
     store: Store,
     graph: GraphClient,
     replica: String,
-    turn_requests: mpsc::Receiver<TurnRequest>,
 }
 
 impl Fleet {
     /// The fleet as seen by `replica`.
     #[must_use]
     pub fn new(store: Store, graph: GraphClient, replica: &str) -> Self {
-        let turn_requests = graph.turn_requests();
-        Self { store, graph, replica: replica.to_owned(), turn_requests }
+        Self { store, graph, replica: replica.to_owned() }
     }
 
     /// Runs until `stop`. While the database is unavailable each replica uses its own pauses and the last known number.
-    pub async fn run(mut self, stop: &CancellationToken) {
-        let turn_requests = std::mem::replace(&mut self.turn_requests, mpsc::channel(1).1);
-        let _granting = AbortOnDropHandle::new(tokio::spawn(grant_turns(self.store.clone(), turn_requests)));
+    pub async fn run(self, stop: &CancellationToken) {
+        let granting = grant_turns(self.store.clone(), self.graph.turn_requests());
+        let _granting = AbortOnDropHandle::new(tokio::spawn(granting));
         let mut notices = self.graph.pause_notices();
         let mut heartbeat = tokio::time::interval(HEARTBEAT_INTERVAL);
         let mut pause_poll = tokio::time::interval(PAUSE_POLL_INTERVAL);

@@ -162,6 +162,28 @@ async fn dead_letters_that_do_not_fit_are_held_without_a_slot_or_kept_by_the_bro
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_held_for_too_long_is_kept_by_the_broker_and_not_delivered_again() {
+    let world = World::new().await;
+    for body in [b"one", b"two"] {
+        put(&world, DEAD, body).await;
+    }
+    let _policy =
+        Policy::set(&world, "inventory\\.dead$", json!({ "max-length": 1, "overflow": "reject-publish" })).await;
+    let listen = format!("127.0.0.1:{}", free_port());
+    // Deliveries are held for a third of what the broker waits beyond the longest run: 10 s.
+    let settings = [("HTTP__LISTEN", listen.as_str()), ("RUN__DEADLINE_S", "60"), ("CONSUMER__BROKER_TIMEOUT_S", "90")];
+    let _replica = Process::start(&world, "full", &settings);
+    world.publish(&World::request_of(Uuid::new_v4(), "stranger", &["mobileApp"])).await;
+    held(&listen, 1..=1).await;
+    held(&listen, 0..=0).await;
+    let metrics = page(&listen, "/metrics").await.unwrap();
+    let settled =
+        metrics.lines().filter(|line| line.starts_with("inventoryd_deliveries_total") && !line.ends_with(" 0"));
+    assert_eq!(settled.collect::<Vec<_>>(), ["inventoryd_deliveries_total{outcome=\"rejected\"} 1"]);
+    assert_eq!((world.depth("inventory.sync.requests").await, world.depth(DEAD).await), (0, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_retry_that_does_not_fit_is_held_without_a_slot() {
     let world = World::new().await;
     let policy =

@@ -13,7 +13,7 @@ use super::concurrency::ConcurrencyLimit;
 use super::family::Family;
 use super::pause::{PauseNotice, TenantLimits};
 use super::rate_limit::RateLimiter;
-use super::sliding_window::{Allowance, DocumentedLimit, forgotten_after};
+use super::sliding_window::{Allowance, DocumentedLimit, counted_for};
 use super::turns::{TurnRequest, TurnSource, Turns};
 use crate::config::GraphConfig;
 
@@ -56,7 +56,7 @@ impl Replicas {
             Some((highest, since)) => (highest.max(replicas), since),
         };
         self.fallen = Some((highest, since));
-        if now.duration_since(since) >= forgotten_after(INTUNE_WINDOW) {
+        if now.duration_since(since) >= counted_for(INTUNE_WINDOW) {
             *self = Self { counted: highest, fallen: (replicas < highest).then_some((replicas, now)) };
         }
     }
@@ -90,7 +90,7 @@ impl LimitRegistry {
 
     /// Time for which an earlier process may still have requests in a window; `None` if this process is older than that.
     pub(in crate::graph) fn predecessor_counts_for(&self) -> Option<Duration> {
-        let counts_for = forgotten_after(INTUNE_WINDOW);
+        let counts_for = counted_for(INTUNE_WINDOW);
         (self.started.elapsed() < counts_for).then_some(counts_for)
     }
 

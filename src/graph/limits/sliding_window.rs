@@ -92,11 +92,6 @@ fn floor(requests: f64) -> u32 {
     requests.floor() as u32
 }
 
-/// Time from the start of a process after which no window holds a request of its predecessor.
-pub(super) fn forgotten_after(window: Duration) -> Duration {
-    counted_for(window)
-}
-
 /// Requests sent within the last window.
 #[derive(Debug, Default)]
 pub(super) struct SlidingWindow {
@@ -163,8 +158,8 @@ impl SlidingWindow {
     }
 }
 
-/// Time for which a slot is counted from its start.
-fn counted_for(window: Duration) -> Duration {
+/// Time for which a slot is counted from its start; afterwards no window holds its requests.
+pub(super) fn counted_for(window: Duration) -> Duration {
     SLOT + window + REORDER_MARGIN
 }
 
@@ -249,7 +244,7 @@ mod tests {
         let sent = greedy(800, allowance, SlidingWindow::of_predecessor(allowance, Instant::now()));
         let within = |time: Duration| sent.iter().filter(|after| **after < time).count();
         assert_eq!((within(Duration::from_secs(2)), within(Duration::from_secs(20))), (200, 200));
-        assert_eq!(within(forgotten_after(INTUNE.window) + Duration::from_secs(4)), 800);
+        assert_eq!(within(counted_for(INTUNE.window) + Duration::from_secs(4)), 800);
         // A tenant first requested when the process is older than a window has the whole window.
         let before = Instant::now().checked_sub(Duration::from_secs(30)).unwrap();
         assert!(

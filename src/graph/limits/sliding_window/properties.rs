@@ -6,7 +6,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use tokio::time::Instant;
 
-use super::{Allowance, DocumentedLimit, REORDER_MARGIN, SlidingWindow, forgotten_after};
+use super::{Allowance, DocumentedLimit, REORDER_MARGIN, SlidingWindow, counted_for};
 
 /// Lateness with which a turn may be used, and the rest of the margin for the way to Graph.
 const LATE: Duration = Duration::from_millis(100);
@@ -117,7 +117,7 @@ fn fleet(limit: DocumentedLimit, share: f64, replicas: &[Load]) -> Option<Fleet>
         let mut at = Duration::ZERO;
         let restarts = restarts.iter().map(|share| {
             let this = at + limit.window.mul_f64(*share);
-            at = this + forgotten_after(limit.window);
+            at = this + counted_for(limit.window);
             this
         });
         let (restarts, sent) = (restarts.collect(), SlidingWindow::default());
