@@ -3,8 +3,7 @@
 use std::time::{Duration, Instant};
 
 use lapin::BasicProperties;
-use lapin::options::{BasicPublishOptions, QueueBindOptions, QueueDeclareOptions, QueuePurgeOptions};
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::options::{BasicPublishOptions, QueuePurgeOptions};
 
 use super::report::{Line, Round, Target};
 use super::rig::{Result, Rig};
@@ -40,13 +39,8 @@ pub async fn measure(rig: &Rig) -> Result<Vec<Line>> {
 /// Declares a durable queue for all events, as a subscriber would.
 async fn subscriber(world: &World) -> Result<String> {
     let queue = format!("{}subscriber", world.prefix);
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-    let options = QueueDeclareOptions { durable: true, ..Default::default() };
-    world.channel.queue_declare(queue.clone().into(), options, arguments).await?;
-    let (exchange, all) = (format!("{}inventory.events", world.prefix), "run.completed.#");
-    let options = QueueBindOptions::default();
-    world.channel.queue_bind(queue.clone().into(), exchange.into(), all.into(), options, FieldTable::default()).await?;
+    world.declare_queue(&queue).await?;
+    world.bind_events(&queue).await?;
     Ok(queue)
 }
 

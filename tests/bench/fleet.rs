@@ -1,6 +1,6 @@
 //! Many replicas without work, and a long queue whose replicas are restarted while they drain it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::Row;
 
@@ -8,7 +8,7 @@ use super::baseline::Lists;
 use super::process::cpu_s_of;
 use super::report::{Line, Round, Target};
 use super::rig::{Result, Rig};
-use super::world::World;
+use super::world::{DEADLINE, World};
 
 const REPLICAS: u32 = 64;
 const TENANTS: usize = 1_000;
@@ -145,7 +145,11 @@ async fn ended(world: &World, since: f64, count: usize) -> Result<()> {
         "select count(*)::float8 from inventory_sync_runs
           where id >= inventory_run_id_at(to_timestamp({since})) and status <> 'running'"
     );
+    let begun = Instant::now();
     while world.float(&query).await? < count as f64 {
+        if begun.elapsed() > DEADLINE {
+            return Err(format!("fewer than {count} runs have ended").into());
+        }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     Ok(())

@@ -12,9 +12,8 @@ use inventoryd::domain::policy_type::PolicyType;
 use lapin::message::Delivery;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
-    QueueDeclareOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel};
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -77,10 +76,7 @@ impl HandWritten {
         }
         let channel = world.connection.create_channel().await?;
         let queue = format!("{}hand-written.{effects:?}", world.prefix);
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-        let options = QueueDeclareOptions { durable: true, ..Default::default() };
-        channel.queue_declare(queue.clone().into(), options, arguments).await?;
+        world.declare_queue(&queue).await?;
         channel.basic_qos(PREFETCH, BasicQosOptions { global: false }).await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         // As in the daemon: no ping before a statement, and one plan for all.

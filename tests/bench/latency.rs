@@ -3,8 +3,8 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::StreamExt;
-use lapin::options::{BasicConsumeOptions, BasicPublishOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::options::{BasicConsumeOptions, BasicPublishOptions};
+use lapin::types::FieldTable;
 use lapin::{BasicProperties, Consumer};
 use serde_json::Value;
 
@@ -86,14 +86,9 @@ async fn baseline_message(world: &World, consumer: &mut Consumer) -> Result<f64>
 async fn consumer(world: &World, name: &str, of_events: bool) -> Result<Consumer> {
     let channel = world.connection.create_channel().await?;
     let queue = format!("{}{name}", world.prefix);
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-    let options = QueueDeclareOptions { durable: true, ..Default::default() };
-    channel.queue_declare(queue.clone().into(), options, arguments).await?;
+    world.declare_queue(&queue).await?;
     if of_events {
-        let (exchange, options) = (format!("{}inventory.events", world.prefix), QueueBindOptions::default());
-        let all = "run.completed.#".into();
-        channel.queue_bind(queue.clone().into(), exchange.into(), all, options, FieldTable::default()).await?;
+        world.bind_events(&queue).await?;
     }
     let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
     Ok(channel.basic_consume(queue.into(), name.into(), options, FieldTable::default()).await?)

@@ -130,10 +130,7 @@ impl Work<'_> {
         let (world, queue) = (&self.world, self.queue());
         let lists = rig.folder.join(format!("{}-lists.json", self.name));
         fs::write(&lists, self.contracts().to_string())?;
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-        let options = QueueDeclareOptions { durable: true, ..Default::default() };
-        world.channel.queue_declare(queue.clone().into(), options, arguments).await?;
+        world.declare_queue(&queue).await?;
         let events = format!("{}inventory.events", world.prefix);
         let broker = world.amqp_url.replacen("amqp://", "pyamqp://", 1);
         let variables = [

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use inventoryd::broker::Broker;
 use inventoryd::config::Config;
 use inventoryd::store::Store;
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
-use lapin::types::FieldTable;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use serde_json::{Value, json};
 use sqlx::postgres::{PgPool, PgPoolOptions};
@@ -24,7 +24,7 @@ pub const CLIENT_ID: &str = "11111111-2222-4333-8444-555555555555";
 /// Secret of [`CLIENT_ID`].
 pub const CLIENT_SECRET: &str = "simulated-secret";
 /// Longest wait for the end of measured runs.
-const DEADLINE: Duration = Duration::from_secs(900);
+pub const DEADLINE: Duration = Duration::from_secs(900);
 /// Database connections of the environment itself.
 pub const CONNECTIONS: u32 = 16;
 
@@ -215,6 +215,23 @@ impl World {
             }
             tokio::time::sleep(Duration::from_millis(if count == 1 { 10 } else { 200 })).await;
         }
+    }
+
+    /// Declares a durable quorum queue.
+    pub async fn declare_queue(&self, queue: &str) -> Result<()> {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+        let options = QueueDeclareOptions { durable: true, ..Default::default() };
+        self.channel.queue_declare(queue.into(), options, arguments).await?;
+        Ok(())
+    }
+
+    /// Binds a queue to all events.
+    pub async fn bind_events(&self, queue: &str) -> Result<()> {
+        let (exchange, options) = (format!("{}inventory.events", self.prefix), QueueBindOptions::default());
+        let all = "run.completed.#".into();
+        self.channel.queue_bind(queue.into(), exchange.into(), all, options, FieldTable::default()).await?;
+        Ok(())
     }
 
     /// Updates the planner's statistics, as autovacuum does within a minute in production.
