@@ -6,6 +6,7 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use inventoryd::broker::Broker;
 use lapin::options::ExchangeDeclareOptions;
 use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
@@ -53,13 +54,16 @@ impl Drop for Running {
     }
 }
 
-/// A world whose replica has a virtual host for itself and no prefix there: the names are the documented ones.
+/// A world whose replica has a virtual host for itself and no prefix there: the names are the documented ones. The topology
+/// is complete on return; a replica declares it only after its start.
 async fn plain_world() -> (World, Replica, String) {
     let (world, url) = (World::new().await, servers::virtual_host().await);
     world.register(TENANT, None).await;
     let mut config = world.config();
     config.topology.prefix = String::new();
     config.broker.url = url.as_str().into();
+    let broker = Broker::new(&config.broker, &config.topology, "test").expect("the URL is valid");
+    broker.ensure_topology().await.expect("the queues are declared");
     let replica = Replica::with(config).await;
     (world, replica, url)
 }
