@@ -1,7 +1,6 @@
 //! Backup and restore with the commands of deploy/README.md, onto a new server.
 
 use std::collections::BTreeMap;
-use std::process::Command;
 
 use inventoryd::config::Config;
 use lapin::options::QueueDeleteOptions;
@@ -16,9 +15,9 @@ use crate::documentation::{blocks, section};
 use crate::sim::SimConfig;
 use crate::support::daemon::Replica;
 use crate::support::events::Subscriber;
+use crate::support::eventually;
 use crate::support::servers::{self, Private};
 use crate::support::world::World;
-use crate::support::{binary, eventually};
 
 const APPS: &str = "deviceAppManagement/mobileApps";
 const OWNER: &str = "inventory_owner";
@@ -104,8 +103,7 @@ async fn fill(world: &World, other: Uuid) -> Replica {
 
 /// Runs `inventoryd check --connect` with the login of a daemon.
 async fn assert_check_passes(world: &World) {
-    let mut command = Command::new(binary());
-    command.args(["check", "--connect"]).env_clear().envs(world.variables());
+    let mut command = world.command(&["check", "--connect"]);
     let (_, database) = world.database_url.rsplit_once('/').unwrap();
     command.env("INVENTORYD__DATABASE__URL", url_of(&world.database_url, LOGIN, database));
     let output = spawn_blocking(move || command.output().unwrap()).await.unwrap();

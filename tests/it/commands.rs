@@ -26,9 +26,7 @@ impl Completed {
 }
 
 fn command(world: &World, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_inventoryd"));
-    command.args(arguments).env_clear().envs(world.variables()).stdin(Stdio::null());
-    command
+    world.command(arguments)
 }
 
 async fn call(world: &World, arguments: &[&str]) -> Completed {

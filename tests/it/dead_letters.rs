@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::support::daemon::Replica;
+use crate::support::eventually;
 use crate::support::world::World;
-use crate::support::{binary, eventually};
 
 pub(crate) fn header(letter: &BasicGetMessage, name: &str) -> Option<String> {
     let headers = letter.properties.headers().as_ref()?;
@@ -92,8 +92,7 @@ fn bytes(value: &Value) -> Vec<u8> {
 
 /// Output of an `inventoryd dead` command as JSON.
 async fn dead_command(world: &World, arguments: &[&str]) -> Value {
-    let mut command = std::process::Command::new(binary());
-    command.arg("dead").args(arguments).arg("--json").env_clear().envs(world.variables());
+    let mut command = world.command(&[&["dead"], arguments, &["--json"]].concat());
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()

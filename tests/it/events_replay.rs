@@ -1,20 +1,18 @@
 //! `events replay`: a subscriber that was away for longer than its queue kept events receives the same events again.
 
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 
 use serde_json::{Value, json};
 use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
-use crate::support::binary;
 use crate::support::daemon::Replica;
 use crate::support::events::Subscriber;
 use crate::support::eventually;
 use crate::support::world::World;
 
 async fn replay(world: &World, arguments: &[&str]) -> Output {
-    let mut command = Command::new(binary());
-    command.args(["events", "replay"]).args(arguments).env_clear().envs(world.variables()).stdin(Stdio::null());
+    let mut command = world.command(&[&["events", "replay"], arguments].concat());
     let output = spawn_blocking(move || command.output().unwrap()).await.unwrap();
     assert!(output.status.success(), "{arguments:?}: {output:?}");
     output

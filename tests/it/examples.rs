@@ -6,7 +6,6 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use inventoryd::broker::Broker;
 use lapin::options::ExchangeDeclareOptions;
 use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
@@ -16,7 +15,7 @@ use uuid::Uuid;
 use crate::support::clients::{Language, shell_line};
 use crate::support::daemon::Replica;
 use crate::support::events::Subscriber;
-use crate::support::world::World;
+use crate::support::world::{World, declare_topology};
 use crate::support::{DEADLINE, binary, eventually, servers};
 
 /// Tenant of the documented examples.
@@ -62,8 +61,7 @@ async fn plain_world() -> (World, Replica, String) {
     let mut config = world.config();
     config.topology.prefix = String::new();
     config.broker.url = url.as_str().into();
-    let broker = Broker::new(&config.broker, &config.topology, "test").expect("the URL is valid");
-    broker.ensure_topology().await.expect("the queues are declared");
+    declare_topology(&config).await;
     let replica = Replica::with(config).await;
     (world, replica, url)
 }
@@ -140,7 +138,7 @@ async fn shell_publishes_and_watches() {
     let shell = |line: &str| {
         let mut command = Command::new("bash");
         let path = format!("{}:/usr/bin:/bin", folder.display());
-        command.args(["-c", &format!("exec {line}")]).env_clear().envs(world.variables()).env("PATH", path);
+        command.args(["-c", &format!("exec {line}")]).env_clear().envs(world.patient_variables()).env("PATH", path);
         command
     };
     let mut tail =

@@ -12,7 +12,7 @@ use crate::support::daemon::{Process, Replica, peak_mib};
 use crate::support::raw_amqp::{self, unreadable};
 use crate::support::servers::{self, Private};
 use crate::support::world::World;
-use crate::support::{binary, eventually, within};
+use crate::support::{eventually, within};
 
 async fn dead(world: &World) -> BasicGetMessage {
     eventually("a dead letter arrives", || world.take("inventory.dead")).await
@@ -20,8 +20,7 @@ async fn dead(world: &World) -> BasicGetMessage {
 
 /// Runs `inventoryd dead` with the real binary.
 async fn dead_command(world: &World, arguments: &[&str]) -> Value {
-    let mut command = std::process::Command::new(binary());
-    command.arg("dead").args(arguments).arg("--json").env_clear().envs(world.variables());
+    let mut command = world.command(&[&["dead"], arguments, &["--json"]].concat());
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()
@@ -107,9 +106,8 @@ async fn a_body_of_many_megabytes_is_moved_by_the_broker_and_not_kept() {
 
 /// Runs `inventoryd dead list` and returns the letters and the peak of its memory in MiB.
 async fn list_with_peak(world: &World) -> (Vec<Value>, u64) {
-    let mut command = std::process::Command::new(binary());
-    command.args(["dead", "list", "--json"]).env_clear().envs(world.variables()).stdout(std::process::Stdio::piped());
-    let child = command.spawn().unwrap();
+    let mut command = world.command(&["dead", "list", "--json"]);
+    let child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
     let (id, mut peak) = (child.id(), 0);
     let mut ended = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
     let output = loop {

@@ -28,7 +28,7 @@ async fn call_as(variables: BTreeMap<String, String>, arguments: &[&str]) -> Out
 }
 
 async fn call(world: &World, arguments: &[&str]) -> Output {
-    call_as(world.variables(), arguments).await
+    call_as(world.patient_variables(), arguments).await
 }
 
 /// JSON output of a command that succeeds.
@@ -42,7 +42,11 @@ async fn read(world: &World, arguments: &[&str]) -> Value {
 async fn on_terminal(world: &World, columns: u16, arguments: &[&str], input: &'static str) -> (i32, String) {
     let line = format!("stty cols {columns}; exec {} {}", binary().display(), arguments.join(" "));
     let mut command = Command::new("script");
-    command.args(["-qefc", &line, "/dev/null"]).env_clear().envs(world.variables()).env("PATH", "/usr/bin:/bin");
+    command
+        .args(["-qefc", &line, "/dev/null"])
+        .env_clear()
+        .envs(world.patient_variables())
+        .env("PATH", "/usr/bin:/bin");
     command.env("TERM", "xterm").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     let run = move || {
         use std::io::Write;
@@ -135,7 +139,7 @@ async fn a_reader_lists_the_items_of_its_own_tenant_only() {
     world.execute(include_str!("../../deploy/sql/roles.sql")).await;
     let role = format!("inventoryd_reader:{}", world.tenant);
     world.execute(&format!("create role \"{role}\" login in role inventoryd_reader")).await;
-    let mut variables = world.variables();
+    let mut variables = world.patient_variables();
     let (_, address) = world.database_url.rsplit_once('@').unwrap();
     let url = format!("postgres://{}@{address}", role.replace(':', "%3A"));
     variables.insert("INVENTORYD__DATABASE__URL".to_owned(), url);

@@ -2,16 +2,14 @@
 //!
 //! Cost is counted in pages and rows that PostgreSQL touched, which are the same on every machine.
 
-use std::process::{Command, Stdio};
-
 use serde_json::{Value, json};
 use sqlx::AssertSqlSafe;
 use tokio::task::spawn_blocking;
 
 use crate::sim::Which;
 use crate::support::daemon::Replica;
+use crate::support::eventually;
 use crate::support::world::World;
-use crate::support::{binary, eventually};
 
 const APPS: &str = "deviceAppManagement/mobileApps";
 const TYPES: [&str; 4] = ["mobileApp", "deviceShellScript", "deviceHealthScript", "deviceCompliancePolicy"];
@@ -167,8 +165,7 @@ async fn rows_read(world: &World) -> i64 {
 }
 
 async fn call(world: &World, arguments: &[&str]) -> Value {
-    let mut command = Command::new(binary());
-    command.args(arguments).env_clear().envs(world.variables()).stdin(Stdio::null());
+    let mut command = world.command(arguments);
     let output = spawn_blocking(move || command.output().unwrap()).await.unwrap();
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()

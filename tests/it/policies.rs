@@ -40,8 +40,7 @@ impl Drop for Policy {
 
 /// Runs the real binary against the real broker.
 async fn dead(world: &World, arguments: &[&str]) -> Output {
-    let mut command = std::process::Command::new(binary());
-    command.arg("dead").args(arguments).arg("--json").env_clear().envs(world.variables());
+    let mut command = world.command(&[&["dead"], arguments, &["--json"]].concat());
     let output = spawn_blocking(move || command.output().unwrap()).await.unwrap();
     assert!(output.status.success(), "{output:?}");
     output
@@ -102,8 +101,7 @@ async fn reading_dead_letters_loses_none_under_a_low_delivery_limit() {
 async fn letters_moved_by_a_policy_are_named_by_the_start_and_the_check() {
     let world = World::new().await;
     let check = async || {
-        let mut command = std::process::Command::new(binary());
-        command.args(["check", "--connect"]).env_clear().envs(world.variables());
+        let mut command = world.command(&["check", "--connect"]);
         let output = spawn_blocking(move || command.output().unwrap()).await.unwrap();
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stderr).unwrap()

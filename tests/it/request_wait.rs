@@ -26,9 +26,8 @@ async fn wait_for_end(world: &World, more: &[&str]) -> Output {
 }
 
 async fn wait_as(world: &World, broker_url: &str, more: &[&str]) -> Output {
-    let mut command = Command::new(binary());
-    command.args(arguments(world)).args(more).env_clear().envs(world.variables()).stdin(Stdio::null());
-    command.env("INVENTORYD__BROKER__URL", broker_url);
+    let mut command = world.command(&[]);
+    command.args(arguments(world)).args(more).env("INVENTORYD__BROKER__URL", broker_url);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap());
     tokio::time::timeout(SOON, output).await.expect("the command ends within seconds").unwrap()
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use inventoryd::broker::Broker;
 use inventoryd::config::Config;
@@ -16,9 +17,9 @@ use sqlx::{AssertSqlSafe, Connection as _, Row};
 use uuid::Uuid;
 
 use super::events::Subscriber;
-use super::eventually;
 use super::proxy::Proxy;
 use super::servers;
+use super::{binary, eventually};
 use crate::sim::{Sim, SimConfig};
 
 /// Client credentials that the simulator accepts.
@@ -93,8 +94,7 @@ impl World {
         };
         let config = world.config();
         Store::connect(&config.database).expect("the URL is valid").migrate().await.expect("the schema is migrated");
-        let broker = Broker::new(&config.broker, &config.topology, "test").expect("the URL is valid");
-        broker.ensure_topology().await.expect("the queues are declared");
+        declare_topology(&config).await;
         world.register(world.tenant, None).await;
         world
     }
@@ -125,6 +125,21 @@ impl World {
             ("HTTP__LISTEN", ""),
         ];
         pairs.into_iter().map(|(key, value)| (format!("INVENTORYD__{key}"), value.to_owned())).collect()
+    }
+
+    /// Prepares a command of the real binary.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command.args(arguments).env_clear().envs(self.patient_variables()).stdin(Stdio::null());
+        command
+    }
+
+    /// Environment variables of a command. A daemon tries again, a command does not: so the timeout is that of a slow disk.
+    pub fn patient_variables(&self) -> BTreeMap<String, String> {
+        let mut variables = self.variables();
+        variables.insert("INVENTORYD__BROKER__OPERATION_TIMEOUT_S".to_owned(), "60".to_owned());
+        variables.insert("INVENTORYD__OUTBOX__CLAIM_S".to_owned(), "61".to_owned());
+        variables
     }
 
     /// Socket address of the broker.
@@ -308,6 +323,14 @@ impl Drop for World {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.ca_file);
     }
+}
+
+/// Declares exchanges and queues; the broker may take long, as its disk may be slow.
+pub async fn declare_topology(config: &Config) {
+    let mut config = config.clone();
+    config.broker.operation_timeout_s = 60;
+    let broker = Broker::new(&config.broker, &config.topology, "test").expect("the URL is valid");
+    broker.ensure_topology().await.expect("the queues are declared");
 }
 
 /// Extracts `host:port` from a URL with user and path.
