@@ -246,7 +246,7 @@ async fn wait_for_run(
             break run_id;
         }
         if deadline.passed() {
-            let cause = obstacle.unwrap_or("check the daemon's log and /status");
+            let cause = find_obstacle(watch).await.unwrap_or("check the daemon's log and /status");
             return Err(CliError::Failed(format!("no daemon accepted the request within --timeout-s: {cause}")));
         }
         if next_look <= tokio::time::Instant::now() {
