@@ -40,8 +40,8 @@ impl ConfirmChannel {
         let limit = broker.0.opening.answer_limit;
         let connection = broker.connect(purpose).await?;
         match broker.ensure(&connection).await {
-            // The consumer reports drift and is not ready; publishing may still succeed.
-            Ok(()) | Err(BrokerError::Drift(_)) => {}
+            // The consumer reports both and is not ready; publishing may still succeed.
+            Ok(()) | Err(BrokerError::Drift(_) | BrokerError::Permissions(_)) => {}
             Err(error) => return Err(error),
         }
         let channel = connection.channel().await?;

@@ -39,6 +39,10 @@ pub(super) struct Opening {
 
 /// Connection whose socket is shut down on drop.
 pub(super) struct Connection {
+    /// Virtual host that the connection is for.
+    pub(super) virtual_host: String,
+    /// User that logged in.
+    pub(super) user: String,
     connection: lapin::Connection,
     answer_limit: Duration,
     _shutdown: ShutdownOnDrop,
@@ -55,10 +59,11 @@ impl Connection {
             socket.keep(&stream)?;
             Ok(AsyncTcpStream::Plain(GuardedStream::new(stream)))
         };
+        let (virtual_host, user) = (uri.vhost.clone(), uri.authority.userinfo.username.clone());
         let properties = ConnectionProperties::default().with_connection_name(opening.name.clone().into());
         let connection = lapin::Connection::connector(uri, client, connect, properties);
         let connection = within(limit, "connecting", connection).await?;
-        Ok(Self { connection, answer_limit: opening.answer_limit, _shutdown: shutdown })
+        Ok(Self { virtual_host, user, connection, answer_limit: opening.answer_limit, _shutdown: shutdown })
     }
 
     /// Opens a channel.

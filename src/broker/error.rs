@@ -23,10 +23,8 @@ pub enum BrokerError {
     /// Exchanges or queues are missing or differ from the configuration. Nothing was changed or deleted.
     #[error("exchanges or queues on the broker differ from the configuration (nothing was changed):\n{0}")]
     Drift(String),
-    /// Permissions that this user lacks, one per line.
-    #[error(
-        "the user of broker.url lacks permissions; grant them (deploy/README.md lists those that each topology.mode needs):\n{0}"
-    )]
+    /// Permissions that this user lacks, one exchange or queue a line, and the command that grants them.
+    #[error("the user of broker.url lacks permissions:\n{0}")]
     Permissions(String),
     /// No answer in time; the operation may or may not have been performed.
     #[error("{doing}: no answer from the broker within {after:?}")]

@@ -139,8 +139,7 @@ impl Broker {
     /// If any step fails; the connection is closed then.
     pub async fn subscribe(&self, prefetch: u16) -> Result<Subscription, BrokerError> {
         let connection = self.connect(Purpose::Consume).await?;
-        self.ensure(&connection).await?;
-        for warning in self.check_permissions(&connection).await? {
+        for warning in self.check_session(&connection).await? {
             tracing::warn!("{warning}");
         }
         Subscription::start(connection, &self.0.names.requests, prefetch, self.0.opening.answer_limit).await
@@ -169,10 +168,7 @@ impl Broker {
     /// [`BrokerError::Drift`], [`BrokerError::Permissions`], or a connection error.
     pub async fn check(&self) -> Result<Vec<String>, BrokerError> {
         let connection = self.connect(Purpose::Manage).await?;
-        let checked = match self.ensure(&connection).await {
-            Ok(()) => self.check_permissions(&connection).await,
-            Err(error) => Err(error),
-        };
+        let checked = self.check_session(&connection).await;
         connection.close(self.0.opening.answer_limit).await;
         checked
     }
@@ -222,21 +218,25 @@ impl Broker {
         EventTail::open(self, pattern).await
     }
 
-    /// Checks the permissions until they have been sufficient once. Returns warnings of that one check.
-    async fn check_permissions(&self, connection: &Connection) -> Result<Vec<String>, BrokerError> {
-        let inner = &self.0;
-        if inner.permitted.load(Ordering::Relaxed) {
-            return Ok(Vec::new());
+    /// Declares or verifies the topology, and checks the permissions until they have been sufficient once. Returns warnings
+    /// of that one check.
+    async fn check_session(&self, connection: &Connection) -> Result<Vec<String>, BrokerError> {
+        let (inner, limit) = (&self.0, self.0.opening.answer_limit);
+        let found = topology::ensure(connection, &inner.names, &inner.topology, limit).await?;
+        if found.refused.is_empty() && inner.permitted.load(Ordering::Relaxed) {
+            return found.into_result().map(|()| Vec::new());
         }
-        permissions::check(connection, &inner.names, inner.opening.answer_limit).await?;
-        let warning = dead_letters::warn_of_kept(connection, &inner.names, inner.opening.answer_limit).await?;
+        permissions::check(connection, &inner.names, inner.topology.mode, &found, limit).await?;
+        found.into_result()?;
+        let warning = dead_letters::warn_of_kept(connection, &inner.names, limit).await?;
         inner.permitted.store(true, Ordering::Relaxed);
         Ok(warning.into_iter().collect())
     }
 
     async fn ensure(&self, connection: &Connection) -> Result<(), BrokerError> {
         let inner = &self.0;
-        topology::ensure(connection, &inner.names, &inner.topology, inner.opening.answer_limit).await
+        let found = topology::ensure(connection, &inner.names, &inner.topology, inner.opening.answer_limit).await?;
+        found.into_result()
     }
 
     /// Tries every address once, starting after the last that failed.

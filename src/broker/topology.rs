@@ -20,6 +20,8 @@ pub const SYNC_REQUESTED: &str = "sync.requested";
 /// Effectively unlimited, in a form that 3.10 and 4.x both accept: by default 4.x drops a dead letter after 20 reads.
 const UNLIMITED_DELIVERIES: i64 = 1_000_000;
 const UNROUTED_TTL_MS: i64 = 7 * 24 * 3600 * 1000;
+/// Code of a channel closed over a missing permission.
+pub(super) const ACCESS_REFUSED: u16 = 403;
 
 /// Names of all exchanges and queues, with the prefix of this deployment.
 #[derive(Debug, Clone)]
@@ -58,6 +60,11 @@ impl Names {
         }
     }
 
+    /// Prefix of this deployment, empty by default.
+    pub(super) fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     /// New name for a private queue of a command; within the permissions that the other names need.
     pub(super) fn private_queue(&self, command: &str) -> String {
         format!("{}inventory.{command}.{}", self.prefix, Uuid::new_v4().simple())
@@ -81,15 +88,35 @@ struct Queue {
     arguments: FieldTable,
 }
 
-/// Declares or verifies everything, as configured, and reports every differing exchange and queue at once.
+/// Deviations of the broker from the configuration.
+#[derive(Debug, Default)]
+pub(super) struct Deviations {
+    /// Missing or different exchanges and queues, one a line.
+    pub(super) drift: Vec<String>,
+    /// Operations of which this user may not perform one, in the broker's words.
+    pub(super) refused: Vec<String>,
+}
+
+impl Deviations {
+    /// One error for all deviations, in which missing permissions come first.
+    pub(super) fn into_result(self) -> Result<(), BrokerError> {
+        match (self.refused.is_empty(), self.drift.is_empty()) {
+            (true, true) => Ok(()),
+            (true, false) => Err(BrokerError::Drift(self.drift.join("\n"))),
+            (false, _) => Err(BrokerError::Permissions([self.refused, self.drift].concat().join("\n"))),
+        }
+    }
+}
+
+/// Declares or verifies everything, as configured. Continues after a deviation, so that all are found at once.
 pub(super) async fn ensure(
     connection: &Connection,
     names: &Names,
     config: &TopologyConfig,
     limit: Duration,
-) -> Result<(), BrokerError> {
-    let (channel, mode, problems) = (connection.channel().await?, config.mode, Vec::new());
-    let mut check = Check { connection, channel, limit, mode, problems };
+) -> Result<Deviations, BrokerError> {
+    let (channel, mode, found) = (connection.channel().await?, config.mode, Deviations::default());
+    let mut check = Check { connection, channel, limit, mode, found };
     for exchange in exchanges(names) {
         check.exchange(&exchange).await?;
     }
@@ -97,7 +124,7 @@ pub(super) async fn ensure(
     for queue in queues(names, config.delivery_limit) {
         check.queue(&queue).await?;
     }
-    if check.problems.is_empty() && config.mode == TopologyMode::Declare {
+    if check.found.drift.is_empty() && check.found.refused.is_empty() && mode == TopologyMode::Declare {
         check.bind(&names.dead_kept, &names.dead_kept, "").await?;
         check.bind(&names.dead, &names.dead, "").await?;
         check.bind(&names.unrouted, &names.unrouted, "").await?;
@@ -106,7 +133,7 @@ pub(super) async fn ensure(
             check.bind(&names.retry_queue(tier), &names.retry, tier.suffix()).await?;
         }
     }
-    if check.problems.is_empty() { Ok(()) } else { Err(BrokerError::Drift(check.problems.join("\n"))) }
+    Ok(check.found)
 }
 
 fn exchanges(names: &Names) -> Vec<Exchange> {
@@ -167,7 +194,7 @@ struct Check<'a> {
     channel: Channel,
     limit: Duration,
     mode: TopologyMode,
-    problems: Vec<String>,
+    found: Deviations,
 }
 
 impl Check<'_> {
@@ -215,10 +242,11 @@ impl Check<'_> {
         }
     }
 
-    async fn bind(&self, queue: &str, exchange: &str, key: &str) -> Result<(), BrokerError> {
+    async fn bind(&mut self, queue: &str, exchange: &str, key: &str) -> Result<(), BrokerError> {
         let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());
         let answer = self.channel.queue_bind(queue.into(), exchange.into(), key.into(), options, arguments);
-        within(self.limit, "binding queues", answer).await
+        let answer = within(self.limit, "binding queues", answer).await;
+        self.judge(&format!("queue {queue}, binding to exchange {exchange}"), false, answer).await.map(drop)
     }
 
     /// Records a refusal and returns whether to continue. A refusal closes the channel: the next step gets a new one.
@@ -227,15 +255,12 @@ impl Check<'_> {
         let Some((code, words)) = refusal(&error) else { return Err(error) };
         self.channel = self.connection.channel().await?;
         match (code, self.mode) {
-            (404, _) if passive => self.problems.push(format!("{what}: missing")),
+            (404, _) if passive => self.found.drift.push(format!("{what}: missing")),
             // Without the configure permission only existence can be verified, and since RabbitMQ 4 not even that without any
             // permission.
-            (403, TopologyMode::Verify) => {}
-            (403, _) => self.problems.push(format!(
-                "{what}: this user has no configure permission; grant it, or set topology.mode = \"verify\" if others declare the \
-                 topology ({words})"
-            )),
-            _ => self.problems.push(format!("{what}: {words}")),
+            (ACCESS_REFUSED, TopologyMode::Verify) => {}
+            (ACCESS_REFUSED, TopologyMode::Declare) => self.found.refused.push(format!("{what}: {words}")),
+            _ => self.found.drift.push(format!("{what}: {words}")),
         }
         Ok(false)
     }
