@@ -69,6 +69,11 @@ impl Address {
         })
     }
 
+    /// True for an address that begins with `amqps://`.
+    pub(super) fn is_tls(&self) -> bool {
+        self.tls
+    }
+
     /// Converts to the client's form. Never print it: its `Debug` shows the password.
     pub(super) fn to_uri(&self, heartbeat_s: u16) -> AMQPUri {
         AMQPUri {

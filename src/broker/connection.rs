@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use super::error::{BrokerError, within};
 use super::frame_guard::check_start;
 use super::guarded_stream::{BrokerSocket, ClientRuntime, GuardedStream, GuardedTokio};
-use super::tls::{self, Tls};
+use super::tls::Tls;
 
 /// Stream of connection events (blocked, unblocked, lost).
 pub(super) type Events = Pin<Box<dyn futures_util::Stream<Item = lapin::Event> + Send>>;
@@ -105,7 +105,7 @@ pub(super) async fn server_version(opening: &Opening, uri: &AMQPUri) -> Result<(
     let ask = async {
         let connect = opening.tls.connect(uri, &opening.runtime);
         let stream = within_on(&opening.runtime, opening.connect_limit, connect).await?;
-        ask_for_start(stream).await.map_err(|error| tls::explain(uri, error))
+        ask_for_start(stream).await
     };
     let doing = "asking for the broker's version";
     match tokio::time::timeout(opening.connect_limit, ask).await {

@@ -13,6 +13,7 @@ use crate::config::{BrokerConfig, RotatedSecret, TopologyConfig, seconds};
 
 mod address;
 mod confirm_channel;
+mod connect_failure;
 mod connection;
 mod content_header;
 mod dead_letters;
@@ -249,7 +250,10 @@ impl Broker {
             match self.connect_to(&addresses[index], purpose).await {
                 Ok(connection) => return Ok(connection),
                 Err(error @ BrokerError::TooOld { .. }) => return Err(error),
-                Err(error) => problems.push(format!("{}: {error}", addresses[index])),
+                Err(error) => {
+                    let address = &addresses[index];
+                    problems.push(format!("{address}: {}", connect_failure::describe(&error, address.is_tls())));
+                }
             }
             inner.first.store(index + 1, Ordering::Relaxed);
         }

@@ -49,18 +49,6 @@ impl Tls {
     }
 }
 
-/// Adds a hint about client certificates: a broker refuses a missing one after its side of the handshake is done, and
-/// often closes the socket before the reason arrives.
-pub(super) fn explain(uri: &AMQPUri, error: io::Error) -> io::Error {
-    match uri.scheme {
-        AMQPScheme::AMQP => error,
-        AMQPScheme::AMQPS => io::Error::new(
-            error.kind(),
-            format!("{error}; if the broker requires client certificates, set broker.client_certificate_file"),
-        ),
-    }
-}
-
 /// Reads a PEM file that must contain a certificate; the client would silently accept a file without one.
 fn certificates(key: &str, file: &Path) -> Result<String, BrokerError> {
     let text = read(key, file)?;

@@ -117,26 +117,13 @@ impl From<ConfigError> for CliError {
 
 impl From<StoreError> for CliError {
     fn from(error: StoreError) -> Self {
-        let hint = match &error {
-            // An error of the server itself says what is wrong.
-            StoreError::Database(cause) if cause.as_database_error().is_none() => {
-                "; check that PostgreSQL is running and that database.url is correct (`inventoryd check` shows it)"
-            }
-            _ => "",
-        };
-        Self::Failed(format!("{error}{hint}"))
+        Self::Failed(error.to_string())
     }
 }
 
 impl From<BrokerError> for CliError {
     fn from(error: BrokerError) -> Self {
-        let hint = match &error {
-            BrokerError::Unreachable(_) => {
-                "; check that RabbitMQ is running and that broker.url is correct (`inventoryd check` shows it)"
-            }
-            _ => "",
-        };
-        Self::Failed(format!("{error}{hint}"))
+        Self::Failed(error.to_string())
     }
 }
 

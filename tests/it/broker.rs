@@ -144,15 +144,6 @@ async fn topology_drift_is_reported_and_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refused_login_never_shows_the_password() {
-    let rig = Rig::new().await;
-    let url = servers::rabbitmq().url.replace("guest:guest", "guest:hunter2");
-    let refused = rig.broker_with(|config| config.broker.url = url.into()).ensure_topology().await.unwrap_err();
-    assert!(refused.to_string().contains("ACCESS_REFUSED"), "{refused}");
-    assert!(!format!("{refused} {refused:?}").contains("hunter2"), "{refused:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn in_flight_deliveries_can_be_settled_after_a_cancel() {
     let rig = Rig::new().await;
     let mut subscription = rig.broker.subscribe(4).await.unwrap();

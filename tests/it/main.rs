@@ -14,6 +14,7 @@ mod boundaries;
 mod broker;
 mod commands;
 mod configuration;
+mod connect_failures;
 mod contracts;
 mod crashes;
 mod dead_letters;

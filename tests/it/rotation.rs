@@ -32,7 +32,8 @@ impl Rotation {
         let file =
             world.rows("select current_setting('hba_file') as file").await[0]["file"].as_str().unwrap().to_owned();
         let rules = format!(
-            "copy (values ('host all {ROTATED} all scram-sha-256'), ('host all all all trust'), ('local all all trust')) to '{file}'"
+            "copy (values ('host all {ROTATED} all scram-sha-256'), ('host all barred all reject'),
+                          ('host all all all trust'), ('local all all trust')) to '{file}'"
         );
         world.execute(&rules).await;
         world.execute("select pg_reload_conf()").await;
@@ -120,13 +121,22 @@ async fn a_rotated_password_is_read_from_the_file_and_a_wrong_one_is_named() {
         })
         .await;
     };
-    named("database", "password authentication failed").await;
+    named(
+        "database",
+        "password authentication failed for user \"rotated\"; correct the user and password of database.url",
+    )
+    .await;
     // Without a database no subscription is attempted, and no other reason is given for having none.
     named("subscription", "there is none while no new requests are accepted").await;
     rotation.write("three", "two");
-    named("subscription", "ACCESS_REFUSED").await;
+    named("subscription", "correct the user and password in broker.url").await;
     rotation.write("three", "three");
     world.sync("cured", &["mobileApp"]).await;
+
+    let mut config = world.config();
+    config.database.url = world.database_url.replace("inventoryd@", "barred@").into();
+    let barred = inventoryd::store::Store::connect(&config.database).unwrap().ping().await.unwrap_err().to_string();
+    assert!(barred.contains("pg_hba.conf rejects") && barred.contains("sslmode=require"), "{barred}");
 }
 
 /// Forwards connections from the IPv6 loopback address to the database; returns the port.

@@ -62,10 +62,12 @@ async fn amqps_verifies_authority_name_and_client_certificate() {
     let mut without_certificate = but("BROKER__CLIENT_CERTIFICATE_FILE", "");
     without_certificate[3].1 = String::new();
     for (variables, expected) in [
-        (but("BROKER__CA_FILE", &foreign_ca), "UnknownIssuer"),
-        (but("BROKER__CA_FILE", ""), "UnknownIssuer"),
+        (but("BROKER__CA_FILE", &foreign_ca), "UnknownIssuer; set broker.ca_file"),
+        (but("BROKER__CA_FILE", ""), "UnknownIssuer; set broker.ca_file"),
         (but("BROKER__SERVER_NAME", "other.test"), "not valid for name \"other.test\""),
+        (but("BROKER__SERVER_NAME", "other.test"), "set broker.server_name"),
         (but("BROKER__SERVER_NAME", ""), "not valid for name \"127.0.0.1\""),
+        (but("BROKER__URL", &url.replace("amqps://", "amqp://")), "a port for TLS requires amqps://"),
         (without_certificate, "set broker.client_certificate_file"),
         (of_foreign_authority, "set broker.client_certificate_file"),
         (but("BROKER__CA_FILE", &key), "broker.ca_file: "),
@@ -100,8 +102,9 @@ async fn postgresql_certificate_name_is_verified() {
     replica.stop().await;
 
     for (url, expected) in [
-        (verified("localhost", &foreign), "UnknownIssuer"),
+        (verified("localhost", &foreign), "UnknownIssuer; set sslrootcert"),
         (verified("127.0.0.1", &ours), "not valid for name \"127.0.0.1\""),
+        (verified("127.0.0.1", &ours), "as the host in database.url"),
     ] {
         let config = configured(&world, &[("DATABASE__URL", &url)]);
         let store = Store::connect(&config.database).unwrap();
