@@ -258,9 +258,8 @@ impl ConsumeLoop {
                     if let Err(error) = self.requeue_overdue().await {
                         return LoopExit::Lost("error", Some(error));
                     }
-                    // At the limit of held deliveries the broker delivers no more, although the subscription is not stalled.
-                    let free = self.permits.available_permits() > 0 && self.health.held() < usize::from(MAX_HELD);
-                    let expects = self.waiting.is_empty() && free;
+                    let free = self.permits.available_permits();
+                    let expects = Watchdog::expects(self.waiting.len(), free, self.health.held());
                     let check = drain.run_until_cancelled(watchdog.stalled(session, expects));
                     let looked = self.health.beating(BROKER_ALLOWANCE, check).await;
                     match looked {

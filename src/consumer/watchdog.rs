@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::MAX_HELD;
 use crate::broker::{BrokerError, Subscription};
 
 /// Detects a subscription that is open but stalled: requests are ready and none is delivered.
@@ -24,6 +25,12 @@ impl Watchdog {
         self.suspicious = false;
     }
 
+    /// True if a request that is ready must be delivered: slots are free, no delivery waits for one, and fewer deliveries are
+    /// held than extend the prefetch. At that limit the broker delivers no more, although the subscription is not stalled.
+    pub(super) const fn expects(waiting: usize, free: usize, held: usize) -> bool {
+        waiting == 0 && free > 0 && held < MAX_HELD as usize
+    }
+
     /// True if the subscription must be rebuilt. Requests that are ready at one check may be in transit; at a second
     /// consecutive check they are not.
     pub(super) async fn stalled(&mut self, session: &Subscription, expects: bool) -> Result<bool, BrokerError> {
@@ -38,5 +45,25 @@ impl Watchdog {
             return Ok(false);
         }
         Ok(std::mem::replace(&mut self.suspicious, true))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_delivery_is_expected_without_a_slot_or_at_the_limit_of_held_deliveries() {
+        let most = usize::from(MAX_HELD);
+        for (waiting, free, held, expected) in [
+            (0, 1, 0, true),
+            (0, 64, most - 1, true),
+            (0, 64, most, false),
+            (0, 64, most + 1, false),
+            (0, 0, 0, false),
+            (1, 64, 0, false),
+        ] {
+            assert_eq!(Watchdog::expects(waiting, free, held), expected, "{waiting} waiting, {free} free, {held} held");
+        }
     }
 }
