@@ -275,8 +275,7 @@ impl http::Source for LiveState {
 
     fn servers(&self) -> Servers {
         let version = |(version, tested): (String, bool)| ServerVersion { version, tested };
-        let broker = self.broker.version().map(|(version, tested)| (version.to_owned(), tested));
-        Servers { postgresql: self.store.server_version().map(version), rabbitmq: broker.map(version) }
+        Servers { postgresql: self.store.server_version().map(version), rabbitmq: self.broker.version().map(version) }
     }
 
     fn graph(&self) -> Vec<Problem> {

@@ -3,10 +3,11 @@
 //! The client's own recovery is off. A lost connection is rebuilt as a whole by its owner: the consumer rebuilds its
 //! [`Subscription`], the [`Publisher`] its connection. Every answer is awaited with a time limit.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use async_rs::TokioRuntime;
+use lapin::uri::AMQPUri;
 use parking_lot::RwLock;
 
 use crate::config::{BrokerConfig, RotatedSecret, TopologyConfig, seconds};
@@ -63,8 +64,8 @@ struct Inner {
     heartbeat_s: u16,
     topology: TopologyConfig,
     names: Names,
-    /// Broker version, set once a supported broker has answered.
-    version: OnceLock<String>,
+    /// Version of the broker that answered last, if it is a supported one.
+    version: RwLock<Option<String>>,
     /// True once this user was found to have every permission.
     permitted: AtomicBool,
     spawner: tokio::runtime::Handle,
@@ -110,7 +111,7 @@ impl Broker {
             heartbeat_s: config.heartbeat_s,
             names: Names::new(&topology.prefix),
             topology: topology.clone(),
-            version: OnceLock::new(),
+            version: RwLock::default(),
             permitted: AtomicBool::new(false),
             spawner,
         })))
@@ -128,10 +129,13 @@ impl Broker {
         &self.0.opening.name
     }
 
-    /// Broker version, and whether it is one that was tested; `None` before the first connection.
+    /// Version of the broker at the latest start of a session, and whether it is one that was tested; `None` before the first
+    /// connection.
     #[must_use]
-    pub fn version(&self) -> Option<(&str, bool)> {
-        self.0.version.get().map(|version| (version.as_str(), connection::is_tested(version)))
+    pub fn version(&self) -> Option<(String, bool)> {
+        let version = self.0.version.read().clone()?;
+        let is_tested = connection::is_tested(&version);
+        Some((version, is_tested))
     }
 
     /// Connects, declares or verifies the topology, and consumes requests with the given prefetch.
@@ -271,26 +275,25 @@ impl Broker {
         Arc::clone(&self.0.addresses.read())
     }
 
+    async fn check_version(&self, address: &Address, uri: &AMQPUri) -> Result<(), BrokerError> {
+        let (product, version) = connection::server_version(&self.0.opening, uri).await?;
+        if !connection::is_new_enough(&product, &version) {
+            return Err(BrokerError::TooOld { address: address.to_string(), found: format!("{product} {version}") });
+        }
+        let previous = self.0.version.write().replace(version.clone());
+        if previous.as_ref() != Some(&version) && !connection::is_tested(&version) {
+            tracing::warn!(version, tested = TESTED_VERSIONS, "RabbitMQ is newer than the versions that were tested");
+        }
+        Ok(())
+    }
+
     async fn connect_to(&self, address: &Address, purpose: Purpose) -> Result<Connection, BrokerError> {
         let uri = address.to_uri(self.0.heartbeat_s);
         let mut opening = self.0.opening.clone();
-        if self.0.version.get().is_none() {
-            let (product, version) = connection::server_version(&opening, &uri).await?;
-            if !connection::is_new_enough(&product, &version) {
-                return Err(BrokerError::TooOld {
-                    address: address.to_string(),
-                    found: format!("{product} {version}"),
-                });
-            }
-            if !connection::is_tested(&version) {
-                tracing::warn!(
-                    version,
-                    tested = TESTED_VERSIONS,
-                    "RabbitMQ is newer than the versions that were tested"
-                );
-            }
-            // An error means that another task has stored the same answer.
-            let _ = self.0.version.set(version);
+        // A broker may have been upgraded since the last session.
+        let is_known = self.0.version.read().is_some();
+        if !is_known || matches!(purpose, Purpose::Consume) {
+            self.check_version(address, &uri).await?;
         }
         let purpose = match purpose {
             Purpose::Consume => "consume",

@@ -53,7 +53,7 @@ async fn connect(config: &Config) -> Vec<String> {
     };
     let checked = broker.check().await;
     if let Some((version, tested)) = broker.version() {
-        note_version("RabbitMQ", version, tested);
+        note_version("RabbitMQ", &version, tested);
     }
     let mut problems = Vec::new();
     match checked {

@@ -22,7 +22,8 @@ mod session;
 mod tenants;
 
 use std::pin::pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
@@ -63,8 +64,8 @@ struct Origin {
     config: DatabaseConfig,
     /// File of the address: passwords are rotated while the process runs.
     url: RotatedSecret,
-    /// Version of the server, as `server_version_num`; set by [`Store::check_schema`].
-    server: OnceLock<i32>,
+    /// Version of the server of the latest connection, as `server_version_num`; 0 before the first one.
+    server: AtomicU32,
 }
 
 impl Store {
@@ -80,7 +81,7 @@ impl Store {
             origin: Arc::new(Origin {
                 config: config.clone(),
                 url: RotatedSecret::new("database.url_file", config.url_file.clone(), config.url.clone()),
-                server: OnceLock::new(),
+                server: AtomicU32::new(0),
             }),
         })
     }
@@ -100,10 +101,20 @@ impl Store {
         if read_only.fetch_one(&mut *connection).await? { Err(StoreError::ReadOnly) } else { Ok(()) }
     }
 
-    /// Connection of the control pool, or the cause for having none. The pool itself repeats a refused connection and then
-    /// reports only that time is up.
+    /// Connection of the control pool, or the cause for having none. Notes the version of its server, which an upgrade or a
+    /// failover changes.
     async fn control_connection(&self) -> Result<PoolConnection<Postgres>, StoreError> {
         self.apply_changed_url();
+        let connection = self.acquire_control().await?;
+        if let Some(version) = connection.server_version_num() {
+            self.origin.server.store(version, Ordering::Relaxed);
+        }
+        Ok(connection)
+    }
+
+    /// Acquires a connection of the control pool, or finds the cause: the pool itself repeats a refused connection and then
+    /// reports only that time is up.
+    async fn acquire_control(&self) -> Result<PoolConnection<Postgres>, StoreError> {
         let mut pooled = pin!(self.control.acquire());
         if let Ok(connection) = timeout(DIAGNOSE_AFTER, &mut pooled).await {
             return Ok(connection?);

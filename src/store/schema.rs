@@ -1,6 +1,7 @@
 //! The schema: migrated by `inventoryd migrate`, checked by everything else.
 
-use std::cmp::Ordering;
+use std::cmp;
+use std::sync::atomic::Ordering;
 
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::{ConnectOptions, Connection, PgConnection};
@@ -27,8 +28,6 @@ impl Store {
         let mut connection = self.control_connection().await?;
         let server = ServerProperties::read(&mut connection).await?;
         server.check()?;
-        // An error means that the version is known.
-        let _ = self.origin.server.set(server.version);
         let found = sqlx::query!(
             r#"select to_regclass('_sqlx_migrations') is not null as "migrated!", current_user::text as "role!",
                       current_database()::text as "database!", current_setting('search_path') as "search_path!""#
@@ -61,11 +60,12 @@ impl Store {
         Ok(warnings)
     }
 
-    /// Version of the server, and whether it is one that was tested; `None` before [`Self::check_schema`].
+    /// Version of the server of the latest connection, and whether it is one that was tested; `None` before the first one.
     #[must_use]
     pub fn server_version(&self) -> Option<(String, bool)> {
-        let number = *self.origin.server.get()?;
-        Some((format!("{}.{}", number / 10_000, number % 10_000), is_tested(number)))
+        let number = self.origin.server.load(Ordering::Relaxed);
+        let version = || (format!("{}.{}", number / 10_000, number % 10_000), is_tested(number));
+        (number > 0).then(version)
     }
 
     /// Records which policy types this daemon lists, so that readers recognise items of types that no daemon lists any more.
@@ -109,10 +109,10 @@ fn compare(applied: Option<(i64, Vec<u8>)>) -> Result<Compared, StoreError> {
     let needed = newest_migration();
     let (version, checksum) = applied.unwrap_or_default();
     match version.cmp(&needed) {
-        Ordering::Equal if is_ours(version, &checksum) => Ok(Compared::Same),
-        Ordering::Equal => Err(migration_error(MigrateError::VersionMismatch(version))),
-        Ordering::Greater => Ok(Compared::Newer(version)),
-        Ordering::Less => Err(StoreError::Schema(format!(
+        cmp::Ordering::Equal if is_ours(version, &checksum) => Ok(Compared::Same),
+        cmp::Ordering::Equal => Err(migration_error(MigrateError::VersionMismatch(version))),
+        cmp::Ordering::Greater => Ok(Compared::Newer(version)),
+        cmp::Ordering::Less => Err(StoreError::Schema(format!(
             "the database schema has version {version}, this daemon needs {needed}: run `inventoryd migrate` with the same \
              version"
         ))),

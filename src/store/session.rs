@@ -36,7 +36,7 @@ pub(super) const PINNED_FOR_MIGRATION: &[(&str, &str)] = &[
 const OLDEST_SERVER: i32 = 150_000;
 
 /// True for the major versions of PostgreSQL that the tests run on, oldest and newest, and those between them.
-pub(super) fn is_tested(version: i32) -> bool {
+pub(super) fn is_tested(version: u32) -> bool {
     (15..=18).contains(&(version / 10_000))
 }
 
@@ -123,7 +123,10 @@ impl ServerProperties {
     /// Settings of the server that an operator may have chosen, and should know of.
     pub(super) fn warnings(&self) -> Vec<&'static str> {
         let doubtful = [
-            (!is_tested(self.version), "PostgreSQL is newer than the versions that were tested, 15 to 18"),
+            (
+                !is_tested(self.version.cast_unsigned()),
+                "PostgreSQL is newer than the versions that were tested, 15 to 18",
+            ),
             (!self.fsync, "fsync is off: a crash of the server can lose or corrupt the inventory"),
             (!self.full_page_writes, "full_page_writes is off: a crash of the server can corrupt the inventory"),
             (!self.autovacuum, "autovacuum is off: tables grow without bound unless something else vacuums them"),

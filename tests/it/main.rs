@@ -56,6 +56,7 @@ mod retention;
 mod rotation;
 mod schema;
 mod server_settings;
+mod server_versions;
 mod settings;
 mod slow_database;
 mod stopping;

@@ -17,6 +17,7 @@ pub struct Proxy {
     requests_frozen: watch::Sender<bool>,
     replies_frozen: watch::Sender<bool>,
     refusing: Arc<AtomicBool>,
+    edit: watch::Sender<fn(&mut [u8])>,
 }
 
 impl Proxy {
@@ -30,15 +31,18 @@ impl Proxy {
             requests_frozen: watch::Sender::new(false),
             replies_frozen: watch::Sender::new(false),
             refusing: Arc::default(),
+            edit: watch::Sender::new(|_| {}),
         };
         let (cuts, refusals) = (proxy.cut.subscribe(), Arc::clone(&proxy.refusing));
         let freezes = (proxy.requests_frozen.subscribe(), proxy.replies_frozen.subscribe());
+        let edit = proxy.edit.subscribe();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 if refusals.load(Ordering::Relaxed) {
                     continue;
                 }
-                tokio::spawn(forward(client, target, cuts.clone(), freezes.clone()));
+                let edit = *edit.borrow();
+                tokio::spawn(forward(client, target, cuts.clone(), freezes.clone(), edit));
             }
         });
         proxy
@@ -52,6 +56,11 @@ impl Proxy {
     /// Refuses new connections, or accepts them again.
     pub fn refuse(&self, yes: bool) {
         self.refusing.store(yes, Ordering::Relaxed);
+    }
+
+    /// Applies `edit` to what the server sends on new connections, in the pieces in which it arrives.
+    pub fn edit_replies(&self, edit: fn(&mut [u8])) {
+        self.edit.send_replace(edit);
     }
 
     /// Stops or resumes forwarding in both directions, without closing connections.
@@ -73,7 +82,13 @@ impl Proxy {
 
 type Freezes = (watch::Receiver<bool>, watch::Receiver<bool>);
 
-async fn forward(client: TcpStream, target: SocketAddr, mut cut: watch::Receiver<u64>, (requests, replies): Freezes) {
+async fn forward(
+    client: TcpStream,
+    target: SocketAddr,
+    mut cut: watch::Receiver<u64>,
+    (requests, replies): Freezes,
+    edit: fn(&mut [u8]),
+) {
     let Ok(server) = TcpStream::connect(target).await else { return };
     cut.mark_unchanged();
     let ((client_in, client_out), (server_in, server_out)) = (client.into_split(), server.into_split());
@@ -81,8 +96,8 @@ async fn forward(client: TcpStream, target: SocketAddr, mut cut: watch::Receiver
         // The cut comes first, so that bytes released at the same moment are not forwarded.
         biased;
         _ = cut.changed() => {}
-        () = copy(client_in, server_out, requests) => {}
-        () = copy(server_in, client_out, replies) => {}
+        () = copy(client_in, server_out, requests, |_| {}) => {}
+        () = copy(server_in, client_out, replies, edit) => {}
     }
 }
 
@@ -90,10 +105,12 @@ async fn copy(
     mut from: impl AsyncReadExt + Unpin,
     mut to: impl AsyncWriteExt + Unpin,
     mut frozen: watch::Receiver<bool>,
+    edit: fn(&mut [u8]),
 ) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
+        edit(&mut buffer[..count]);
         if frozen.wait_for(|frozen| !frozen).await.is_err() || to.write_all(&buffer[..count]).await.is_err() {
             return;
         }
