@@ -21,8 +21,8 @@ use crate::consumer::{Consumer, ConsumerHealth};
 use crate::domain::catalog::Catalog;
 use crate::domain::clock::Heartbeat;
 use crate::fleet::Fleet;
-use crate::graph::{GraphClient, GraphError, GraphProblem};
-use crate::http::{self, Backlog, Component, Consumption, HttpState, Problem, ServerVersion, Servers};
+use crate::graph::{GraphClient, GraphError, GraphProblem, PauseNotice};
+use crate::http::{self, Backlog, Component, Consumption, HttpState, Problem, ServerVersion, Servers, TenantPause};
 use crate::janitor::Janitor;
 use crate::relay::{self, Relay};
 use crate::run::{Runner, Stop};
@@ -285,6 +285,15 @@ impl http::Source for LiveState {
             since_s: found.since.as_secs(),
         };
         self.graph.problems().into_iter().map(problem).collect()
+    }
+
+    fn pauses(&self) -> Vec<TenantPause> {
+        let pause = |pause: PauseNotice| TenantPause {
+            tenant_id: pause.tenant_id,
+            family: pause.family.to_owned(),
+            remaining_s: pause.duration.as_secs_f64(),
+        };
+        self.graph.pauses().into_iter().map(pause).collect()
     }
 
     fn ping(&self) -> BoxFuture<'_, Result<(), String>> {

@@ -137,6 +137,12 @@ impl GraphClient {
         self.0.problems.present()
     }
 
+    /// Pauses that have not ended, the longest first; those that other replicas announced are included.
+    #[must_use]
+    pub fn pauses(&self) -> Vec<PauseNotice> {
+        self.0.limits.pauses()
+    }
+
     /// Applies a pause that another replica announced. Unknown families belong to another version and are ignored.
     pub fn pause(&self, tenant_id: Uuid, family: &str, duration: Duration) {
         self.0.limits.pause(tenant_id, family, duration);

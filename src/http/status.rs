@@ -6,6 +6,10 @@ use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::Serialize;
 use tokio::time::Instant;
+use uuid::Uuid;
+
+/// Maximum number of pauses that are listed.
+pub(super) const MAX_LISTED_PAUSES: usize = 100;
 
 /// State of the consumer at a moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -122,6 +126,17 @@ pub struct ServerVersion {
     pub tested: bool,
 }
 
+/// Pause of a tenant that Graph throttled, as this replica knows it.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+pub struct TenantPause {
+    /// Tenant.
+    pub tenant_id: Uuid,
+    /// Family of Graph's limits that the pause is for.
+    pub family: String,
+    /// Seconds until the end of the pause.
+    pub remaining_s: f64,
+}
+
 /// Answer of `/status`. Keys are only added within a version.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[schemars(title = "inventoryd status, version 1")]
@@ -140,6 +155,8 @@ pub struct Status {
     pub outbox_unsent: Option<i64>,
     /// Reason for a pause of consumption.
     pub paused: Option<String>,
+    /// Tenants whose requests wait because Graph throttled them, the longest pause first; at most 100 are listed.
+    pub paused_tenants: Vec<TenantPause>,
     /// Reason for a missing subscription.
     pub problem: Option<String>,
     /// Present problems, each with its cause and duration.

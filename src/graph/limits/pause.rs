@@ -20,7 +20,7 @@ use crate::telemetry;
 /// Several requests are throttled at about the same time: an extension below this is not announced again.
 const ANNOUNCE_AFTER: Duration = Duration::from_millis(250);
 
-/// Pause that Graph asked for, as announced to the other replicas.
+/// Pause that Graph asked for, as announced to the other replicas and shown to operators.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PauseNotice {
     /// The throttled tenant.
@@ -108,6 +108,12 @@ impl TenantLimits {
         let mut pause = self.pause.lock();
         pause.take_if(|pause| pause.until <= Instant::now());
         *pause
+    }
+
+    /// Rest of the pause, from now.
+    pub(super) fn pause_left(&self) -> Option<PauseNotice> {
+        let (tenant_id, family) = (self.tenant_id, self.family.as_str());
+        self.current_pause().map(|pause| PauseNotice { tenant_id, family, duration: pause.remaining(Instant::now()) })
     }
 
     /// Pauses all requests because Graph throttled one, and announces that to the other replicas.

@@ -1,5 +1,6 @@
 //! Limits of all tenants of this process, divided by the number of replicas.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -151,6 +152,14 @@ impl LimitRegistry {
         if let Some(family) = Family::ALL.into_iter().find(|known| known.as_str() == family) {
             self.of(tenant_id, family).extend(duration);
         }
+    }
+
+    /// Pauses that have not ended, the longest first.
+    pub(in crate::graph) fn pauses(&self) -> Vec<PauseNotice> {
+        let mut pauses: Vec<PauseNotice> =
+            self.tenants.lock().values().filter_map(|limits| limits.pause_left()).collect();
+        pauses.sort_by_key(|pause| Reverse(pause.duration));
+        pauses
     }
 }
 
