@@ -15,7 +15,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use uuid::Uuid;
 
-use crate::support::{eventually, servers};
+use crate::support::{DEADLINE, eventually, servers};
 
 /// Broker under test with its own prefix, and a direct connection to the same server.
 pub struct Rig {
@@ -83,7 +83,7 @@ pub fn event(key: &str) -> Outgoing {
 }
 
 pub async fn next(subscription: &mut Subscription) -> Delivery {
-    let next = tokio::time::timeout(Duration::from_secs(10), subscription.next()).await;
+    let next = tokio::time::timeout(DEADLINE, subscription.next()).await;
     next.expect("a delivery arrives").expect("the stream has not ended").expect("the connection is open")
 }
 
@@ -176,7 +176,7 @@ async fn deleted_queue_ends_the_stream_and_is_declared_again() {
     let rig = Rig::new().await;
     let mut subscription = rig.broker.subscribe(4).await.unwrap();
     rig.delete_queue(&rig.names().requests).await;
-    let end = tokio::time::timeout(Duration::from_secs(5), subscription.next()).await.expect("the subscription ends");
+    let end = tokio::time::timeout(DEADLINE, subscription.next()).await.expect("the subscription ends");
     assert!(end.is_none());
     let mut again = rig.broker.subscribe(4).await.unwrap();
     rig.publish(b"x", BasicProperties::default()).await;

@@ -424,12 +424,12 @@ async fn token_requests_are_retried() {
 #[tokio::test]
 async fn the_deadline_ends_a_request() {
     let world = World::start().await;
-    world.rule(Rule::new(Action::Slow { delay_ms: 3_000 }).path(PLAIN));
+    world.rule(Rule::new(Action::Slow { delay_ms: 60_000 }).path(PLAIN));
     let reader = world.client().reader(TENANT, "default", budget(1, 1));
     let started = Instant::now();
     let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
     assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
-    assert!(started.elapsed() < Duration::from_secs(2));
+    assert!(started.elapsed() < Duration::from_secs(30));
 }
 
 #[tokio::test]
@@ -440,7 +440,8 @@ async fn the_rate_limiter_does_not_wait_past_the_deadline() {
     let started = Instant::now();
     let failure = read(&reader, &world.collection(PLAIN)).await.unwrap_err();
     assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
-    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    // Thirty pages would take 30 s.
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
     let asked = world.sim.requests().len();
     assert!((1..8).contains(&asked), "requests leave at the rate until then: {asked}");
 }

@@ -52,7 +52,7 @@ async fn unfinished_runs_are_requeued_and_finished_by_another_replica() {
     })
     .await;
     process.signal("TERM");
-    assert!(process.ended(Duration::from_secs(10)).await.success(), "{}", process.log());
+    assert!(process.ended(DEADLINE).await.success(), "{}", process.log());
     let requeued = &world.runs("run").await[0];
     assert_eq!((&requeued["status"], &requeued["lease_owner"]), (&json!("running"), &json!(null)));
     world.sim.remove_rules(None);
@@ -71,7 +71,7 @@ async fn second_signal_requeues_at_once() {
     process.signal("TERM");
     process.wait_for_log("draining").await;
     process.signal("TERM");
-    assert!(process.ended(Duration::from_secs(8)).await.success(), "{}", process.log());
+    assert!(process.ended(DEADLINE).await.success(), "{}", process.log());
     assert_eq!(world.depth("inventory.sync.requests").await, 1, "the request is back in the queue");
 }
 

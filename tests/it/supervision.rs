@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use inventoryd::broker::Broker;
-use inventoryd::consumer::Consumer;
+use inventoryd::consumer::{Consumer, ConsumerHealth};
 use inventoryd::graph::GraphClient;
 use inventoryd::http::{self, Backlog, Consumption, HttpState, Problem};
 use inventoryd::run::{Runner, Stop};
@@ -13,11 +13,11 @@ use inventoryd::store::Store;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::DEADLINE;
 use crate::support::daemon::Process;
 use crate::support::proxy::Proxy;
 use crate::support::systemd::Systemd;
 use crate::support::world::World;
+use crate::support::{DEADLINE, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn systemd_is_notified_of_readiness_watchdog_and_stop() {
@@ -56,13 +56,16 @@ async fn systemd_is_notified_of_readiness_watchdog_and_stop() {
 /// Consumer that runs only while the test polls it, with the HTTP server that reports its liveness.
 struct PolledConsumer {
     work: std::pin::Pin<Box<dyn Future<Output = ()>>>,
+    health: Arc<ConsumerHealth>,
     livez: String,
     _server: tokio::task::JoinHandle<()>,
 }
 
 impl PolledConsumer {
     async fn new(world: &World) -> Self {
-        let config = world.config();
+        let mut config = world.config();
+        // A question to the broker extends the allowance of the heartbeat.
+        config.consumer.watchdog_s = 3_600;
         let store = Store::connect(&config.database).unwrap();
         let broker = Broker::new(&config.broker, &config.topology, "test").unwrap();
         let graph = GraphClient::new(&config.graph).unwrap();
@@ -76,27 +79,36 @@ impl PolledConsumer {
         let consumer = Consumer::new(broker.clone(), broker.publisher(), runner, store, &config);
         let listener = http::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let livez = format!("http://{}/livez", listener.local_addr().unwrap());
+        let health = consumer.health();
         let state = HttpState {
             replica: "test".to_owned(),
             metrics: PrometheusBuilder::new().build_recorder().handle(),
             token: String::new().into(),
             started: Instant::now(),
-            heartbeat: Arc::clone(consumer.health().heartbeat()),
+            heartbeat: Arc::clone(health.heartbeat()),
             stuck_after: Duration::from_secs(3),
             draining: CancellationToken::new(),
             source: Box::new(Healthy),
         };
         let server = tokio::spawn(http::serve(listener, state, CancellationToken::new()));
-        Self { work: Box::pin(consumer.run(Stop::default())), livez, _server: server }
+        Self { work: Box::pin(consumer.run(Stop::default())), health, livez, _server: server }
     }
 
-    async fn poll_for(&mut self, time: Duration) {
-        assert!(tokio::time::timeout(time, &mut self.work).await.is_err(), "the consumer runs until it is stopped");
+    /// Polls the consumer until it consumes and is alive.
+    async fn poll_until_alive(&mut self) {
+        let (health, livez) = (Arc::clone(&self.health), self.livez.clone());
+        let alive = eventually("the consumer is alive", || async {
+            (health.subscribed() && is_alive(&livez).await).then_some(())
+        });
+        tokio::select! {
+            () = alive => {}
+            () = &mut self.work => panic!("the consumer runs until it is stopped"),
+        }
     }
+}
 
-    async fn alive(&self) -> bool {
-        reqwest::get(&self.livez).await.unwrap().status().is_success()
-    }
+async fn is_alive(livez: &str) -> bool {
+    reqwest::get(livez).await.unwrap().status().is_success()
 }
 
 /// A source without problems.
@@ -124,10 +136,8 @@ impl http::Source for Healthy {
 async fn frozen_consume_loop_fails_livez() {
     let world = World::new().await;
     let mut consumer = PolledConsumer::new(&world).await;
-    consumer.poll_for(Duration::from_secs(5)).await;
-    assert!(consumer.alive().await, "the consumer waits for requests");
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    assert!(!consumer.alive().await, "the loop is not polled");
-    consumer.poll_for(Duration::from_secs(2)).await;
-    assert!(consumer.alive().await, "the loop is polled again");
+    consumer.poll_until_alive().await;
+    let livez = consumer.livez.clone();
+    eventually("a loop that is not polled fails", || async { (!is_alive(&livez).await).then_some(()) }).await;
+    consumer.poll_until_alive().await;
 }
