@@ -8,6 +8,9 @@
 --   updates into full ones. `fillfactor` keeps the free space that heap-only updates need.
 -- * Functions in SQL have standard bodies (`begin atomic`), whose names are resolved once, when they are created; the others
 --   pin their search_path. No setting of a session changes what they read.
+-- * What a run does is one function of one tenant, whose id is its first argument: each is one transaction, which a distributed
+--   database can hand whole to the node of the tenant. Their statements go by keys, so one plan serves all calls, and planning
+--   would take longer than executing. No update or delete in them calls a volatile function, which Citus does not hand over.
 
 create table tenants (
     tenant_id           uuid        primary key,
@@ -282,6 +285,7 @@ create function inventory_admit(
                    decided_at timestamptz, started_at timestamptz, throttle_wait_ms bigint)
     language plpgsql
     set search_path from current
+    set plan_cache_mode = 'force_generic_plan'
     -- A session that lingers with the tenant's row locked must not hold a connection for long: the message is retried later.
     set lock_timeout = '3s'
 as $$
@@ -337,7 +341,7 @@ begin
             else
                 update inventory_sync_runs r
                    set attempt = r.attempt + 1, interruptions = r.interruptions + (r.lease_owner is null)::integer,
-                       lease_owner = in_owner, lease_expires_at = clock_timestamp() + make_interval(secs => in_lease_s),
+                       lease_owner = in_owner, lease_expires_at = decided_at + make_interval(secs => in_lease_s),
                        republished_at = null
                  where r.tenant_id = in_tenant_id and r.id = same_key.id
                 returning r.attempt, r.started_at, r.graph_throttle_wait_ms into attempt, started_at, throttle_wait_ms;
@@ -412,6 +416,53 @@ $$;
 comment on function inventory_admit is
     'Decides about a request: admitted, skipped, deferred, duplicate, in_progress, held_here (by in_owner), exhausted (its run or the one of its selection has used up its attempts), idempotency_conflict or unknown_tenant.';
 
+-- -------------------------------------------------------------------------------------------------- items
+
+create function inventory_write_items(
+        in_tenant_id uuid, in_run_id uuid, in_attempt integer, in_policy_type text, in_category text, in_ids text[],
+        in_names text[], in_platforms text[], in_metas text[], in_seen_at timestamptz[])
+    returns table (upserted bigint, created bigint, changed bigint)
+    language plpgsql
+    set search_path from current
+    set plan_cache_mode = 'force_generic_plan'
+as $$
+#variable_conflict use_column
+declare
+    run_started_at timestamptz;
+begin
+    -- The fence locks the run FOR KEY SHARE: a take-over locks FOR UPDATE and waits for this batch, and a later batch finds
+    -- another attempt. It does not conflict with the updates that renew the lease or record a type, which would otherwise
+    -- starve while the lists of a run write without a break.
+    select r.started_at into run_started_at from inventory_sync_runs r
+     where r.tenant_id = in_tenant_id and r.id = in_run_id and r.attempt = in_attempt and r.status = 'running'
+       for key share;
+    if not found then
+        return;
+    end if;
+    -- A row changes only if the observation is not older than the stored one: a page that was read early may be written late.
+    -- Old and new are compared in their stored form, which does not parse the documents.
+    return query with written as (
+        insert into inventory_items as i (tenant_id, policy_type, external_id, display_name, category, platform, meta_jsonb,
+               first_seen_at, last_changed_at, last_seen_at, last_seen_run_id)
+        select in_tenant_id, in_policy_type, u.id, u.name, in_category, u.platform, u.meta::jsonb, u.seen_at, u.seen_at, u.seen_at,
+               in_run_id
+          from unnest(in_ids, in_names, in_platforms, in_metas, in_seen_at) u(id, name, platform, meta, seen_at)
+            on conflict (tenant_id, policy_type, external_id) do update
+           set display_name = excluded.display_name, category = excluded.category, platform = excluded.platform,
+               meta_jsonb = excluded.meta_jsonb, last_seen_at = excluded.last_seen_at,
+               last_seen_run_id = excluded.last_seen_run_id,
+               last_changed_at = case when record_image_ne(
+                   row(i.display_name, i.category, i.platform, i.meta_jsonb),
+                   row(excluded.display_name, excluded.category, excluded.platform, excluded.meta_jsonb))
+                 then excluded.last_changed_at else i.last_changed_at end
+         where excluded.last_seen_at >= i.last_seen_at
+        returning first_seen_at >= run_started_at as created, last_changed_at >= run_started_at as changed)
+    select count(*), count(*) filter (where w.created), count(*) filter (where w.changed and not w.created) from written w;
+end
+$$;
+comment on function inventory_write_items is
+    'Writes a batch of observed objects of one type, each id once and in the order of the key; returns the rows written, created and changed, or no row if the lease is lost.';
+
 -- ------------------------------------------------------------------------------------ outcomes and the end
 
 create function inventory_insert_types(in_tenant_id uuid, in_run_id uuid, in_started_at timestamptz, in_types jsonb,
@@ -419,37 +470,43 @@ create function inventory_insert_types(in_tenant_id uuid, in_run_id uuid, in_sta
     returns text[]
     language plpgsql
     set search_path from current
+    set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
     suspicious text[];
+    recorded   text[];
 begin
-    with outcome as (
-        select o.*, coalesce(o.status = 'complete' and l.items_observed_count >= in_drop_min_items
-                             and o.items_observed_count < l.items_observed_count * in_drop_share, false) as dropped
-          from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o
-          left join inventory_complete_listings l on l.tenant_id = in_tenant_id and l.policy_type = o.policy_type),
-    recorded as (
+    select coalesce(array_agg(o.policy_type), '{}') into suspicious
+      from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o
+      join inventory_complete_listings l on l.tenant_id = in_tenant_id and l.policy_type = o.policy_type
+     where o.status = 'complete' and l.items_observed_count >= in_drop_min_items
+       and o.items_observed_count < l.items_observed_count * in_drop_share;
+
+    with inserted as (
         insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
                items_upserted_count, items_created_count, items_changed_count, errors_count, error_code, failure, suspicious_drop)
         select in_tenant_id, in_run_id, o.policy_type, o.status, o.items_observed_count, o.items_upserted_count,
-               o.items_created_count, o.items_changed_count, o.errors_count, o.failure ->> 'code', o.failure, o.dropped
-          from outcome o
+               o.items_created_count, o.items_changed_count, o.errors_count, o.failure ->> 'code', o.failure,
+               o.policy_type = any(suspicious)
+          from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o
             on conflict do nothing
-        returning policy_type, status, items_observed_count, errors_count, suspicious_drop),
-    listed as (
-        -- In the order of the key: runs of other selections list the same types, and lock the same rows in the same order.
-        insert into inventory_complete_listings as l (tenant_id, policy_type, started_at, items_observed_count, evidence_at)
-        select in_tenant_id, r.policy_type, in_started_at, r.items_observed_count,
-               case when r.errors_count = 0 and not r.suspicious_drop then in_started_at end
-          from recorded r where r.status = 'complete' order by r.policy_type
-            on conflict (tenant_id, policy_type) do update
-           -- A run that started earlier may end later: its listing is not the latest, but it can be the latest evidence.
-           set started_at = greatest(l.started_at, excluded.started_at),
-               items_observed_count = case when excluded.started_at >= l.started_at
-                 then excluded.items_observed_count else l.items_observed_count end,
-               evidence_at = greatest(l.evidence_at, excluded.evidence_at))
-    select coalesce(array_agg(r.policy_type) filter (where r.suspicious_drop), '{}') into suspicious from recorded r;
-    return suspicious;
+        returning policy_type)
+    select coalesce(array_agg(i.policy_type), '{}') into recorded from inserted i;
+
+    -- Only of types that were not recorded before: of a repeated call the first one made the listings.
+    -- In the order of the key: runs of other selections list the same types, and lock the same rows in the same order.
+    insert into inventory_complete_listings as l (tenant_id, policy_type, started_at, items_observed_count, evidence_at)
+    select in_tenant_id, o.policy_type, in_started_at, o.items_observed_count,
+           case when o.errors_count = 0 and o.policy_type <> all(suspicious) then in_started_at end
+      from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o
+     where o.status = 'complete' and o.policy_type = any(recorded) order by o.policy_type
+        on conflict (tenant_id, policy_type) do update
+       -- A run that started earlier may end later: its listing is not the latest, but it can be the latest evidence.
+       set started_at = greatest(l.started_at, excluded.started_at),
+           items_observed_count = case when excluded.started_at >= l.started_at
+             then excluded.items_observed_count else l.items_observed_count end,
+           evidence_at = greatest(l.evidence_at, excluded.evidence_at);
+    return array(select unnest(suspicious) intersect select unnest(recorded));
 end
 $$;
 comment on function inventory_insert_types is
@@ -460,43 +517,29 @@ create function inventory_record_types(in_tenant_id uuid, in_run_id uuid, in_att
     returns text[]
     language plpgsql
     set search_path from current
+    set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
-    run inventory_sync_runs;
+    usage constant inventory_sync_runs := jsonb_populate_record(null::inventory_sync_runs, in_usage);
+    run_started_at timestamptz;
 begin
     -- The fence. An update locks FOR NO KEY UPDATE, which the FOR KEY SHARE of the batches of sibling lists does not block.
     update inventory_sync_runs r
-       set graph_requests_count = r.graph_requests_count + u.graph_requests_count,
-           graph_throttled_count = r.graph_throttled_count + u.graph_throttled_count,
-           graph_throttle_wait_ms = r.graph_throttle_wait_ms + u.graph_throttle_wait_ms,
-           items_unclassified_count = r.items_unclassified_count + u.items_unclassified_count,
-           graph_select_refused_count = r.graph_select_refused_count + u.graph_select_refused_count
-      from jsonb_populate_record(null::inventory_sync_runs, in_usage) u
+       set graph_requests_count = r.graph_requests_count + usage.graph_requests_count,
+           graph_throttled_count = r.graph_throttled_count + usage.graph_throttled_count,
+           graph_throttle_wait_ms = r.graph_throttle_wait_ms + usage.graph_throttle_wait_ms,
+           items_unclassified_count = r.items_unclassified_count + usage.items_unclassified_count,
+           graph_select_refused_count = r.graph_select_refused_count + usage.graph_select_refused_count
      where r.tenant_id = in_tenant_id and r.id = in_run_id and r.attempt = in_attempt and r.status = 'running'
-    returning r.* into run;
+    returning r.started_at into run_started_at;
     if not found then
         return null;
     end if;
-    return inventory_insert_types(in_tenant_id, in_run_id, run.started_at, in_types, in_drop_share, in_drop_min_items);
+    return inventory_insert_types(in_tenant_id, in_run_id, run_started_at, in_types, in_drop_share, in_drop_min_items);
 end
 $$;
 comment on function inventory_record_types is
     'Records types that have ended, and what Graph was asked since the last call; returns the types with a suspicious drop, or null if the lease is lost.';
-
-create function inventory_unseen(in_tenant_id uuid, in_run_id uuid, in_started_at timestamptz, in_trusted boolean)
-    returns table (policy_type text, external_id text, display_name text, last_seen_at timestamptz,
-                   last_seen_run_id uuid, confidence text, type_complete boolean)
-    language sql stable parallel safe
-begin atomic
-    select i.policy_type, i.external_id, i.display_name, i.last_seen_at, i.last_seen_run_id,
-           case when in_trusted and t.status = 'complete' and not t.suspicious_drop then 'high' else 'low' end,
-           t.status = 'complete'
-      from inventory_sync_run_types t
-      join inventory_items i on i.tenant_id = t.tenant_id and i.policy_type = t.policy_type
-     where t.tenant_id = in_tenant_id and t.run_id = in_run_id and i.last_seen_at < in_started_at;
-end;
-comment on function inventory_unseen is
-    'Items of the types of a run that were not observed since it started. Confidence is high only for a trusted run, a complete type and no suspicious drop.';
 
 create function inventory_end_run(in_tenant_id uuid, in_run_id uuid, in_attempt integer, in_usage jsonb, in_types jsonb,
                                   in_drop_share double precision, in_drop_min_items bigint, in_end jsonb,
@@ -504,8 +547,11 @@ create function inventory_end_run(in_tenant_id uuid, in_run_id uuid, in_attempt 
     returns text[]
     language plpgsql
     set search_path from current
+    set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
+    usage        constant inventory_sync_runs := jsonb_populate_record(null::inventory_sync_runs, in_usage);
+    ending       constant inventory_sync_runs := jsonb_populate_record(null::inventory_sync_runs, in_end);
     run          inventory_sync_runs;
     suspicious   text[];
     missing_high bigint;
@@ -521,31 +567,35 @@ begin
     end if;
     suspicious := inventory_insert_types(in_tenant_id, in_run_id, run.started_at, in_types, in_drop_share, in_drop_min_items);
 
-    select count(*) filter (where u.confidence = 'high'), count(*) filter (where u.confidence = 'low')
+    -- The rows of inventory_missing_of_run, whose run has ended.
+    select count(*) filter (where t.status = 'complete' and not t.suspicious_drop), count(*)
       into missing_high, missing_low
-      from inventory_unseen(in_tenant_id, in_run_id, run.started_at,
-                            in_end ->> 'status' = 'success' and not (in_end ->> 'had_errors')::boolean) u;
+      from inventory_sync_run_types t
+      join inventory_items i on i.tenant_id = t.tenant_id and i.policy_type = t.policy_type
+     where t.tenant_id = in_tenant_id and t.run_id = in_run_id and i.last_seen_at < run.started_at;
+    if ending.status <> 'success' or ending.had_errors then
+        missing_high := 0;
+    end if;
+    missing_low := missing_low - missing_high;
 
+    -- Never before its start, even if the clock of the server was set back meanwhile.
+    run.finished_at := greatest(clock_timestamp(), run.started_at);
     update inventory_sync_runs r
-       set status = e.status, had_errors = e.had_errors, error_codes = e.error_codes, error_context = e.error_context,
-           retry_after_s = e.retry_after_s, items_observed_count = e.items_observed_count,
-           items_upserted_count = e.items_upserted_count, items_created_count = e.items_created_count,
-           items_changed_count = e.items_changed_count, errors_count = e.errors_count,
-           graph_requests_count = r.graph_requests_count + u.graph_requests_count,
-           graph_throttled_count = r.graph_throttled_count + u.graph_throttled_count,
-           graph_throttle_wait_ms = r.graph_throttle_wait_ms + u.graph_throttle_wait_ms,
-           items_unclassified_count = r.items_unclassified_count + u.items_unclassified_count,
-           graph_select_refused_count = r.graph_select_refused_count + u.graph_select_refused_count,
+       set status = ending.status, had_errors = ending.had_errors, error_codes = ending.error_codes,
+           error_context = ending.error_context, retry_after_s = ending.retry_after_s, items_observed_count = ending.items_observed_count,
+           items_upserted_count = ending.items_upserted_count, items_created_count = ending.items_created_count,
+           items_changed_count = ending.items_changed_count, errors_count = ending.errors_count,
+           graph_requests_count = r.graph_requests_count + usage.graph_requests_count,
+           graph_throttled_count = r.graph_throttled_count + usage.graph_throttled_count,
+           graph_throttle_wait_ms = r.graph_throttle_wait_ms + usage.graph_throttle_wait_ms,
+           items_unclassified_count = r.items_unclassified_count + usage.items_unclassified_count,
+           graph_select_refused_count = r.graph_select_refused_count + usage.graph_select_refused_count,
            missing_high_count = missing_high, missing_low_count = missing_low,
-           -- Never before its start, even if the clock of the server was set back meanwhile.
-           finished_at = greatest(clock_timestamp(), r.started_at)
-      from jsonb_populate_record(null::inventory_sync_runs, in_end) e,
-           jsonb_populate_record(null::inventory_sync_runs, in_usage) u
-     where r.tenant_id = in_tenant_id and r.id = in_run_id
-    returning r.* into run;
+           finished_at = run.finished_at
+     where r.tenant_id = in_tenant_id and r.id = in_run_id;
 
     insert into inventory_selections as s (tenant_id, selection_hash, latest_run_id, latest_success_at)
-    values (in_tenant_id, run.selection_hash, in_run_id, case when run.status = 'success' then run.finished_at end)
+    values (in_tenant_id, run.selection_hash, in_run_id, case when ending.status = 'success' then run.finished_at end)
         on conflict (tenant_id, selection_hash) do update
        set latest_run_id = excluded.latest_run_id,
            latest_success_at = coalesce(excluded.latest_success_at, s.latest_success_at);
@@ -559,31 +609,126 @@ $$;
 comment on function inventory_end_run is
     'Ends a run with the types that are not recorded yet, and makes its event due; returns the types with a suspicious drop, or null if the lease is lost.';
 
+-- ------------------------------------------------------------------------------ sweeps over all tenants
+--
+-- One statement each, of rows of many tenants: they are functions only because a distributed database needs other bodies. SKIP
+-- LOCKED everywhere: a row may be locked for as long as a session lingers in a dead transaction, and the others must not wait
+-- for it.
+
+create function inventory_renew_leases(in_tenant_ids uuid[], in_run_ids uuid[], in_attempts integer[], in_owner text,
+                                       in_lease_s double precision)
+    returns table (tenant_id uuid, run_id uuid, attempt integer, left_s double precision)
+    language plpgsql
+    set search_path from current
+    set plan_cache_mode = 'force_generic_plan'
+as $$
+#variable_conflict use_column
+begin
+    -- A row is locked for a moment when types are recorded. The batches of a run lock its row FOR KEY SHARE, which does not
+    -- conflict.
+    return query with free as (
+        select r.tenant_id, r.id, r.lease_expires_at - clock_timestamp() as left_over
+          from unnest(in_tenant_ids, in_run_ids, in_attempts) as l(tenant_id, id, attempt)
+          join inventory_sync_runs r on r.tenant_id = l.tenant_id and r.id = l.id and r.attempt = l.attempt
+         where r.status = 'running' and r.lease_owner = in_owner and r.lease_expires_at > clock_timestamp()
+           for no key update of r skip locked)
+    update inventory_sync_runs r set lease_expires_at = clock_timestamp() + make_interval(secs => in_lease_s)
+      from free f where r.tenant_id = f.tenant_id and r.id = f.id
+    returning r.tenant_id, r.id, r.attempt, extract(epoch from f.left_over)::double precision;
+end
+$$;
+comment on function inventory_renew_leases is
+    'Renews leases of one replica; returns those that it renewed, with the seconds that were left. A lease that has expired is not renewed, even if nobody has taken its run over.';
+
+create function inventory_claim_due_events(in_limit bigint, in_claim_s double precision)
+    returns table (tenant_id uuid, run_id uuid)
+    language plpgsql
+    set search_path from current
+as $$
+#variable_conflict use_column
+begin
+    -- Of replicas that poll at the same time each takes others.
+    return query with due as (
+        select o.tenant_id, o.run_id from outbox o where o.due_at <= clock_timestamp() order by o.due_at limit in_limit
+           for update skip locked)
+    update outbox o set due_at = clock_timestamp() + make_interval(secs => in_claim_s), attempts = o.attempts + 1
+      from due d where o.tenant_id = d.tenant_id and o.run_id = d.run_id
+    returning o.tenant_id, o.run_id;
+end
+$$;
+comment on function inventory_claim_due_events is 'Claims events that are due for some seconds, those that are due longest first.';
+
+create function inventory_claim_interrupted_runs(in_restart_after_s double precision, in_give_up_after_s double precision,
+                                                 in_max_attempts integer, in_limit bigint)
+    returns table (tenant_id uuid, run_id uuid, idempotency_key text, selection_payload jsonb, correlation_id text,
+                   requested_by text, traceparent text, give_up boolean)
+    language plpgsql
+    set search_path from current
+as $$
+#variable_conflict use_column
+begin
+    -- The claim is the new republished_at: of several replicas at the same time one publishes. A locked row is being taken over
+    -- or ended.
+    return query with due as (
+        select r.tenant_id, r.id,
+               (r.lease_owner is not null and r.attempt - r.interruptions >= in_max_attempts)
+                 or coalesce(clock_timestamp() - r.republished_at >= make_interval(secs => in_give_up_after_s), false) as give_up
+          from inventory_sync_runs r
+         where r.status = 'running' and clock_timestamp() - r.lease_expires_at >= make_interval(secs => in_restart_after_s)
+           and ((r.lease_owner is not null and r.attempt - r.interruptions >= in_max_attempts)
+                or r.republished_at is null
+                or clock_timestamp() - r.republished_at >= make_interval(secs => in_give_up_after_s)
+                or clock_timestamp() - r.lease_expires_at >= 2 * (r.republished_at - r.lease_expires_at))
+         order by r.id limit in_limit
+           for no key update skip locked)
+    update inventory_sync_runs r
+       set republished_at = case when d.give_up then r.republished_at else clock_timestamp() end
+      from due d where r.tenant_id = d.tenant_id and r.id = d.id
+    returning r.tenant_id, r.id, r.idempotency_key, r.selection_payload, r.correlation_id, r.requested_by, r.traceparent, d.give_up;
+end
+$$;
+comment on function inventory_claim_interrupted_runs is
+    'Claims runs that need the janitor: those whose lease expired a while ago and whose request is due to be published again, and those to be given up. The claim of the former is their new republished_at.';
+
 -- ----------------------------------------------------------------------------------------------- readers
 
 create function inventory_missing_of_run(in_tenant_id uuid, in_run_id uuid)
     returns table (policy_type text, external_id text, display_name text, last_seen_at timestamptz,
                    last_seen_run_id uuid, confidence text, type_complete boolean)
-    language sql stable parallel safe
-begin atomic
-    select u.*
-      from inventory_sync_runs r,
-           lateral inventory_unseen(r.tenant_id, r.id, r.started_at, r.status = 'success' and not r.had_errors) u
+    language plpgsql stable parallel safe
+    set search_path from current
+as $$
+#variable_conflict use_column
+begin
+    return query
+    select i.policy_type, i.external_id, i.display_name, i.last_seen_at, i.last_seen_run_id,
+           case when r.status = 'success' and not r.had_errors and t.status = 'complete' and not t.suspicious_drop
+                then 'high' else 'low' end,
+           t.status = 'complete'
+      from inventory_sync_runs r
+      join inventory_sync_run_types t on t.tenant_id = r.tenant_id and t.run_id = r.id
+      join inventory_items i on i.tenant_id = t.tenant_id and i.policy_type = t.policy_type and i.last_seen_at < r.started_at
      where r.tenant_id = in_tenant_id and r.id = in_run_id and r.status in ('success', 'partial', 'failed');
-end;
+end
+$$;
 comment on function inventory_missing_of_run is
-    'Items of the types of one completed run that neither it nor any later run has observed.';
+    'Items of the types of one completed run that neither it nor any later run has observed. Confidence is high only for a successful run without errors, a complete type and no suspicious drop.';
 
 create function inventory_missing(in_tenant_id uuid, in_selection_hash text)
     returns table (policy_type text, external_id text, display_name text, last_seen_at timestamptz,
                    last_seen_run_id uuid, confidence text, type_complete boolean)
-    language sql stable parallel safe
-begin atomic
-    select m.*
-      from inventory_selections s,
-           lateral inventory_missing_of_run(s.tenant_id, s.latest_run_id) m
+    language plpgsql stable parallel safe
+    set search_path from current
+as $$
+#variable_conflict use_column
+declare
+    run_id uuid;
+begin
+    select s.latest_run_id into run_id from inventory_selections s
      where s.tenant_id = in_tenant_id and s.selection_hash = in_selection_hash;
-end;
+    return query select * from inventory_missing_of_run(in_tenant_id, run_id);
+end
+$$;
 comment on function inventory_missing is
     'Items missing from a selection, relative to its latest completed run. No completed run: no rows.';
 

@@ -14,10 +14,8 @@
 begin;
 lock table inventory_items in access exclusive mode;
 select set_config('inventoryd.partitions', :'partitions', true) \g /dev/null
--- A view and a function with a standard body keep their table by its identity, whatever its name: both are created again from
--- their text.
-select pg_get_viewdef('inventory_items_current'::regclass) as current_items,
-       pg_get_functiondef('inventory_unseen'::regproc) as unseen \gset
+-- A view keeps its table by its identity, whatever its name: it is created again from its text.
+select pg_get_viewdef('inventory_items_current'::regclass) as current_items \gset
 
 alter table inventory_items rename to inventory_items_before;
 alter table inventory_items_before rename constraint inventory_items_pkey to inventory_items_before_pkey;
@@ -42,7 +40,6 @@ $$;
 
 insert into inventory_items select * from inventory_items_before;
 create or replace view inventory_items_current with (security_invoker = true) as :current_items
-:unseen ;
 drop table inventory_items_before;
 commit;
 analyze inventory_items;

@@ -51,8 +51,9 @@ revoke all on tenants, policy_types, inventory_fleet, inventory_sync_runs, inven
               inventory_complete_listings, inventory_selections, outbox, daemon_replicas, tenant_pauses,
               inventory_latest_runs, inventory_items_current
     from public, inventoryd_daemon, inventoryd_reader;
-revoke all on function inventory_missing, inventory_missing_of_run, inventory_unseen, inventory_run_id_at,
-                       inventory_new_run_id, inventory_admit, inventory_insert_types, inventory_record_types, inventory_end_run,
+revoke all on function inventory_missing, inventory_missing_of_run, inventory_run_id_at,
+                       inventory_new_run_id, inventory_admit, inventory_write_items, inventory_insert_types, inventory_record_types,
+                       inventory_end_run, inventory_renew_leases, inventory_claim_due_events, inventory_claim_interrupted_runs,
                        inventory_oldest_migration
     from public;
 
@@ -63,8 +64,9 @@ grant select, insert, update, delete on inventory_sync_runs, outbox, daemon_repl
 grant select, insert                 on inventory_sync_run_types to inventoryd_daemon;
 grant select, update                 on inventory_fleet to inventoryd_daemon;
 grant select on inventory_latest_runs, inventory_items_current to inventoryd_daemon;
-grant execute on function inventory_missing, inventory_missing_of_run, inventory_unseen, inventory_run_id_at,
-                          inventory_new_run_id, inventory_admit, inventory_insert_types, inventory_record_types, inventory_end_run,
+grant execute on function inventory_missing, inventory_missing_of_run, inventory_run_id_at,
+                          inventory_new_run_id, inventory_admit, inventory_write_items, inventory_insert_types, inventory_record_types,
+                          inventory_end_run, inventory_renew_leases, inventory_claim_due_events, inventory_claim_interrupted_runs,
                           inventory_oldest_migration
     to inventoryd_daemon;
 
@@ -72,13 +74,19 @@ grant execute on function inventory_missing, inventory_missing_of_run, inventory
 grant select on tenants, policy_types, inventory_sync_runs, inventory_sync_run_types, inventory_items,
                 inventory_complete_listings, inventory_selections, inventory_latest_runs, inventory_items_current
     to inventoryd_reader;
-grant execute on function inventory_missing, inventory_missing_of_run, inventory_unseen to inventoryd_reader;
+grant execute on function inventory_missing, inventory_missing_of_run to inventoryd_reader;
 
-do $$
+do $roles$
 declare
-    its_table text;
-    its_owner name;
+    its_table     text;
+    its_owner     name;
+    reader_tenant text := $$case when session_user like 'inventoryd\_reader:%' then substr(session_user, 19)::uuid
+                                 else nullif(current_setting('app.tenant_id', true), '')::uuid end$$;
 begin
+    -- In a select of its own the tenant is found out once for a statement, and not for every row. Citus has no policies with one.
+    if not exists (select from pg_extension where extname = 'citus') then
+        reader_tenant := format('(select %s)', reader_tenant);
+    end if;
     if to_regclass('_sqlx_migrations') is not null then
         -- Every inventoryd asks first whether the schema is its own.
         execute 'revoke all on _sqlx_migrations from public';
@@ -90,12 +98,8 @@ begin
         execute format('drop policy if exists inventoryd_daemon on %I', its_table);
         execute format('create policy inventoryd_daemon on %I to inventoryd_daemon using (true) with check (true)', its_table);
         execute format('drop policy if exists inventoryd_reader on %I', its_table);
-        -- Inside a select of its own the tenant is found out once for a statement, and not for every row.
-        execute format($policy$
-            create policy inventoryd_reader on %I for select to inventoryd_reader using (tenant_id = (
-                select case when session_user like 'inventoryd\_reader:%%' then substr(session_user, 19)::uuid
-                            else nullif(current_setting('app.tenant_id', true), '')::uuid end))
-            $policy$, its_table);
+        execute format('create policy inventoryd_reader on %I for select to inventoryd_reader using (tenant_id = %s)',
+                       its_table, reader_tenant);
         -- The owner migrates and mends as before. Views without security_invoker read with the owner's rights too, but
         -- there current_user is the asker: one that was forgotten shows nothing instead of everything.
         select pg_get_userbyid(relowner) into its_owner from pg_class where oid = its_table::regclass;
@@ -104,6 +108,6 @@ begin
                        its_table, its_owner, its_owner);
     end loop;
 end
-$$;
+$roles$;
 
 commit;

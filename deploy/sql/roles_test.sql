@@ -76,6 +76,11 @@ select tenant_id from tenants where tenant_id = 'aaaaaaaa-0000-4000-8000-0000000
 select only_row from inventory_fleet for update \g /dev/null
 select equal('admitted default', (select decision || ' ' || credential from inventory_admit('aaaaaaaa-0000-4000-8000-000000000001',
              'first', 'hash', '{}', null, null, null, 'here', 60, 5, 2, 0, false, 60, '0')), 'a request is admitted') \g /dev/null
+select equal('1 1 0', (select concat_ws(' ', upserted, created, changed) from inventory_write_items('aaaaaaaa-0000-4000-8000-000000000001',
+             id, 1, 'type', 'category', '{id}', '{name}', '{null}', '{"{}"}', array[clock_timestamp()])), 'a batch is written')
+  from inventory_sync_runs \g /dev/null
+select equal(1::bigint, (select count(*) from inventory_renew_leases(array[tenant_id], array[id], array[1], 'here', 60)), 'a lease is renewed')
+  from inventory_sync_runs \g /dev/null
 select equal('{}', inventory_record_types(tenant_id, id, 1, :'usage', '[{"policy_type": "type", "status": "complete",
              "items_observed_count": 0, "items_upserted_count": 0, "items_created_count": 0, "items_changed_count": 0,
              "errors_count": 0}]', 0.5, 20)::text, 'a type is recorded') from inventory_sync_runs \g /dev/null
@@ -83,6 +88,8 @@ select equal('{}', inventory_end_run(tenant_id, id, 1, :'usage', '[]', 0.5, 20, 
              "error_codes": [], "error_context": {}, "items_observed_count": 0, "items_upserted_count": 0,
              "items_created_count": 0, "items_changed_count": 0, "errors_count": 0}', 0)::text, 'a run is ended')
   from inventory_sync_runs \g /dev/null
+select equal(1::bigint, count(*), 'an event is claimed') from inventory_claim_due_events(10, 60) \g /dev/null
+select equal(0::bigint, count(*), 'interrupted runs') from inventory_claim_interrupted_runs(60, 3600, 5, 10) \g /dev/null
 rollback;
 insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status, lease_owner,
         lease_expires_at, daemon_version, started_at)

@@ -1,4 +1,4 @@
-//! The inventory itself: one fenced statement per batch.
+//! The inventory itself: one fenced call per batch.
 
 use std::time::Instant;
 
@@ -48,36 +48,9 @@ impl Store {
         let metas: Vec<&str> = items.iter().map(|observed| observed.item.meta.as_str()).collect();
         let times: Vec<OffsetDateTime> = items.iter().map(|observed| clock.at(observed.requested_at)).collect();
         let mut connection = self.work.acquire().await?;
-        // The fence locks the run FOR KEY SHARE: a take-over locks FOR UPDATE and waits for this batch, and a later
-        // batch finds another attempt. It does not conflict with the updates that renew the lease or record a type, which would
-        // otherwise starve while the lists of a run write without a break.
-        //
-        // A row changes only if the observation is not older than the stored one: a page that was read early may be written late.
-        // Old and new are compared in their stored form (`*<>`), which does not parse the documents.
         let written = sqlx::query!(
-            r#"with fence as materialized (
-                 select started_at from inventory_sync_runs
-                  where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running' for key share),
-               written as (
-                 insert into inventory_items as i (tenant_id, policy_type, external_id, display_name, category, platform,
-                        meta_jsonb, first_seen_at, last_changed_at, last_seen_at, last_seen_run_id)
-                 select $1, $4, u.id, u.name, $5, u.platform, u.meta::jsonb, u.seen_at, u.seen_at, u.seen_at, $2
-                   from fence, unnest($6::text[], $7::text[], $8::text[], $9::text[], $10::timestamptz[])
-                               u(id, name, platform, meta, seen_at)
-                 on conflict (tenant_id, policy_type, external_id) do update set
-                   display_name = excluded.display_name, category = excluded.category, platform = excluded.platform,
-                   meta_jsonb = excluded.meta_jsonb, last_seen_at = excluded.last_seen_at,
-                   last_seen_run_id = excluded.last_seen_run_id,
-                   last_changed_at = case when row(i.display_name, i.category, i.platform, i.meta_jsonb)::record
-                       *<> row(excluded.display_name, excluded.category, excluded.platform, excluded.meta_jsonb)::record
-                     then excluded.last_changed_at else i.last_changed_at end
-                  where excluded.last_seen_at >= i.last_seen_at
-                 returning first_seen_at >= (select started_at from fence) as created,
-                           last_changed_at >= (select started_at from fence) as changed)
-               select exists (select from fence) as "fenced!", count(*) as "upserted!",
-                      count(*) filter (where created) as "created!",
-                      count(*) filter (where changed and not created) as "changed!"
-                 from written"#,
+            r#"select upserted as "upserted!", created as "created!", changed as "changed!"
+                 from inventory_write_items($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"#,
             lease.tenant_id,
             lease.run_id,
             lease.attempt,
@@ -89,11 +62,8 @@ impl Store {
             &metas as &[&str],
             &times
         )
-        .fetch_one(&mut *connection);
-        let row = self.with_timeout(async { Ok(written.await?) }).await?;
-        if !row.fenced {
-            return Err(StoreError::LeaseLost);
-        }
+        .fetch_optional(&mut *connection);
+        let row = self.with_timeout(async { Ok(written.await?) }).await?.ok_or(StoreError::LeaseLost)?;
         Ok(BatchCounts { upserted: row.upserted, created: row.created, changed: row.changed })
     }
 }

@@ -31,18 +31,9 @@ impl Store {
         let tenants: Vec<Uuid> = leases.iter().map(|lease| lease.tenant_id).collect();
         let runs: Vec<Uuid> = leases.iter().map(|lease| lease.run_id).collect();
         let attempts: Vec<i32> = leases.iter().map(|lease| lease.attempt).collect();
-        // SKIP LOCKED: a row is locked for a moment when types are recorded, and for longer if its session lingers in a dead
-        // transaction; the other leases must not wait for it. The batches of a run lock its row FOR KEY SHARE, which does not conflict.
         let rows = sqlx::query!(
-            r#"with free as (
-                 select r.tenant_id, r.id, r.lease_expires_at - clock_timestamp() as left_over
-                   from unnest($1::uuid[], $2::uuid[], $3::int[]) as l(tenant_id, id, attempt)
-                   join inventory_sync_runs r on r.tenant_id = l.tenant_id and r.id = l.id and r.attempt = l.attempt
-                  where r.status = 'running' and r.lease_owner = $4 and r.lease_expires_at > clock_timestamp()
-                    for no key update of r skip locked)
-               update inventory_sync_runs r set lease_expires_at = clock_timestamp() + make_interval(secs => $5)
-                 from free f where r.tenant_id = f.tenant_id and r.id = f.id
-               returning r.tenant_id, r.id, r.attempt, extract(epoch from f.left_over)::float8 as "left_s!""#,
+            r#"select tenant_id as "tenant_id!", run_id as "run_id!", attempt as "attempt!", left_s as "left_s!"
+                 from inventory_renew_leases($1, $2, $3, $4, $5)"#,
             &tenants,
             &runs,
             &attempts,
@@ -52,8 +43,10 @@ impl Store {
         .fetch_all(&self.leases)
         .await?;
         let least_left_s = rows.iter().map(|row| row.left_s).fold(f64::INFINITY, f64::min);
-        let leases =
-            rows.iter().map(|row| Lease { tenant_id: row.tenant_id, run_id: row.id, attempt: row.attempt }).collect();
+        let leases = rows
+            .iter()
+            .map(|row| Lease { tenant_id: row.tenant_id, run_id: row.run_id, attempt: row.attempt })
+            .collect();
         Ok(Renewed { leases, least_left_s })
     }
 
@@ -66,7 +59,7 @@ impl Store {
             "with free as (
                select tenant_id, id from inventory_sync_runs
                 where tenant_id = $1 and id = $2 and attempt = $3 and status = 'running' for no key update skip locked)
-             update inventory_sync_runs r set lease_owner = null, lease_expires_at = clock_timestamp()
+             update inventory_sync_runs r set lease_owner = null, lease_expires_at = statement_timestamp()
                from free f where r.tenant_id = f.tenant_id and r.id = f.id",
             lease.tenant_id,
             lease.run_id,
@@ -90,26 +83,10 @@ impl Store {
         max_attempts: i32,
         limit: u32,
     ) -> Result<Vec<InterruptedRun>, StoreError> {
-        // The claim is the new republished_at: of several replicas at the same time one publishes. SKIP LOCKED: a row that is locked is
-        // being taken over or ended.
         let claimed = sqlx::query!(
-            r#"with due as (
-                 select r.tenant_id, r.id,
-                        (r.lease_owner is not null and r.attempt - r.interruptions >= $3)
-                          or coalesce(clock_timestamp() - r.republished_at >= make_interval(secs => $2), false) as give_up
-                   from inventory_sync_runs r
-                  where r.status = 'running' and clock_timestamp() - r.lease_expires_at >= make_interval(secs => $1)
-                    and ((r.lease_owner is not null and r.attempt - r.interruptions >= $3)
-                         or r.republished_at is null
-                         or clock_timestamp() - r.republished_at >= make_interval(secs => $2)
-                         or clock_timestamp() - r.lease_expires_at >= 2 * (r.republished_at - r.lease_expires_at))
-                  order by r.id limit $4
-                    for no key update skip locked)
-               update inventory_sync_runs r
-                  set republished_at = case when d.give_up then r.republished_at else clock_timestamp() end
-                 from due d where r.tenant_id = d.tenant_id and r.id = d.id
-               returning r.tenant_id, r.id, r.idempotency_key, r.selection_payload, r.correlation_id, r.requested_by, r.traceparent,
-                         d.give_up as "give_up!""#,
+            r#"select tenant_id as "tenant_id!", run_id as "run_id!", idempotency_key as "idempotency_key!",
+                      selection_payload as "selection_payload!", correlation_id, requested_by, traceparent, give_up as "give_up!"
+                 from inventory_claim_interrupted_runs($1, $2, $3, $4)"#,
             restart_after_s as f64,
             give_up_after_s as f64,
             max_attempts,
@@ -118,7 +95,7 @@ impl Store {
         .fetch_all(&self.control);
         let claimed = self.with_timeout(async { Ok(claimed.await?) }).await?;
         let runs = claimed.into_iter().filter_map(|row| {
-            let run = RunKey { tenant_id: row.tenant_id, run_id: row.id };
+            let run = RunKey { tenant_id: row.tenant_id, run_id: row.run_id };
             let selection = serde_json::from_value(row.selection_payload)
                 // An unreadable run must not delay the others.
                 .inspect_err(

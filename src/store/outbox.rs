@@ -51,16 +51,10 @@ impl Store {
 
     /// Claims events that are due, for `claim_s` seconds.
     pub async fn claim_due_events(&self, limit: u32, claim_s: u64) -> Result<Vec<RunKey>, StoreError> {
-        // The claim is committed before anything is published, so that no transaction stays open meanwhile. SKIP LOCKED: of replicas
-        // that poll at the same time each takes others.
+        // The claim is committed before anything is published, so that no transaction stays open meanwhile.
         let claimed = sqlx::query_as!(
             RunKey,
-            "with due as (
-               select tenant_id, run_id from outbox where due_at <= clock_timestamp() order by due_at limit $1
-                 for update skip locked)
-             update outbox o set due_at = clock_timestamp() + make_interval(secs => $2), attempts = attempts + 1
-               from due where o.tenant_id = due.tenant_id and o.run_id = due.run_id
-             returning o.tenant_id, o.run_id",
+            r#"select tenant_id as "tenant_id!", run_id as "run_id!" from inventory_claim_due_events($1, $2)"#,
             i64::from(limit),
             claim_s as f64
         );
@@ -87,7 +81,8 @@ impl Store {
         let delayed = sqlx::query!(
             "update outbox o
                 set attempts = greatest(attempts, 1),
-                    due_at = clock_timestamp() + least(5 * power(2, least(greatest(attempts, 1), 10) - 1), 300) * interval '1 second'
+                    due_at = to_timestamp(extract(epoch from statement_timestamp())::float8
+                      + least(5 * power(2, least(greatest(attempts, 1), 10) - 1), 300))
                from unnest($1::uuid[], $2::uuid[]) as k(tenant_id, run_id)
               where o.tenant_id = k.tenant_id and o.run_id = k.run_id",
             &tenants,
@@ -101,7 +96,7 @@ impl Store {
     pub async fn release_events(&self, runs: &[RunKey]) -> Result<(), StoreError> {
         let (tenants, ids) = columns(runs);
         let released = sqlx::query!(
-            "update outbox o set due_at = clock_timestamp(), attempts = greatest(attempts - 1, 0)
+            "update outbox o set due_at = statement_timestamp(), attempts = greatest(attempts - 1, 0)
                from unnest($1::uuid[], $2::uuid[]) as k(tenant_id, run_id)
               where o.tenant_id = k.tenant_id and o.run_id = k.run_id",
             &tenants,

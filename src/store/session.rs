@@ -21,9 +21,6 @@ pub(super) const PINNED: &[(&str, &str)] = &[
     ("jit", "off"),
 ];
 
-/// Settings of the connections that runs write on.
-pub(super) const PINNED_FOR_WORK: &[(&str, &str)] = &[("plan_cache_mode", "force_generic_plan")];
-
 /// Settings of the connection that migrates: a migration may take as long as it needs, and creates heap tables.
 pub(super) const PINNED_FOR_MIGRATION: &[(&str, &str)] = &[
     ("statement_timeout", "0"),
