@@ -4,23 +4,45 @@ use std::sync::LazyLock;
 
 use memchr::memmem::Finder;
 
-/// Marks of two kinds of credentials. Many kept texts are searched for them, so the searches are prepared.
+/// Beginnings of two kinds of credentials. Many kept texts are searched for them, so the searches are prepared.
 static PEM: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("-----BEGIN"));
 static JWT: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("eyJ"));
 
+/// Marks: characters that a credential of some kind contains, one bit each.
+const SPACE: u8 = 1;
+const DASH: u8 = 2;
+const DOT: u8 = 4;
+const LETTER_B: u8 = 8;
+const LETTER_J: u8 = 16;
+
+/// Mark of each byte.
+const MARKS: [u8; 256] = {
+    let mut marks = [0; 256];
+    marks[b' ' as usize] = SPACE;
+    marks[b'-' as usize] = DASH;
+    marks[b'.' as usize] = DOT;
+    marks[b'b' as usize] = LETTER_B;
+    marks[b'B' as usize] = LETTER_B;
+    marks[b'J' as usize] = LETTER_J;
+    marks
+};
+
 /// Returns `true` for a text with a bearer token, a JSON Web Token or a private key.
 pub(super) fn looks_like_credential(text: &str) -> bool {
-    let holds = |byte| memchr::memchr(byte, text.as_bytes()).is_some();
-    // A header and a private key contain a space and a JWT contains dots, which most ids, times and values do not.
-    (holds(b' ') && (holds_bearer(text) || holds_private_key(text))) || (holds(b'.') && holds_jwt(text))
+    // One pass tells that most ids, times, names and values need no search at all.
+    let found = text.bytes().fold(0, |found, byte| found | MARKS[usize::from(byte)]);
+    let has = |marks| found & marks == marks;
+    (has(SPACE | LETTER_B) && holds_bearer(text))
+        || (has(SPACE | DASH | LETTER_B) && holds_private_key(text))
+        || (has(DOT | LETTER_J) && holds_jwt(text))
 }
 
 /// `Bearer` and a space, as in a header. In another case it is also an English word: then a header's name before it, or
 /// a word after it that is no English one, tells a credential.
 fn holds_bearer(text: &str) -> bool {
-    const BEARER: &str = "bearer";
-    memchr::memchr_iter(b' ', text.as_bytes()).any(|end| {
-        let start = end.saturating_sub(BEARER.len());
+    const BEARER: &str = "bearer ";
+    memchr::memchr2_iter(b'b', b'B', text.as_bytes()).any(|start| {
+        let end = start + BEARER.len();
         let Some(word) = text.get(start..end).filter(|word| word.eq_ignore_ascii_case(BEARER)) else { return false };
         let before = text[..start].trim_end().to_ascii_lowercase();
         let next = text[end..].split_whitespace().next().unwrap_or_default();

@@ -72,7 +72,7 @@ impl RawObject<'_> {
         use super::policy_type::Shape;
         match self.text(&policy_type.id) {
             Some(id) if looks_like_credential(&id) => Err(BadObject { external_id: None }),
-            Some(id) if !id.is_empty() && id.len() <= MAX_ID_BYTES && !id.contains('\0') => Ok(id.into_owned()),
+            Some(id) if !id.is_empty() && id.len() <= MAX_ID_BYTES && !holds_nul(&id) => Ok(id.into_owned()),
             // Without any property of its contract the object is something else, as an envelope or an OData null.
             None if policy_type.shape == Shape::Singleton && self.has_contract_property(policy_type) => {
                 Ok(policy_type.key.clone())
@@ -90,7 +90,7 @@ impl RawObject<'_> {
     fn display_name(&self, property: &str) -> Option<String> {
         let name = self.text(property).filter(|name| !looks_like_credential(name))?;
         // PostgreSQL can't store NUL in text.
-        let name = if name.contains('\0') { Cow::Owned(name.replace('\0', "")) } else { name };
+        let name = if holds_nul(&name) { Cow::Owned(name.replace('\0', "")) } else { name };
         let mut rest = name.chars();
         rest.nth(MAX_DISPLAY_NAME_CHARS - 1);
         let kept = &name[..name.len() - rest.as_str().len()];
@@ -105,7 +105,7 @@ impl RawObject<'_> {
             return self.odata_type().and_then(|odata_type| platform::of_type(&odata_type)).map(str::to_owned);
         }
         let property = rule.property.as_deref().and_then(|property| self.text(property));
-        let text = property.filter(|text| !text.is_empty() && !text.contains('\0') && text.len() <= MAX_TEXT_BYTES);
+        let text = property.filter(|text| !text.is_empty() && !holds_nul(text) && text.len() <= MAX_TEXT_BYTES);
         let text = text.filter(|text| !looks_like_credential(text));
         text.map(Cow::into_owned).or_else(|| rule.fallback.clone())
     }
@@ -138,7 +138,7 @@ fn keep(raw: &RawValue) -> Option<Cow<'_, str>> {
         b't' | b'f' => Some(Cow::Borrowed(text)),
         b'"' => {
             let value = string_text(text)?;
-            let storable = value.len() <= MAX_TEXT_BYTES && !value.contains('\0') && !looks_like_credential(&value);
+            let storable = value.len() <= MAX_TEXT_BYTES && !holds_nul(&value) && !looks_like_credential(&value);
             storable.then_some(Cow::Borrowed(text))
         }
         b'{' | b'[' => {
@@ -151,6 +151,11 @@ fn keep(raw: &RawValue) -> Option<Cow<'_, str>> {
         }
         _ => serde_json::from_str::<serde_json::Number>(text).ok().map(|number| Cow::Owned(number.to_string())),
     }
+}
+
+/// Returns `true` for a text with a NUL character, which JSON permits only as an escape: a borrowed text had none.
+fn holds_nul(text: &Cow<'_, str>) -> bool {
+    matches!(text, Cow::Owned(text) if text.contains('\0'))
 }
 
 /// Sorts every list of strings. Graph's are sets (scope tags, members, languages) and come in any order; kept as they
