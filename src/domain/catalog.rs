@@ -75,6 +75,14 @@ pub struct Listing {
     pub selected: Vec<Arc<PolicyType>>,
 }
 
+impl Listing {
+    /// Listing of every type of a list.
+    #[must_use]
+    pub fn of_all_types(collection: &Arc<Collection>) -> Self {
+        Self { collection: Arc::clone(collection), selected: collection.types.clone() }
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ContractsFile {

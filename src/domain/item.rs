@@ -11,7 +11,7 @@ use super::credential_scan::looks_like_credential;
 use super::platform;
 use super::policy_type::{Discriminator, PlatformRule, PolicyType};
 use super::raw_object::string_text;
-pub use super::raw_object::{BadObject, RawObject};
+pub use super::raw_object::{BadObject, RawObject, RawObjects};
 
 /// Maximum length of a stored display name, in characters.
 pub const MAX_DISPLAY_NAME_CHARS: usize = 1_024;
@@ -20,7 +20,7 @@ pub const MAX_TEXT_BYTES: usize = 2 * 1024;
 /// Maximum size of a stored nested value, in bytes of compact JSON; a larger one is dropped.
 pub const MAX_NESTED_BYTES: usize = 4 * 1024;
 const MAX_ID_BYTES: usize = 512;
-const USUAL_META_BYTES: usize = 512;
+const USUAL_META_BYTES: usize = 256;
 
 /// One observed object, as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]

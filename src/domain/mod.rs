@@ -8,6 +8,7 @@ pub mod event;
 pub mod failure;
 pub mod item;
 mod message_fields;
+pub mod observation;
 mod platform;
 pub mod policy_type;
 mod raw_object;

@@ -1,15 +1,12 @@
-//! A Graph object as received: its properties are found by name, and their values stay in the bytes of the page.
+//! Graph objects as received: their properties are found by name, and their values stay in the bytes of the page.
 
 use std::borrow::Cow;
 use std::fmt;
 
 use memchr::memchr;
-use serde::de::{MapAccess, Visitor};
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
-
-/// Initial capacity: the number of properties that a Graph object commonly has with our `$select`.
-const USUAL_COUNT: usize = 24;
 
 /// An object that can't be kept, with its id if it has one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,11 +15,13 @@ pub struct BadObject {
     pub external_id: Option<String>,
 }
 
+/// Name and value of a property.
+type Property<'a> = (Cow<'a, str>, &'a RawValue);
+
 /// A Graph object whose values borrow from the bytes of the page.
 ///
 /// An object has a dozen or two properties; a linear search finds one faster than a sorted map would.
-#[derive(Debug)]
-pub struct RawObject<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+pub struct RawObject<'a>(Cow<'a, [Property<'a>]>);
 
 impl<'a> RawObject<'a> {
     /// Splits an object into its properties without copying their values.
@@ -31,6 +30,24 @@ impl<'a> RawObject<'a> {
     /// If `text` is not a JSON object.
     pub fn parse(text: &'a str) -> Result<Self, BadObject> {
         serde_json::from_str(text).map_err(|_| BadObject { external_id: None })
+    }
+
+    /// Id of the object: the text of a string or of a number.
+    #[must_use]
+    pub fn id(&self, property: &str) -> Option<Cow<'a, str>> {
+        self.get(property).filter(|value| !value.get().starts_with(['t', 'f'])).and_then(scalar_text)
+    }
+
+    /// OData error that stands in place of an object.
+    #[must_use]
+    pub fn error(&self) -> Option<&'a str> {
+        self.get("error").map(RawValue::get).filter(|error| *error != "null")
+    }
+
+    /// Parts of the page that the object consists of: its names, unless they contain escapes, and its values.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let as_written = |name| if let &Cow::Borrowed(name) = name { Some(name) } else { None };
+        self.0.iter().flat_map(move |(name, value)| [as_written(name), Some(value.get())]).flatten()
     }
 
     /// Value of a property; the first one of a repeated property.
@@ -57,25 +74,121 @@ impl<'a> RawObject<'a> {
 
 impl<'de: 'a, 'a> Deserialize<'de> for RawObject<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(PropertyVisitor).map(Self)
+        let mut objects = RawObjects::default();
+        deserializer.deserialize_map(&mut objects)?;
+        Ok(Self(Cow::Owned(objects.properties)))
     }
 }
 
-struct PropertyVisitor;
+/// The objects of a list, read in one pass over the bytes of the page.
+#[derive(Default)]
+pub struct RawObjects<'a> {
+    /// Properties of all objects, one object after the other.
+    properties: Vec<Property<'a>>,
+    /// End of each object in `properties`.
+    ends: Vec<usize>,
+    /// Number of elements that are not objects, or have no properties: memory stays in proportion to the text.
+    pub others: usize,
+}
 
-impl<'de> Visitor<'de> for PropertyVisitor {
-    type Value = Vec<(Cow<'de, str>, &'de RawValue)>;
+impl RawObjects<'_> {
+    /// Number of objects.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Objects in the order of the list.
+    pub fn iter(&self) -> impl Iterator<Item = RawObject<'_>> {
+        let starts = std::iter::once(&0).chain(&self.ends);
+        starts.zip(&self.ends).map(|(start, end)| RawObject(Cow::Borrowed(&self.properties[*start..*end])))
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for RawObjects<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(ListVisitor)
+    }
+}
+
+struct ListVisitor;
+
+impl<'de> Visitor<'de> for ListVisitor {
+    type Value = RawObjects<'de>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut objects = RawObjects::default();
+        while seq.next_element_seed(&mut objects)?.is_some() {}
+        Ok(objects)
+    }
+}
+
+/// Takes the next element of the list.
+impl<'de: 'a, 'a> DeserializeSeed<'de> for &mut RawObjects<'a> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de: 'a, 'a> Visitor<'de> for &mut RawObjects<'a> {
+    type Value = ();
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("an object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut properties = Vec::with_capacity(USUAL_COUNT);
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let start = self.properties.len();
         while let Some((BorrowedText(name), value)) = map.next_entry()? {
-            properties.push((name, value));
+            self.properties.push((name, value));
         }
-        Ok(properties)
+        match self.properties.len() {
+            end if end > start => self.ends.push(end),
+            _ => self.others += 1,
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        self.others += 1;
+        Ok(())
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<(), E> {
+        self.others += 1;
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        self.others += 1;
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        self.others += 1;
+        Ok(())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        self.others += 1;
+        Ok(())
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        self.others += 1;
+        Ok(())
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        self.others += 1;
+        Ok(())
     }
 }
 
@@ -98,5 +211,61 @@ pub(super) fn string_text(json: &str) -> Option<Cow<'_, str>> {
     match memchr(b'\\', json.as_bytes()) {
         None => json.strip_prefix('"')?.strip_suffix('"').map(Cow::Borrowed),
         Some(_) => serde_json::from_str::<BorrowedText<'_>>(json).ok().map(|text| text.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn properties<'a>(object: &RawObject<'a>) -> Vec<(String, &'a str)> {
+        object.0.iter().map(|(name, value)| (name.to_string(), value.get())).collect()
+    }
+
+    #[test]
+    fn names_with_escapes_are_decoded() {
+        let object = RawObject::parse(r#"{"\u0069d":7,"a":"\ud800"}"#).unwrap();
+        assert_eq!(object.id("id").as_deref(), Some("7"));
+        assert_eq!(object.texts().collect::<Vec<_>>(), ["7", "a", r#""\ud800""#]);
+    }
+
+    #[test]
+    fn an_id_is_a_string_or_a_number() {
+        let id = |value| RawObject::parse(&format!(r#"{{"id":{value}}}"#)).unwrap().id("id").map(Cow::into_owned);
+        assert_eq!([id(r#""a\n""#), id("-1.50")], [Some("a\n".to_owned()), Some("-1.50".to_owned())]);
+        assert_eq!([id("null"), id("true"), id("{}"), id("[1]")], [const { None }; 4]);
+    }
+
+    /// Elements of lists: objects with every kind of value, and other values.
+    const ELEMENTS: &[&str] = &[
+        r#"{"id":"1","a":null}"#,
+        r#" { "a" : [1, {"b": "]}"}] , "a":{"c":-1.5e3} }"#,
+        r#"{"\u0061\"":"\\\"","ä":""}"#,
+        r#"{"a":"\ud800"}"#,
+        "{}",
+        "[]",
+        r#"[[{"a":1}], "}"]"#,
+        r#""{\"a\":1}""#,
+        "null",
+        "false",
+        "-7",
+        "1e3",
+        " 18446744073709551616 ",
+    ];
+
+    proptest! {
+        #[test]
+        fn a_list_has_the_objects_that_its_elements_are_when_parsed_alone(
+            list in prop::collection::vec(prop::sample::select(ELEMENTS), 0..12),
+        ) {
+            let text = format!("[{}]", list.join(","));
+            let objects: RawObjects<'_> = serde_json::from_str(&text).unwrap();
+            let alone: Vec<RawObject<'_>> = list.iter().filter_map(|text| RawObject::parse(text).ok()).collect();
+            let expected: Vec<_> = alone.iter().map(properties).filter(|object| !object.is_empty()).collect();
+            prop_assert_eq!((objects.count(), objects.others), (expected.len(), list.len() - expected.len()));
+            prop_assert_eq!(objects.iter().map(|object| properties(&object)).collect::<Vec<_>>(), expected);
+        }
     }
 }

@@ -17,7 +17,6 @@ pub use client::{GraphClient, GraphReader};
 pub use limits::budget::RunBudget;
 pub use limits::pause::PauseNotice;
 pub use limits::turns::TurnRequest;
-pub use listing::decode::ObjectText;
 pub use listing::page::{Page, PageObject};
 pub use listing::pages::Pages;
 pub use listing::probe::ProbeFailure;

@@ -11,7 +11,7 @@ use tracing::{Instrument, Span, warn};
 use super::page_memory::PageMemory;
 use crate::domain::catalog::Listing;
 use crate::domain::failure::{ErrorCode, Failure};
-use crate::domain::item::{InventoryItem, RawObject};
+use crate::domain::observation::Observation;
 use crate::domain::run::TypeCounters;
 use crate::graph::{GraphReader, PageObject, Pages};
 use crate::store::ObservedItem;
@@ -58,7 +58,8 @@ impl List {
     ) -> Self {
         let (sender, parts) = mpsc::channel(PARTS_AHEAD);
         let seen = listing.selected.iter().map(|_| Seen::default()).collect();
-        let reading = Reading { seen, unclassified, memory, pages: reader.pages(&listing.collection), listing };
+        let listing = Arc::new(listing);
+        let reading = Reading { seen, unclassified, memory, pages: reader.pages(&listing), listing };
         // Log lines take the run's fields from the spans that are entered; the span of the list alone would not show them.
         let work = reading.work(sender).instrument(span).in_current_span();
         Self { parts, end: AbortOnDropHandle::new(tokio::spawn(work)) }
@@ -80,7 +81,7 @@ impl List {
 }
 
 struct Reading {
-    listing: Listing,
+    listing: Arc<Listing>,
     pages: Pages,
     seen: Vec<Seen>,
     unclassified: Arc<AtomicI64>,
@@ -111,38 +112,23 @@ impl Reading {
         }
     }
 
-    /// Assigns objects to the types that they belong to.
+    /// Counts objects, and takes those to be written.
     fn take(&mut self, objects: impl ExactSizeIterator<Item = PageObject>, requested_at: Instant) -> Vec<Found> {
         let mut found = Vec::with_capacity(objects.len());
-        for object in objects {
-            let Ok(raw) = RawObject::parse(object.text.as_str()) else {
-                // Its type is unknown: the error counts for the fallback type.
-                self.bad_object(self.seen.len() - 1, None);
-                continue;
-            };
-            let Some(claimed) = raw.classify(&self.listing.collection) else {
-                self.unclassified.fetch_add(i64::from(object.first_sight), Ordering::Relaxed);
-                continue;
-            };
-            if let Some(index) = self.listing.selected.iter().position(|selected| selected.key == claimed.key) {
-                let item = self.observe(index, &raw, object.first_sight);
-                found.extend(item.map(|item| (index, ObservedItem { item, requested_at })));
+        for PageObject { observation, first_sight } in objects {
+            match observation {
+                Observation::Item(index, item) => {
+                    self.seen[index].counters.items_observed_count += i64::from(first_sight);
+                    found.push((index, ObservedItem { item, requested_at }));
+                }
+                Observation::Bad(index, bad) => self.bad_object(index, bad.external_id.as_deref()),
+                Observation::NotSelected => {}
+                Observation::Unclassified => {
+                    self.unclassified.fetch_add(i64::from(first_sight), Ordering::Relaxed);
+                }
             }
         }
         found
-    }
-
-    fn observe(&mut self, index: usize, raw: &RawObject<'_>, first_sight: bool) -> Option<InventoryItem> {
-        match raw.observe(&self.listing.selected[index]) {
-            Ok(item) => {
-                self.seen[index].counters.items_observed_count += i64::from(first_sight);
-                Some(item)
-            }
-            Err(bad) => {
-                self.bad_object(index, bad.external_id.as_deref());
-                None
-            }
-        }
     }
 
     /// Counts one unreadable object as an error of its type; the list goes on. The first one is logged, further ones are

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use inventoryd::domain::failure::ErrorCode;
 
-use crate::graph_client::{PLAIN, TENANT, World, read, temporary_file};
+use crate::graph_client::{PLAIN, TENANT, World, pages, read, temporary_file};
 use crate::sim::{Action, ErrorBody, Rule, SimConfig};
 
 const CERTIFICATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/credentials/application.pem");
@@ -63,10 +63,10 @@ async fn a_federated_token_is_read_again_for_every_request() {
     ];
     let world = with(&settings).await;
     let (reader, collection) = (world.reader(), world.collection(PLAIN));
-    assert!(reader.pages(&collection).next().await.unwrap().is_some());
+    assert!(pages(&reader, &collection).next().await.unwrap().is_some());
     std::fs::write(&file, "no token any more").unwrap();
     world.sim.expire_tokens(None);
-    let failure = reader.pages(&collection).next().await.unwrap_err();
+    let failure = pages(&reader, &collection).next().await.unwrap_err();
     assert_eq!(failure.code, ErrorCode::CredentialUnavailable);
     assert_eq!(failure.graph_code.as_deref(), Some("AADSTS50027"));
     std::fs::remove_file(&file).unwrap();
@@ -77,10 +77,10 @@ async fn a_replaced_secret_file_is_used_without_a_restart() {
     let file = temporary_file("secret", "expired");
     let world = with(&[("credentials__default__client_secret_file", file.to_str().unwrap())]).await;
     let (reader, collection) = (world.reader(), world.collection(PLAIN));
-    assert_eq!(reader.pages(&collection).next().await.unwrap_err().code, ErrorCode::CredentialUnavailable);
+    assert_eq!(pages(&reader, &collection).next().await.unwrap_err().code, ErrorCode::CredentialUnavailable);
     std::fs::write(&file, SimConfig::default().client_secret + "\n").unwrap();
     let begun = Instant::now();
-    while reader.pages(&collection).next().await.is_err() {
+    while pages(&reader, &collection).next().await.is_err() {
         assert!(begun.elapsed() < Duration::from_secs(20), "the new secret was not taken up");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

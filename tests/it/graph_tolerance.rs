@@ -3,7 +3,7 @@
 use inventoryd::domain::failure::{ErrorCode, Failure};
 use inventoryd::graph::Page;
 
-use crate::graph_client::{PLAIN, TENANT, World, ids, ids_of};
+use crate::graph_client::{self, PLAIN, TENANT, World, ids, ids_of};
 use crate::sim::{Action, ErrorBody, Rule};
 
 const SINGLETON: &str = "deviceManagement/remoteAssistanceSettings";
@@ -23,7 +23,7 @@ async fn with_pages(path: &str) -> World {
 
 /// Every page of a list, and the failure that ended it, if any.
 async fn pages(world: &World, path: &str) -> (Vec<Page>, Option<Failure>) {
-    let mut pages = world.reader().pages(&world.collection(path));
+    let mut pages = graph_client::pages(&world.reader(), &world.collection(path));
     let mut read = Vec::new();
     loop {
         match pages.next().await {

@@ -1,7 +1,6 @@
 //! Text of a response body: byte order mark, encoding, and repair of single bad characters.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use serde::Deserialize;
 
@@ -20,7 +19,7 @@ pub(in crate::graph) enum DecodeError {
 
 /// Text of a response, repaired where single characters made it unreadable.
 pub(super) struct BodyText {
-    pub(super) text: Arc<String>,
+    text: String,
     /// Positions of the repairs. An object that contains one is not kept: its text is no longer what Graph stores.
     repairs: Vec<usize>,
 }
@@ -31,7 +30,7 @@ impl BodyText {
             body.drain(..BYTE_ORDER_MARK.len());
         }
         match String::from_utf8(body) {
-            Ok(text) => Ok(Self { text: Arc::new(text), repairs: Vec::new() }),
+            Ok(text) => Ok(Self { text, repairs: Vec::new() }),
             Err(error) if error.utf8_error().error_len().is_none() => Err(DecodeError::Truncated),
             Err(error) => Ok(Self::repaired(error.as_bytes())),
         }
@@ -67,7 +66,7 @@ impl BodyText {
                 text.push('?');
             }
         }
-        Self { text: Arc::new(text), repairs }
+        Self { text, repairs }
     }
 
     pub(super) fn parse<'a, T: Deserialize<'a>>(&'a self) -> Result<T, DecodeError> {
@@ -78,6 +77,15 @@ impl BodyText {
         })
     }
 
+    pub(super) fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    pub(super) fn is_repaired(&self) -> bool {
+        !self.repairs.is_empty()
+    }
+
+    /// Returns `true` if `part`, a slice of this text, contains a repair.
     pub(super) fn is_damaged(&self, part: &str) -> bool {
         let range = range_in(&self.text, part);
         let first = self.repairs.partition_point(|at| *at < range.start);
@@ -109,7 +117,7 @@ impl InString {
 }
 
 /// Position of `part`, which is a slice of `text`.
-pub(super) fn range_in(text: &str, part: &str) -> Range<usize> {
+fn range_in(text: &str, part: &str) -> Range<usize> {
     let begin = part.as_ptr().addr() - text.as_ptr().addr();
     begin..begin + part.len()
 }

@@ -12,7 +12,7 @@ use super::error::{ListError, Recovery};
 use super::page::Page;
 use super::pager::{Pager, SeenIds};
 use super::retry::Fetched;
-use crate::domain::catalog::Collection;
+use crate::domain::catalog::Listing;
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::graph::client::GraphReader;
 
@@ -26,8 +26,7 @@ const MAX_FAILED_IN_A_ROW: u32 = 10;
 /// Reader of the children of all parents.
 pub(super) struct Children {
     reader: GraphReader,
-    collection: Arc<Collection>,
-    id_property: String,
+    listing: Arc<Listing>,
     at_once: usize,
     /// Parents that are not begun.
     waiting: VecDeque<String>,
@@ -57,14 +56,13 @@ impl Children {
     /// Reader of the children of `parents`. An error in their list is reported after their children were read.
     pub(super) fn new(
         reader: &GraphReader,
-        collection: &Arc<Collection>,
+        listing: &Arc<Listing>,
         (parents, failed_parent): (VecDeque<String>, Option<ListError>),
         at_once: usize,
     ) -> Self {
         Self {
             reader: reader.clone(),
-            collection: Arc::clone(collection),
-            id_property: collection.id_property().to_owned(),
+            listing: Arc::clone(listing),
             at_once,
             waiting: parents,
             begun: VecDeque::new(),
@@ -104,8 +102,9 @@ impl Children {
         while self.begun.len() < self.at_once
             && let Some(id) = self.waiting.pop_front()
         {
-            let path = self.collection.path.replace("{parent_id}", &path_segment(&id));
-            let pager = Some(Pager::new(&self.collection, &path));
+            let collection = &self.listing.collection;
+            let path = collection.path.replace("{parent_id}", &path_segment(&id));
+            let pager = Some(Pager::new(collection, &path));
             self.begun.push_back(Parent { id, pager, pages: VecDeque::new(), end: None });
         }
         let pages = self.begun.iter().flat_map(|parent| &parent.pages);
@@ -116,8 +115,8 @@ impl Children {
                 && (is_awaited || (has_room && self.at_once > 1))
                 && let Some(pager) = parent.pager.take()
             {
-                let (reader, id_property) = (self.reader.clone(), self.id_property.clone());
-                self.requests.spawn(fetch(self.first + index, pager, reader, id_property).in_current_span());
+                let (reader, listing) = (self.reader.clone(), Arc::clone(&self.listing));
+                self.requests.spawn(fetch(self.first + index, pager, reader, listing).in_current_span());
             }
         }
     }
@@ -158,8 +157,8 @@ impl Children {
     }
 }
 
-async fn fetch(number: usize, mut pager: Pager, reader: GraphReader, id_property: String) -> Answer {
-    let fetched = pager.next(&reader, &|body| decode::collection(body, &id_property)).await;
+async fn fetch(number: usize, mut pager: Pager, reader: GraphReader, listing: Arc<Listing>) -> Answer {
+    let fetched = pager.next(&reader, &|body| decode::collection(body, &listing)).await;
     (number, pager, fetched)
 }
 

@@ -56,11 +56,20 @@ pub(in crate::graph) fn embedded_code(text: &str) -> Option<String> {
     let found = text.rmatch_indices(KEY).filter(|(at, _)| !text[..*at].ends_with('\\')).find_map(|(at, _)| {
         let value = text[at + KEY.len()..].trim_start().strip_prefix(':')?.trim_start();
         let error = serde_json::Deserializer::from_str(value).into_iter::<&RawValue>().next()?.ok()?.get();
-        // A parsed value takes many times the memory of its text.
-        let error: Value = (error.len() <= MAX_EMBEDDED_BYTES).then(|| serde_json::from_str(error).ok())??;
-        error.get("code")?.is_string().then(|| ErrorBody::of(&error))
+        parse_error(error)
     })?;
     found.code
+}
+
+/// Code of an OData error that stands in place of an object.
+pub(in crate::graph) fn code_of(error: &str) -> Option<String> {
+    parse_error(error)?.code
+}
+
+fn parse_error(error: &str) -> Option<ErrorBody> {
+    // A parsed value takes many times the memory of its text.
+    let error: Value = (error.len() <= MAX_EMBEDDED_BYTES).then(|| serde_json::from_str(error).ok())??;
+    error.get("code")?.is_string().then(|| ErrorBody::of(&error))
 }
 
 impl ErrorBody {

@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use super::decode::ObjectText;
 use super::error::ListError;
 use super::pager::{Pager, SeenIds};
 use super::retry::Fetched;
+use crate::domain::observation::Observation;
 
 /// Page of a list.
 #[derive(Debug)]
@@ -21,8 +21,8 @@ pub struct Page {
 /// Object of a page.
 #[derive(Debug)]
 pub struct PageObject {
-    /// JSON text, as Graph sent it.
-    pub text: ObjectText,
+    /// The object as the run sees it.
+    pub observation: Observation,
     /// `true` unless this listing has contained the id before: pages overlap when a list changes while it is read. An
     /// object without an id is always new.
     pub first_sight: bool,
@@ -38,14 +38,14 @@ impl Page {
     ) -> Result<Self, ListError> {
         let (mut ids, mut new_ids) = (0, 0);
         let mut objects = Vec::with_capacity(decoded.objects.len());
-        for (text, id) in decoded.objects {
+        for (id, observation) in decoded.objects {
             let first_sight = id.as_deref().is_none_or(|id| {
                 let first_sight = seen.insert((parent, id));
                 ids += 1;
                 new_ids += usize::from(pager.is_progress((parent, id), first_sight));
                 first_sight
             });
-            objects.push(PageObject { text, first_sight });
+            objects.push(PageObject { observation, first_sight });
         }
         pager.check_progress(objects.is_empty(), ids, new_ids)?;
         Ok(Self { objects, bad_objects: decoded.bad_objects, requested_at })

@@ -9,7 +9,7 @@ use super::decode;
 use super::error::{ListError, Recovery};
 use super::page::Page;
 use super::pager::{Pager, SeenIds};
-use crate::domain::catalog::Collection;
+use crate::domain::catalog::Listing;
 use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::policy_type::Shape;
 use crate::graph::client::GraphReader;
@@ -17,7 +17,7 @@ use crate::graph::client::GraphReader;
 /// Reader of one list, page by page.
 pub struct Pages {
     reader: GraphReader,
-    collection: Arc<Collection>,
+    listing: Arc<Listing>,
     /// Parents whose children are read at the same time.
     parents_at_once: usize,
     /// Of a child collection, once its parents are listed.
@@ -31,10 +31,10 @@ pub struct Pages {
 impl GraphReader {
     /// Pages of a list, from first to last.
     #[must_use]
-    pub fn pages(&self, collection: &Arc<Collection>) -> Pages {
+    pub fn pages(&self, listing: &Arc<Listing>) -> Pages {
         Pages {
             reader: self.clone(),
-            collection: Arc::clone(collection),
+            listing: Arc::clone(listing),
             parents_at_once: children::PARENTS_AT_ONCE,
             children: None,
             pager: None,
@@ -60,19 +60,19 @@ impl Pages {
         if self.ended {
             return Ok(None);
         }
-        let page = match self.collection.shape {
+        let page = match self.listing.collection.shape {
             Shape::Singleton => self.singleton().await.map(Some),
             Shape::Collection => self.page_of_collection().await,
             Shape::ChildCollection => self.page_of_children().await,
         };
-        self.ended = self.collection.shape == Shape::Singleton || !matches!(page, Ok(Some(_)));
+        self.ended = self.listing.collection.shape == Shape::Singleton || !matches!(page, Ok(Some(_)));
         page
     }
 
     async fn singleton(&mut self) -> Result<Page, ListError> {
-        let (id, started) = (self.collection.id_property(), Instant::now());
-        let mut pager = Pager::new(&self.collection, &self.collection.path);
-        match pager.next(&self.reader, &|body| decode::singleton(body, id)).await {
+        let (collection, started) = (&self.listing.collection, Instant::now());
+        let mut pager = Pager::new(collection, &collection.path);
+        match pager.next(&self.reader, &|body| decode::singleton(body, &self.listing)).await {
             Ok(Some(fetched)) => Page::new("", fetched, &mut pager, &mut self.seen),
             // Graph itself says that the tenant has no such object: the listing is complete and empty.
             Ok(None) | Err(ListError { recovery: Recovery::NotFound, .. }) => {
@@ -83,9 +83,9 @@ impl Pages {
     }
 
     async fn page_of_collection(&mut self) -> Result<Option<Page>, ListError> {
-        let id = self.collection.id_property();
-        let pager = self.pager.get_or_insert_with(|| Pager::new(&self.collection, &self.collection.path));
-        let Some(fetched) = pager.next(&self.reader, &|body| decode::collection(body, id)).await? else {
+        let collection = &self.listing.collection;
+        let pager = self.pager.get_or_insert_with(|| Pager::new(collection, &collection.path));
+        let Some(fetched) = pager.next(&self.reader, &|body| decode::collection(body, &self.listing)).await? else {
             return Ok(None);
         };
         Page::new("", fetched, pager, &mut self.seen).map(Some)
@@ -94,7 +94,7 @@ impl Pages {
     async fn page_of_children(&mut self) -> Result<Option<Page>, ListError> {
         if self.children.is_none() {
             let parents = self.list_parents().await?;
-            self.children = Some(Children::new(&self.reader, &self.collection, parents, self.parents_at_once));
+            self.children = Some(Children::new(&self.reader, &self.listing, parents, self.parents_at_once));
         }
         let Some(children) = &mut self.children else { return Ok(None) };
         children.next(&mut self.seen).await
@@ -103,15 +103,18 @@ impl Pages {
     /// Lists the parents. One without a usable id costs its children and no others: the listing ends with an error.
     async fn list_parents(&self) -> Result<(VecDeque<String>, Option<ListError>), ListError> {
         let mut failed_parent = None;
-        let (mut pager, mut seen) = (Pager::of_parents(&self.collection), SeenIds::default());
+        let (mut pager, mut seen) = (Pager::of_parents(&self.listing.collection), SeenIds::default());
         let mut parents = VecDeque::new();
-        while let Some(fetched) = pager.next(&self.reader, &|body| decode::collection(body, "id")).await? {
+        while let Some(fetched) = pager.next(&self.reader, &decode::parents).await? {
             let ids: Vec<Option<String>> =
-                fetched.0.objects.iter().map(|(_, id)| id.clone().map(String::from)).collect();
+                fetched.0.objects.iter().map(|(id, _)| id.clone().map(String::from)).collect();
             let parsed = Page::new("", fetched, &mut pager, &mut seen)?;
             let is_usable = |id: &Option<String>| id.as_deref().is_some_and(children::is_path_segment);
             if parsed.bad_objects > 0 || !ids.iter().all(is_usable) {
-                tracing::warn!(path = self.collection.parent, "a parent has no usable id; its children are not listed");
+                tracing::warn!(
+                    path = self.listing.collection.parent,
+                    "a parent has no usable id; its children are not listed"
+                );
                 failed_parent.get_or_insert_with(|| ErrorCode::GraphBadResponse.into());
             }
             let new = parsed.objects.iter().zip(ids).filter(|(object, _)| object.first_sight);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::error::ListError;
-use crate::domain::catalog::Collection;
+use crate::domain::catalog::{Collection, Listing};
 use crate::domain::clock::Deadline;
 use crate::domain::failure::Failure;
 use crate::graph::auth::token_failure::TokenFailure;
@@ -38,7 +38,8 @@ impl GraphClient {
         collection: &Arc<Collection>,
     ) -> Result<usize, ProbeFailure> {
         let budget = RunBudget { deadline: Deadline::after(DEADLINE), throttle_budget: THROTTLE_BUDGET };
-        let mut pages = self.reader(tenant_id, credential, budget).pages(collection).one_by_one();
+        let listing = Arc::new(Listing::of_all_types(collection));
+        let mut pages = self.reader(tenant_id, credential, budget).pages(&listing).one_by_one();
         match pages.next_page().await {
             Ok(page) => Ok(page.map_or(0, |page| page.objects.len())),
             Err(ListError { failure, detail, permissions, .. }) => {
