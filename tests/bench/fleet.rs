@@ -75,7 +75,7 @@ impl Load {
             "select sum(xact_commit + xact_rollback)::float8 from pg_stat_database where datname = current_database()";
         let backends = sqlx::query("select pid from pg_stat_activity where datname = current_database()");
         let backends = backends.fetch_all(&world.db).await?;
-        let cpu = backends.iter().map(|row| cpu_s_of(row.get::<i32, _>(0))).sum();
+        let cpu = backends.iter().map(|row| cpu_s_of(row.get::<i32, _>(0).unsigned_abs())).sum();
         Ok(Self { queries_per_s: world.float(queries).await?, server_cpu: cpu })
     }
 }

@@ -79,24 +79,44 @@ impl Drop for Process {
 }
 
 /// Seconds of processor time used by a process, 0 if there is none.
-pub fn cpu_s_of(process: i32) -> f64 {
+pub fn cpu_s_of(process: u32) -> f64 {
     Stat::read(&Path::new("/proc").join(process.to_string())).map_or(0.0, |stat| stat.cpu_s)
+}
+
+/// Seconds of processor time used by a server process and its children, those that have ended included.
+pub fn cpu_s_of_server(process: u32) -> f64 {
+    let id = process.to_string();
+    let server = Stat::read(&Path::new("/proc").join(&id)).map_or(0.0, |stat| stat.cpu_s + stat.ended_children_cpu_s);
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let children = processes.filter_map(|entry| Stat::read(&entry.path())).filter(|stat| stat.parent == id);
+    server + children.map(|stat| stat.cpu_s).sum::<f64>()
 }
 
 /// Part of `/proc/<id>/stat`.
 struct Stat {
+    parent: String,
     group: String,
     cpu_s: f64,
+    ended_children_cpu_s: f64,
 }
 
 impl Stat {
     fn read(process: &Path) -> Option<Self> {
         let stat = fs::read_to_string(process.join("stat")).ok()?;
-        // Fields after the bracketed name: state, parent, group, ...; user and system time are the 12th and 13th.
+        // Fields after the bracketed name: state, parent, group, ...; user and system time are the 12th and 13th, those of
+        // ended children follow.
         let (_, rest) = stat.rsplit_once(") ")?;
         let fields: Vec<&str> = rest.split(' ').collect();
-        let ticks: f64 = [11, 12].iter().filter_map(|&field| fields.get(field)?.parse::<f64>().ok()).sum();
-        Some(Self { group: (*fields.get(2)?).to_owned(), cpu_s: ticks / TICKS_PER_S })
+        let seconds = |two: [usize; 2]| {
+            let ticks = two.iter().filter_map(|&field| fields.get(field)?.parse::<f64>().ok());
+            ticks.sum::<f64>() / TICKS_PER_S
+        };
+        Some(Self {
+            parent: (*fields.get(1)?).to_owned(),
+            group: (*fields.get(2)?).to_owned(),
+            cpu_s: seconds([11, 12]),
+            ended_children_cpu_s: seconds([13, 14]),
+        })
     }
 }
 

@@ -81,6 +81,13 @@ impl Rig {
         Ok(())
     }
 
+    /// Process id of the database server or the broker.
+    pub fn server_process(&self, kind: &str) -> Result<u32> {
+        let status = instance(&[kind, "status", text(&self.folder.join(kind))?])?;
+        let id = status.split_whitespace().skip_while(|word| *word != "pid").nth(1).ok_or(status.as_str())?;
+        Ok(id.parse()?)
+    }
+
     /// Path of a process's log.
     pub fn log(&self, name: &str) -> PathBuf {
         self.folder.join("log").join(format!("{name}.log"))

@@ -48,7 +48,8 @@ pub struct World {
     pub connection: Connection,
     /// Registered tenants.
     pub tenants: Vec<Uuid>,
-    _simulator: Process,
+    /// The simulator.
+    pub simulator: Process,
     daemon: PathBuf,
     log: PathBuf,
 }
@@ -72,7 +73,7 @@ impl World {
             channel,
             connection,
             tenants: (0..tenants).map(|_| Uuid::new_v4()).collect(),
-            _simulator: process,
+            simulator: process,
             daemon: rig.daemon.clone(),
             log: rig.log(&format!("{name}-inventoryd")),
         };
