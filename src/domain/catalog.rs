@@ -146,13 +146,12 @@ impl Catalog {
             let grouped = (every || selection.categories.contains(&policy_type.category)) && !policy_type.only_by_name;
             if policy_type.foundation { selection.include_foundations } else { named || grouped }
         };
-        let selected: BTreeSet<&str> = self.types().filter(wanted).map(|t| t.key.as_str()).collect();
         let listings = self
             .collections
             .iter()
             .map(|collection| Listing {
                 collection: Arc::clone(collection),
-                selected: collection.types.iter().filter(|t| selected.contains(t.key.as_str())).cloned().collect(),
+                selected: collection.types.iter().filter(wanted).cloned().collect(),
             })
             .filter(|listing| !listing.selected.is_empty())
             .collect();
@@ -173,10 +172,10 @@ impl Catalog {
     }
 
     fn unknown_names(&self, selection: &Selection) -> Vec<String> {
-        let categories: BTreeSet<&str> = self.types().map(|t| t.category.as_str()).collect();
+        let is_category = |name: &&String| self.types().any(|policy_type| policy_type.category == **name);
         let types =
             selection.policy_types.iter().filter(|name| *name != EVERY_TYPE && self.get(name).is_none()).cloned();
-        let unknown = selection.categories.iter().filter(|name| !categories.contains(name.as_str()));
+        let unknown = selection.categories.iter().filter(|name| !is_category(name));
         // A set, because `policy_types` can name "category:X" as well.
         let names: BTreeSet<String> = types.chain(unknown.map(|name| format!("category:{name}"))).collect();
         names.into_iter().collect()
