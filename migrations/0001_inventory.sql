@@ -7,7 +7,8 @@
 -- * No index covers a column that every run rewrites (last_seen_*, lease_expires_at): such an index would turn heap-only
 --   updates into full ones. `fillfactor` keeps the free space that heap-only updates need.
 -- * Functions in SQL have standard bodies (`begin atomic`), whose names are resolved once, when they are created; the others
---   pin their search_path. No setting of a session changes what they read.
+--   pin their search_path. No setting of a session changes what they read. Those that only other functions call inherit the
+--   settings of their caller: setting them again would cost as much as one of their statements.
 -- * What a run does is one function of one tenant, whose id is its first argument: each is one transaction, which a distributed
 --   database can hand whole to the node of the tenant. Their statements go by keys, so one plan serves all calls, and planning
 --   would take longer than executing. No update or delete in them calls a volatile function, which Citus does not hand over.
@@ -61,8 +62,7 @@ create table inventory_sync_runs (
     idempotency_key            text        collate "C" not null,
     selection_hash             text        collate "C" not null,
     selection_payload          jsonb       not null,
-    status                     text        collate "C" not null
-                                           check (status in ('running', 'success', 'partial', 'failed', 'skipped')),
+    status                     text        collate "C" not null,
     had_errors                 boolean     not null default false,
     error_codes                text[]      not null default '{}',
     error_context              jsonb       not null default '{}',
@@ -92,8 +92,9 @@ create table inventory_sync_runs (
     finished_at                timestamptz,
     primary key (tenant_id, id),
     unique (tenant_id, idempotency_key),
-    check ((status = 'running') = (finished_at is null)),
-    check (status <> 'running' or lease_expires_at is not null)
+    -- One check: PostgreSQL parses each again for every statement that writes a run.
+    check (case when finished_at is null then status = 'running' and lease_expires_at is not null
+                else status in ('success', 'partial', 'failed', 'skipped') end)
 ) with (fillfactor = 50);
 create unique index inventory_sync_runs_lock on inventory_sync_runs (tenant_id, selection_hash) where status = 'running';
 create index inventory_sync_runs_id on inventory_sync_runs (id);
@@ -291,10 +292,11 @@ create function inventory_admit(
 as $$
 #variable_conflict use_column
 declare
-    tenant         tenants;
-    same_key       inventory_sync_runs;
-    same_selection inventory_sync_runs;
+    tenant         record;
+    same_key       record;
+    same_selection record;
     running        bigint;
+    is_running     boolean;
     refusal        text;
 begin
     -- Each statement must see what committed while the one before it waited for a lock.
@@ -305,7 +307,8 @@ begin
 
     -- Serialises the admissions of a tenant, so that its limit is exact. FOR NO KEY UPDATE suffices, and does not conflict
     -- with the foreign key checks of other statements.
-    select * into tenant from tenants t where t.tenant_id = in_tenant_id for no key update;
+    select t.enabled, t.max_concurrent_runs, t.credential into tenant
+      from tenants t where t.tenant_id = in_tenant_id for no key update;
     if not found then
         decision := 'unknown_tenant';
         return next;
@@ -316,7 +319,8 @@ begin
 
     -- Plain reads from here on: the row of a running run may be locked by its worker for as long as a statement lasts, and
     -- whoever waited for it here would hold up every other request of the tenant.
-    select * into same_key from inventory_sync_runs r
+    select r.id, r.selection_hash, r.status, r.attempt, r.interruptions, r.lease_owner, r.lease_expires_at into same_key
+      from inventory_sync_runs r
      where r.tenant_id = in_tenant_id and r.idempotency_key = in_idempotency_key;
     if found then
         run_id := same_key.id;
@@ -356,11 +360,14 @@ begin
         refusal := 'tenant_disabled';
         in_may_defer := false;
     else
-        select * into same_selection from inventory_sync_runs r
-         where r.tenant_id = in_tenant_id and r.selection_hash = in_selection_hash and r.status = 'running';
+        select count(*), coalesce(bool_or(r.selection_hash = in_selection_hash), false) into running, is_running
+          from inventory_sync_runs r where r.tenant_id = in_tenant_id and r.status = 'running';
         -- A run whose lease has expired keeps its place: its own message, or a copy of it, restarts it.
-        if found then
-            if same_selection.lease_expires_at <= decided_at and same_selection.lease_owner is not null
+        if is_running then
+            select r.id, r.attempt, r.interruptions, r.lease_owner, r.lease_expires_at into same_selection from inventory_sync_runs r
+             where r.tenant_id = in_tenant_id and r.selection_hash = in_selection_hash and r.status = 'running';
+            -- It may have ended since.
+            if found and same_selection.lease_expires_at <= decided_at and same_selection.lease_owner is not null
                and same_selection.attempt - same_selection.interruptions >= in_max_attempts then
                 decision := 'exhausted';
                 run_id := same_selection.id;
@@ -369,7 +376,6 @@ begin
             end if;
             refusal := 'lock_contended';
         else
-            select count(*) into running from inventory_sync_runs r where r.tenant_id = in_tenant_id and r.status = 'running';
             if running >= coalesce(tenant.max_concurrent_runs, in_tenant_max_runs) then
                 refusal := 'concurrency_limit_tenant';
             elsif in_fleet_max_runs > 0 then
@@ -418,6 +424,39 @@ comment on function inventory_admit is
 
 -- -------------------------------------------------------------------------------------------------- items
 
+create function inventory_upsert_items(
+        in_tenant_id uuid, in_run_id uuid, in_started_at timestamptz, in_policy_type text, in_category text, in_ids text[],
+        in_names text[], in_platforms text[], in_metas text[], in_seen_at timestamptz[],
+        out upserted bigint, out created bigint, out changed bigint)
+    language plpgsql
+as $$
+#variable_conflict use_column
+begin
+    -- A row changes only if the observation is not older than the stored one: a page that was read early may be written late.
+    -- Old and new are compared in their stored form, which does not parse the documents.
+    with written as (
+        insert into inventory_items as i (tenant_id, policy_type, external_id, display_name, category, platform, meta_jsonb,
+               first_seen_at, last_changed_at, last_seen_at, last_seen_run_id)
+        select in_tenant_id, in_policy_type, u.id, u.name, in_category, u.platform, u.meta::jsonb, u.seen_at, u.seen_at, u.seen_at,
+               in_run_id
+          from unnest(in_ids, in_names, in_platforms, in_metas, in_seen_at) u(id, name, platform, meta, seen_at)
+            on conflict (tenant_id, policy_type, external_id) do update
+           set display_name = excluded.display_name, category = excluded.category, platform = excluded.platform,
+               meta_jsonb = excluded.meta_jsonb, last_seen_at = excluded.last_seen_at,
+               last_seen_run_id = excluded.last_seen_run_id,
+               last_changed_at = case when record_image_ne(
+                   row(i.display_name, i.category, i.platform, i.meta_jsonb),
+                   row(excluded.display_name, excluded.category, excluded.platform, excluded.meta_jsonb))
+                 then excluded.last_changed_at else i.last_changed_at end
+         where excluded.last_seen_at >= i.last_seen_at
+        returning first_seen_at >= in_started_at as created, last_changed_at >= in_started_at as changed)
+    select count(*), count(*) filter (where w.created), count(*) filter (where w.changed and not w.created)
+      into upserted, created, changed from written w;
+end
+$$;
+comment on function inventory_upsert_items is
+    'Upserts a batch of observed objects of one type; returns the rows written, created and changed. The caller holds the fence.';
+
 create function inventory_write_items(
         in_tenant_id uuid, in_run_id uuid, in_attempt integer, in_policy_type text, in_category text, in_ids text[],
         in_names text[], in_platforms text[], in_metas text[], in_seen_at timestamptz[])
@@ -439,25 +478,8 @@ begin
     if not found then
         return;
     end if;
-    -- A row changes only if the observation is not older than the stored one: a page that was read early may be written late.
-    -- Old and new are compared in their stored form, which does not parse the documents.
-    return query with written as (
-        insert into inventory_items as i (tenant_id, policy_type, external_id, display_name, category, platform, meta_jsonb,
-               first_seen_at, last_changed_at, last_seen_at, last_seen_run_id)
-        select in_tenant_id, in_policy_type, u.id, u.name, in_category, u.platform, u.meta::jsonb, u.seen_at, u.seen_at, u.seen_at,
-               in_run_id
-          from unnest(in_ids, in_names, in_platforms, in_metas, in_seen_at) u(id, name, platform, meta, seen_at)
-            on conflict (tenant_id, policy_type, external_id) do update
-           set display_name = excluded.display_name, category = excluded.category, platform = excluded.platform,
-               meta_jsonb = excluded.meta_jsonb, last_seen_at = excluded.last_seen_at,
-               last_seen_run_id = excluded.last_seen_run_id,
-               last_changed_at = case when record_image_ne(
-                   row(i.display_name, i.category, i.platform, i.meta_jsonb),
-                   row(excluded.display_name, excluded.category, excluded.platform, excluded.meta_jsonb))
-                 then excluded.last_changed_at else i.last_changed_at end
-         where excluded.last_seen_at >= i.last_seen_at
-        returning first_seen_at >= run_started_at as created, last_changed_at >= run_started_at as changed)
-    select count(*), count(*) filter (where w.created), count(*) filter (where w.changed and not w.created) from written w;
+    return query select * from inventory_upsert_items(in_tenant_id, in_run_id, run_started_at, in_policy_type, in_category, in_ids,
+                                                      in_names, in_platforms, in_metas, in_seen_at);
 end
 $$;
 comment on function inventory_write_items is
@@ -465,52 +487,68 @@ comment on function inventory_write_items is
 
 -- ------------------------------------------------------------------------------------ outcomes and the end
 
+create type inventory_run_usage as (
+    graph_requests_count bigint, graph_throttled_count bigint, graph_throttle_wait_ms bigint, items_unclassified_count bigint,
+    graph_select_refused_count bigint);
+comment on type inventory_run_usage is 'What a run has asked of Graph since it was last recorded.';
+
+create type inventory_run_end as (
+    status text, had_errors boolean, error_codes text[], error_context jsonb, retry_after_s integer, items_observed_count bigint,
+    items_upserted_count bigint, items_created_count bigint, items_changed_count bigint, errors_count bigint);
+comment on type inventory_run_end is 'What the end of a run sets.';
+
 create function inventory_insert_types(in_tenant_id uuid, in_run_id uuid, in_started_at timestamptz, in_types jsonb,
-                                       in_drop_share double precision, in_drop_min_items bigint)
+                                       in_drop_share double precision, in_drop_min_items bigint, in_policy_type text default null,
+                                       in_upserted bigint default 0, in_created bigint default 0, in_changed bigint default 0)
     returns text[]
     language plpgsql
-    set search_path from current
-    set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
-    suspicious text[];
-    recorded   text[];
+    outcome    inventory_sync_run_types;
+    suspicious text[] := '{}';
 begin
-    select coalesce(array_agg(o.policy_type), '{}') into suspicious
-      from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o
-      join inventory_complete_listings l on l.tenant_id = in_tenant_id and l.policy_type = o.policy_type
-     where o.status = 'complete' and l.items_observed_count >= in_drop_min_items
-       and o.items_observed_count < l.items_observed_count * in_drop_share;
-
-    with inserted as (
+    -- In the order of the key: runs of other selections list the same types, and lock the same rows in the same order.
+    for outcome in
+        select * from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o order by o.policy_type
+    loop
+        if outcome.policy_type = in_policy_type then
+            outcome.items_upserted_count := outcome.items_upserted_count + in_upserted;
+            outcome.items_created_count := outcome.items_created_count + in_created;
+            outcome.items_changed_count := outcome.items_changed_count + in_changed;
+        end if;
+        outcome.suspicious_drop := outcome.status = 'complete' and exists (
+            select from inventory_complete_listings l
+             where l.tenant_id = in_tenant_id and l.policy_type = outcome.policy_type
+               and l.items_observed_count >= in_drop_min_items
+               and outcome.items_observed_count < l.items_observed_count * in_drop_share);
         insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
                items_upserted_count, items_created_count, items_changed_count, errors_count, error_code, failure, suspicious_drop)
-        select in_tenant_id, in_run_id, o.policy_type, o.status, o.items_observed_count, o.items_upserted_count,
-               o.items_created_count, o.items_changed_count, o.errors_count, o.failure ->> 'code', o.failure,
-               o.policy_type = any(suspicious)
-          from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o
-            on conflict do nothing
-        returning policy_type)
-    select coalesce(array_agg(i.policy_type), '{}') into recorded from inserted i;
-
-    -- Only of types that were not recorded before: of a repeated call the first one made the listings.
-    -- In the order of the key: runs of other selections list the same types, and lock the same rows in the same order.
-    insert into inventory_complete_listings as l (tenant_id, policy_type, started_at, items_observed_count, evidence_at)
-    select in_tenant_id, o.policy_type, in_started_at, o.items_observed_count,
-           case when o.errors_count = 0 and o.policy_type <> all(suspicious) then in_started_at end
-      from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o
-     where o.status = 'complete' and o.policy_type = any(recorded) order by o.policy_type
-        on conflict (tenant_id, policy_type) do update
-       -- A run that started earlier may end later: its listing is not the latest, but it can be the latest evidence.
-       set started_at = greatest(l.started_at, excluded.started_at),
-           items_observed_count = case when excluded.started_at >= l.started_at
-             then excluded.items_observed_count else l.items_observed_count end,
-           evidence_at = greatest(l.evidence_at, excluded.evidence_at);
-    return array(select unnest(suspicious) intersect select unnest(recorded));
+        values (in_tenant_id, in_run_id, outcome.policy_type, outcome.status, outcome.items_observed_count,
+                outcome.items_upserted_count, outcome.items_created_count, outcome.items_changed_count, outcome.errors_count,
+                outcome.failure ->> 'code', outcome.failure, outcome.suspicious_drop)
+            on conflict do nothing;
+        -- Of a repeated call the first one made the listings.
+        continue when not found;
+        if outcome.suspicious_drop then
+            suspicious := suspicious || outcome.policy_type;
+        end if;
+        if outcome.status = 'complete' then
+            insert into inventory_complete_listings as l (tenant_id, policy_type, started_at, items_observed_count, evidence_at)
+            values (in_tenant_id, outcome.policy_type, in_started_at, outcome.items_observed_count,
+                    case when outcome.errors_count = 0 and not outcome.suspicious_drop then in_started_at end)
+                on conflict (tenant_id, policy_type) do update
+               -- A run that started earlier may end later: its listing is not the latest, but it can be the latest evidence.
+               set started_at = greatest(l.started_at, excluded.started_at),
+                   items_observed_count = case when excluded.started_at >= l.started_at
+                     then excluded.items_observed_count else l.items_observed_count end,
+                   evidence_at = greatest(l.evidence_at, excluded.evidence_at);
+        end if;
+    end loop;
+    return suspicious;
 end
 $$;
 comment on function inventory_insert_types is
-    'Inserts outcomes of types and the listings that they are evidence of; returns the types with a suspicious drop. The caller holds the fence.';
+    'Inserts outcomes of types and the listings that they are evidence of; returns the types with a suspicious drop. The caller holds the fence, and has written rows of in_policy_type that its counts lack.';
 
 create function inventory_record_types(in_tenant_id uuid, in_run_id uuid, in_attempt integer, in_usage jsonb, in_types jsonb,
                                        in_drop_share double precision, in_drop_min_items bigint)
@@ -520,7 +558,7 @@ create function inventory_record_types(in_tenant_id uuid, in_run_id uuid, in_att
     set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
-    usage constant inventory_sync_runs := jsonb_populate_record(null::inventory_sync_runs, in_usage);
+    usage constant inventory_run_usage := jsonb_populate_record(null::inventory_run_usage, in_usage);
     run_started_at timestamptz;
 begin
     -- The fence. An update locks FOR NO KEY UPDATE, which the FOR KEY SHARE of the batches of sibling lists does not block.
@@ -541,61 +579,80 @@ $$;
 comment on function inventory_record_types is
     'Records types that have ended, and what Graph was asked since the last call; returns the types with a suspicious drop, or null if the lease is lost.';
 
-create function inventory_end_run(in_tenant_id uuid, in_run_id uuid, in_attempt integer, in_usage jsonb, in_types jsonb,
-                                  in_drop_share double precision, in_drop_min_items bigint, in_end jsonb,
-                                  in_event_due_s double precision)
-    returns text[]
+create function inventory_end_run(
+        in_tenant_id uuid, in_run_id uuid, in_attempt integer, in_policy_type text, in_category text, in_ids text[],
+        in_names text[], in_platforms text[], in_metas text[], in_seen_at timestamptz[], in_usage jsonb, in_types jsonb,
+        in_drop_share double precision, in_drop_min_items bigint, in_end jsonb, in_event_due_s double precision)
+    returns table (suspicious text[], upserted bigint, created bigint, changed bigint)
     language plpgsql
     set search_path from current
     set plan_cache_mode = 'force_generic_plan'
 as $$
+#variable_conflict use_column
 declare
-    usage        constant inventory_sync_runs := jsonb_populate_record(null::inventory_sync_runs, in_usage);
-    ending       constant inventory_sync_runs := jsonb_populate_record(null::inventory_sync_runs, in_end);
-    run          inventory_sync_runs;
-    suspicious   text[];
+    usage        constant inventory_run_usage := jsonb_populate_record(null::inventory_run_usage, in_usage);
+    ending       constant inventory_run_end := jsonb_populate_record(null::inventory_run_end, in_end);
+    run_started  timestamptz;
+    run_hash     text;
     missing_high bigint;
     missing_low  bigint;
+    ended_at     timestamptz;
 begin
+    -- As any batch, before the run is locked FOR UPDATE: renewals of its lease must not wait for these rows.
+    if in_policy_type is not null then
+        select r.started_at into run_started from inventory_sync_runs r
+         where r.tenant_id = in_tenant_id and r.id = in_run_id and r.attempt = in_attempt and r.status = 'running'
+           for key share;
+        if not found then
+            return;
+        end if;
+        select * into upserted, created, changed
+          from inventory_upsert_items(in_tenant_id, in_run_id, run_started, in_policy_type, in_category, in_ids, in_names,
+                                      in_platforms, in_metas, in_seen_at);
+    end if;
     -- The fence. FOR UPDATE conflicts with the FOR KEY SHARE of batches: whoever ends the run of a lost worker waits for a batch
     -- that is in flight, so that nothing is written after the end. The worker's own end finds no batch in flight.
-    select * into run from inventory_sync_runs r
+    select r.started_at, r.selection_hash into run_started, run_hash from inventory_sync_runs r
      where r.tenant_id = in_tenant_id and r.id = in_run_id and r.attempt = in_attempt and r.status = 'running'
        for update;
     if not found then
-        return null;
+        return;
     end if;
-    suspicious := inventory_insert_types(in_tenant_id, in_run_id, run.started_at, in_types, in_drop_share, in_drop_min_items);
+    suspicious := inventory_insert_types(in_tenant_id, in_run_id, run_started, in_types, in_drop_share, in_drop_min_items,
+                                         in_policy_type, upserted, created, changed);
 
     -- The rows of inventory_missing_of_run, whose run has ended.
     select count(*) filter (where t.status = 'complete' and not t.suspicious_drop), count(*)
       into missing_high, missing_low
       from inventory_sync_run_types t
       join inventory_items i on i.tenant_id = t.tenant_id and i.policy_type = t.policy_type
-     where t.tenant_id = in_tenant_id and t.run_id = in_run_id and i.last_seen_at < run.started_at;
+     where t.tenant_id = in_tenant_id and t.run_id = in_run_id and i.last_seen_at < run_started;
     if ending.status <> 'success' or ending.had_errors then
         missing_high := 0;
     end if;
     missing_low := missing_low - missing_high;
 
     -- Never before its start, even if the clock of the server was set back meanwhile.
-    run.finished_at := greatest(clock_timestamp(), run.started_at);
+    ended_at := greatest(clock_timestamp(), run_started);
     update inventory_sync_runs r
        set status = ending.status, had_errors = ending.had_errors, error_codes = ending.error_codes,
-           error_context = ending.error_context, retry_after_s = ending.retry_after_s, items_observed_count = ending.items_observed_count,
-           items_upserted_count = ending.items_upserted_count, items_created_count = ending.items_created_count,
-           items_changed_count = ending.items_changed_count, errors_count = ending.errors_count,
+           error_context = ending.error_context, retry_after_s = ending.retry_after_s,
+           items_observed_count = ending.items_observed_count,
+           items_upserted_count = ending.items_upserted_count + coalesce(upserted, 0),
+           items_created_count = ending.items_created_count + coalesce(created, 0),
+           items_changed_count = ending.items_changed_count + coalesce(changed, 0),
+           errors_count = ending.errors_count,
            graph_requests_count = r.graph_requests_count + usage.graph_requests_count,
            graph_throttled_count = r.graph_throttled_count + usage.graph_throttled_count,
            graph_throttle_wait_ms = r.graph_throttle_wait_ms + usage.graph_throttle_wait_ms,
            items_unclassified_count = r.items_unclassified_count + usage.items_unclassified_count,
            graph_select_refused_count = r.graph_select_refused_count + usage.graph_select_refused_count,
            missing_high_count = missing_high, missing_low_count = missing_low,
-           finished_at = run.finished_at
+           finished_at = ended_at
      where r.tenant_id = in_tenant_id and r.id = in_run_id;
 
     insert into inventory_selections as s (tenant_id, selection_hash, latest_run_id, latest_success_at)
-    values (in_tenant_id, run.selection_hash, in_run_id, case when ending.status = 'success' then run.finished_at end)
+    values (in_tenant_id, run_hash, in_run_id, case when ending.status = 'success' then ended_at end)
         on conflict (tenant_id, selection_hash) do update
        set latest_run_id = excluded.latest_run_id,
            latest_success_at = coalesce(excluded.latest_success_at, s.latest_success_at);
@@ -603,11 +660,11 @@ begin
     -- Due in a while: the replica that ends the run publishes the event itself, and others only if it does not.
     insert into outbox (tenant_id, run_id, due_at)
     values (in_tenant_id, in_run_id, clock_timestamp() + make_interval(secs => in_event_due_s));
-    return suspicious;
+    return next;
 end
 $$;
 comment on function inventory_end_run is
-    'Ends a run with the types that are not recorded yet, and makes its event due; returns the types with a suspicious drop, or null if the lease is lost.';
+    'Ends a run with its last batch of objects, if in_policy_type is not null, and the types that are not recorded yet, and makes its event due; returns the types with a suspicious drop and the rows written, or no row if the lease is lost.';
 
 -- ------------------------------------------------------------------------------ sweeps over all tenants
 --

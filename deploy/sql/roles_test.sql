@@ -84,9 +84,10 @@ select equal(1::bigint, (select count(*) from inventory_renew_leases(array[tenan
 select equal('{}', inventory_record_types(tenant_id, id, 1, :'usage', '[{"policy_type": "type", "status": "complete",
              "items_observed_count": 0, "items_upserted_count": 0, "items_created_count": 0, "items_changed_count": 0,
              "errors_count": 0}]', 0.5, 20)::text, 'a type is recorded') from inventory_sync_runs \g /dev/null
-select equal('{}', inventory_end_run(tenant_id, id, 1, :'usage', '[]', 0.5, 20, '{"status": "success", "had_errors": false,
+select equal('{} 1', (select concat_ws(' ', suspicious, upserted) from inventory_end_run(tenant_id, id, 1, 'type', 'category', '{id}', '{name}',
+             '{null}', '{"{}"}', array[clock_timestamp()], :'usage', '[]', 0.5, 20, '{"status": "success", "had_errors": false,
              "error_codes": [], "error_context": {}, "items_observed_count": 0, "items_upserted_count": 0,
-             "items_created_count": 0, "items_changed_count": 0, "errors_count": 0}', 0)::text, 'a run is ended')
+             "items_created_count": 0, "items_changed_count": 0, "errors_count": 0}', 0)), 'a run is ended')
   from inventory_sync_runs \g /dev/null
 select equal(1::bigint, count(*), 'an event is claimed') from inventory_claim_due_events(10, 60) \g /dev/null
 select equal(0::bigint, count(*), 'interrupted runs') from inventory_claim_interrupted_runs(60, 3600, 5, 10) \g /dev/null

@@ -17,7 +17,7 @@ use crate::domain::failure::{ErrorCode, Failure};
 use crate::domain::policy_type::PolicyType;
 use crate::domain::run::{GraphUsage, Lease, RunReport, TypeCounters, TypeOutcome};
 use crate::graph::GraphReader;
-use crate::store::{Admitted, ObservedItem, Store, StoreError};
+use crate::store::{Admitted, ItemBatch, ObservedItem, Store, StoreError};
 use crate::telemetry::{self, spans};
 
 /// Reads the selection of one run.
@@ -46,8 +46,16 @@ struct TypeBuffer {
 enum ListOutcome {
     /// Recorded.
     Recorded(Vec<TypeOutcome>),
-    /// Of the last list, to be recorded with the end of the run: one statement less for a short run.
-    Last(Vec<TypeOutcome>),
+    /// Of the last list, to be recorded with the end of the run: two statements less for a short run.
+    Last(Unrecorded),
+}
+
+/// Part of the last list that is recorded with the end of the run.
+#[derive(Default)]
+struct Unrecorded {
+    outcomes: Vec<TypeOutcome>,
+    /// Objects of one type.
+    objects: Option<TypeBuffer>,
 }
 
 impl<'a> Collector<'a> {
@@ -85,7 +93,7 @@ impl<'a> Collector<'a> {
         let mut lists = stream::iter(remaining)
             .map(|listing| self.read(listing, &scope.named))
             .buffer_unordered(self.settings.concurrent_lists);
-        let mut last = Vec::new();
+        let mut last = Unrecorded::default();
         while let Some(list) = lists.try_next().await? {
             match list {
                 ListOutcome::Recorded(mut recorded) => outcomes.append(&mut recorded),
@@ -96,14 +104,16 @@ impl<'a> Collector<'a> {
         self.end(outcomes, last).await
     }
 
-    /// Ends the run, with the outcomes that are not recorded yet.
-    async fn end(&self, mut outcomes: Vec<TypeOutcome>, mut last: Vec<TypeOutcome>) -> Result<RunReport, StoreError> {
+    /// Ends the run, with what is not recorded yet.
+    async fn end(&self, mut outcomes: Vec<TypeOutcome>, last: Unrecorded) -> Result<RunReport, StoreError> {
         let recorded = outcomes.len();
-        outcomes.append(&mut last);
+        outcomes.extend(last.outcomes);
         let (usage, retry_after_s) = (self.unrecorded_usage(), self.reader.retry_after_s());
         let mut report = RunReport { outcomes, usage, retry_after_s };
-        let ended = self.store.end_run(&self.lease, &mut report, recorded, self.settings.end);
-        ended.instrument(spans::finish()).await?;
+        let objects = last.objects.as_ref().map(|buffer| self.batch(&buffer.policy_type, &buffer.pending));
+        let ended = self.store.end_run(&self.lease, &mut report, (recorded, objects), self.settings.end);
+        let written = ended.instrument(spans::finish()).await?;
+        telemetry::items_upserted(written.upserted.unsigned_abs());
         report.outcomes[recorded..].iter().for_each(note_end);
         report.outcomes.sort_by(|one, other| one.policy_type.cmp(&other.policy_type));
         Ok(report)
@@ -128,14 +138,17 @@ impl<'a> Collector<'a> {
             spans::failed(&span, code);
             warn!(path, %code, http_status = failure.http_status, request_id = failure.request_id, "list not read to the end");
         }
+        let is_last = self.unread.fetch_sub(1, Ordering::Relaxed) == 1;
+        let with_pending = |buffer: &TypeBuffer| !buffer.pending.is_empty();
+        let objects = is_last.then(|| buffers.iter_mut().rfind(|buffer| with_pending(buffer)).map(TypeBuffer::split));
         self.write(&mut buffers, 1).instrument(span).await?;
         let ended = buffers.iter().zip(seen).map(|(buffer, seen)| {
             let is_named = named.contains(&buffer.policy_type.key);
             buffer.outcome(seen, failure.as_ref(), is_named)
         });
         let mut outcomes: Vec<TypeOutcome> = ended.collect();
-        if self.unread.fetch_sub(1, Ordering::Relaxed) == 1 {
-            return Ok(ListOutcome::Last(outcomes));
+        if let Some(objects) = objects {
+            return Ok(ListOutcome::Last(Unrecorded { outcomes, objects }));
         }
         self.record(&mut outcomes).await?;
         Ok(ListOutcome::Recorded(outcomes))
@@ -146,16 +159,18 @@ impl<'a> Collector<'a> {
         for buffer in buffers.iter_mut().filter(|buffer| buffer.pending.len() >= at_least) {
             for batch in buffer.pending.chunks(self.settings.batch_rows) {
                 let span = spans::upsert(&buffer.policy_type.key, batch.len());
-                let written = self.store.upsert_items(&self.lease, &buffer.policy_type, &self.clock, batch);
+                let written = self.store.upsert_items(&self.lease, self.batch(&buffer.policy_type, batch));
                 let written = written.instrument(span).await?;
-                buffer.written.items_upserted_count += written.upserted;
-                buffer.written.items_created_count += written.created;
-                buffer.written.items_changed_count += written.changed;
+                written.add_to(&mut buffer.written);
                 telemetry::items_upserted(written.upserted.unsigned_abs());
             }
             buffer.pending.clear();
         }
         Ok(())
+    }
+
+    fn batch<'b>(&'b self, policy_type: &'b PolicyType, items: &'b [ObservedItem]) -> ItemBatch<'b> {
+        ItemBatch { policy_type, clock: &self.clock, items }
     }
 
     async fn record(&self, outcomes: &mut [TypeOutcome]) -> Result<(), StoreError> {
@@ -201,6 +216,11 @@ fn unfinished(listing: &Listing, finished: &BTreeMap<String, TypeOutcome>) -> Op
 impl TypeBuffer {
     fn new(policy_type: &Arc<PolicyType>) -> Self {
         Self { policy_type: Arc::clone(policy_type), pending: Vec::new(), written: TypeCounters::default() }
+    }
+
+    /// Takes the pending objects, fewer than a batch.
+    fn split(&mut self) -> Self {
+        Self { pending: std::mem::take(&mut self.pending), ..Self::new(&self.policy_type) }
     }
 
     fn outcome(&self, seen: Seen, ended_by: Option<&Failure>, is_named: bool) -> TypeOutcome {

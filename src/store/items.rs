@@ -8,7 +8,7 @@ use super::{Store, StoreError};
 use crate::domain::clock::ObservationClock;
 use crate::domain::item::InventoryItem;
 use crate::domain::policy_type::PolicyType;
-use crate::domain::run::Lease;
+use crate::domain::run::{Lease, TypeCounters};
 
 /// An object of Graph with the time of its observation.
 #[derive(Debug)]
@@ -17,6 +17,42 @@ pub struct ObservedItem {
     pub item: InventoryItem,
     /// Time when its page was requested.
     pub requested_at: Instant,
+}
+
+/// Objects of one policy type that are written together.
+#[derive(Debug, Clone, Copy)]
+pub struct ItemBatch<'a> {
+    /// Their type.
+    pub policy_type: &'a PolicyType,
+    /// Clock of the run.
+    pub clock: &'a ObservationClock,
+    /// The objects.
+    pub items: &'a [ObservedItem],
+}
+
+/// Columns of a batch.
+#[derive(Default)]
+pub(super) struct ItemColumns<'a> {
+    pub(super) ids: Vec<&'a str>,
+    pub(super) names: Vec<Option<&'a str>>,
+    pub(super) platforms: Vec<Option<&'a str>>,
+    pub(super) metas: Vec<&'a str>,
+    pub(super) times: Vec<OffsetDateTime>,
+}
+
+impl<'a> ItemColumns<'a> {
+    pub(super) fn of(batch: ItemBatch<'a>) -> Self {
+        // Each id once and in the order of the index: batches of different runs lock the rows of an overlap in the same order, so
+        // that they cannot deadlock.
+        let items = once_and_in_order(batch.items);
+        Self {
+            ids: items.iter().map(|observed| observed.item.external_id.as_str()).collect(),
+            names: items.iter().map(|observed| observed.item.display_name.as_deref()).collect(),
+            platforms: items.iter().map(|observed| observed.item.platform.as_deref()).collect(),
+            metas: items.iter().map(|observed| observed.item.meta.as_str()).collect(),
+            times: items.iter().map(|observed| batch.clock.at(observed.requested_at)).collect(),
+        }
+    }
 }
 
 /// Rows that one batch wrote.
@@ -30,23 +66,19 @@ pub struct BatchCounts {
     pub changed: i64,
 }
 
+impl BatchCounts {
+    /// Adds the rows to the counters of their type.
+    pub fn add_to(&self, counters: &mut TypeCounters) {
+        counters.items_upserted_count += self.upserted;
+        counters.items_created_count += self.created;
+        counters.items_changed_count += self.changed;
+    }
+}
+
 impl Store {
     /// Writes a batch of objects of one policy type.
-    pub async fn upsert_items(
-        &self,
-        lease: &Lease,
-        policy_type: &PolicyType,
-        clock: &ObservationClock,
-        items: &[ObservedItem],
-    ) -> Result<BatchCounts, StoreError> {
-        // Each id once and in the order of the index: batches of different runs lock the rows of an overlap in the same order, so
-        // that they cannot deadlock.
-        let items = once_and_in_order(items);
-        let ids: Vec<&str> = items.iter().map(|observed| observed.item.external_id.as_str()).collect();
-        let names: Vec<Option<&str>> = items.iter().map(|observed| observed.item.display_name.as_deref()).collect();
-        let platforms: Vec<Option<&str>> = items.iter().map(|observed| observed.item.platform.as_deref()).collect();
-        let metas: Vec<&str> = items.iter().map(|observed| observed.item.meta.as_str()).collect();
-        let times: Vec<OffsetDateTime> = items.iter().map(|observed| clock.at(observed.requested_at)).collect();
+    pub async fn upsert_items(&self, lease: &Lease, batch: ItemBatch<'_>) -> Result<BatchCounts, StoreError> {
+        let columns = ItemColumns::of(batch);
         let mut connection = self.work.acquire().await?;
         let written = sqlx::query!(
             r#"select upserted as "upserted!", created as "created!", changed as "changed!"
@@ -54,13 +86,13 @@ impl Store {
             lease.tenant_id,
             lease.run_id,
             lease.attempt,
-            policy_type.key,
-            policy_type.category,
-            &ids as &[&str],
-            &names as &[Option<&str>],
-            &platforms as &[Option<&str>],
-            &metas as &[&str],
-            &times
+            batch.policy_type.key,
+            batch.policy_type.category,
+            &columns.ids as &[&str],
+            &columns.names as &[Option<&str>],
+            &columns.platforms as &[Option<&str>],
+            &columns.metas as &[&str],
+            &columns.times
         )
         .fetch_optional(&mut *connection);
         let row = self.with_timeout(async { Ok(written.await?) }).await?.ok_or(StoreError::LeaseLost)?;

@@ -35,7 +35,7 @@ pub use admission::{Admission, AdmissionRequest, AdmissionRules, Admitted};
 pub use error::StoreError;
 pub use fleet::TenantPause;
 pub use inventory::{Change, Difference, Item, ItemFilter, RunDiff};
-pub use items::{BatchCounts, ObservedItem};
+pub use items::{BatchCounts, ItemBatch, ObservedItem};
 pub use leases::{InterruptedRun, Renewed};
 pub use outbox::{Backlog, ReplayFilter};
 pub use queries::{MissingItem, Run, RunDetails, RunFilter};

@@ -6,6 +6,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 
+use super::items::{BatchCounts, ItemBatch, ItemColumns};
 use super::run_row::outcomes_of;
 use super::{Store, StoreError};
 use crate::domain::failure::ErrorCode;
@@ -41,6 +42,13 @@ struct TerminalState {
     totals: TypeCounters,
 }
 
+/// Parts of a run that are recorded with its end.
+struct Unrecorded<'a> {
+    usage: &'a GraphUsage,
+    outcomes: &'a [TypeOutcome],
+    items: Option<ItemBatch<'a>>,
+}
+
 impl Store {
     /// Records types that have ended, and what Graph was asked since the last call; marks suspicious drops in `outcomes`.
     pub async fn record_types(
@@ -67,20 +75,27 @@ impl Store {
         Ok(())
     }
 
-    /// Ends a run in one transaction: the types from `recorded` on, the run itself, and the fact that its event is due.
+    /// Ends a run in one transaction: its last objects, the types from `recorded` on, the run itself, and the fact that its
+    /// event is due. The counters of `report` lack the rows of the last objects; they are added.
     pub async fn end_run(
         &self,
         lease: &Lease,
         report: &mut RunReport,
-        recorded: usize,
+        (recorded, last): (usize, Option<ItemBatch<'_>>),
         rules: RunEnd,
-    ) -> Result<(), StoreError> {
+    ) -> Result<BatchCounts, StoreError> {
         let state = TerminalState::of(report);
         let mut connection = self.work.acquire().await?;
-        let ended = end(&mut connection, lease, &state, (&report.usage, &report.outcomes[recorded..]), rules);
-        let suspicious = self.with_timeout(ended).await?;
-        mark_suspicious(&mut report.outcomes[recorded..], &suspicious);
-        Ok(())
+        let unrecorded = Unrecorded { usage: &report.usage, outcomes: &report.outcomes[recorded..], items: last };
+        let ended = end(&mut connection, lease, &state, unrecorded, rules);
+        let (suspicious, written) = self.with_timeout(ended).await?;
+        let outcomes = &mut report.outcomes[recorded..];
+        mark_suspicious(outcomes, &suspicious);
+        let of_last = |outcome: &&mut TypeOutcome| last.is_some_and(|last| last.policy_type.key == outcome.policy_type);
+        if let Some(outcome) = outcomes.iter_mut().find(of_last) {
+            written.add_to(&mut outcome.counters);
+        }
+        Ok(written)
     }
 
     /// Ends a run as failed, `worker_lost`, unless a worker has taken it over. What earlier attempts recorded is kept; every
@@ -109,7 +124,8 @@ impl Store {
         state.error_codes.insert(ErrorCode::WorkerLost.as_str());
         // Nothing was listed now, so nothing can drop; any replica may publish the event at once.
         let rules = RunEnd { suspicious_drop: SuspiciousDropRule { share: 0.0, min_items: i64::MAX }, event_due_s: 0 };
-        let ended = end(&mut connection, &lease, &state, (&report.usage, &report.outcomes[recorded..]), rules);
+        let unrecorded = Unrecorded { usage: &report.usage, outcomes: &report.outcomes[recorded..], items: None };
+        let ended = end(&mut connection, &lease, &state, unrecorded, rules);
         match self.with_timeout(ended).await {
             Ok(_) => Ok(true),
             Err(StoreError::LeaseLost) => Ok(false),
@@ -132,29 +148,45 @@ impl TerminalState {
     }
 }
 
-/// Ends a run under the fence of `lease`, and returns the types with a suspicious drop.
+/// Ends a run under the fence of `lease`; returns the types with a suspicious drop, and the rows that were written.
 async fn end(
     connection: &mut PgConnection,
     lease: &Lease,
     state: &TerminalState,
-    (usage, unrecorded): (&GraphUsage, &[TypeOutcome]),
+    unrecorded: Unrecorded<'_>,
     rules: RunEnd,
-) -> Result<Vec<String>, StoreError> {
-    let suspicious = sqlx::query_scalar!(
-        "select inventory_end_run($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+) -> Result<(Vec<String>, BatchCounts), StoreError> {
+    let columns = unrecorded.items.map(ItemColumns::of).unwrap_or_default();
+    let policy_type = unrecorded.items.map(|batch| batch.policy_type);
+    let ended = sqlx::query!(
+        "select suspicious, upserted, created, changed
+           from inventory_end_run($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)",
         lease.tenant_id,
         lease.run_id,
         lease.attempt,
-        json!(usage),
-        json!(unrecorded),
+        policy_type.map(|of| of.key.as_str()),
+        policy_type.map(|of| of.category.as_str()),
+        &columns.ids as &[&str],
+        &columns.names as &[Option<&str>],
+        &columns.platforms as &[Option<&str>],
+        &columns.metas as &[&str],
+        &columns.times,
+        json!(unrecorded.usage),
+        json!(unrecorded.outcomes),
         rules.suspicious_drop.share,
         rules.suspicious_drop.min_items,
         json!(state),
         rules.event_due_s as f64
     )
-    .fetch_one(connection)
-    .await?;
-    suspicious.ok_or(StoreError::LeaseLost)
+    .fetch_optional(connection)
+    .await?
+    .ok_or(StoreError::LeaseLost)?;
+    let written = BatchCounts {
+        upserted: ended.upserted.unwrap_or_default(),
+        created: ended.created.unwrap_or_default(),
+        changed: ended.changed.unwrap_or_default(),
+    };
+    Ok((ended.suspicious.unwrap_or_default(), written))
 }
 
 fn mark_suspicious(outcomes: &mut [TypeOutcome], suspicious: &[String]) {

@@ -77,7 +77,7 @@ async fn request_is_one_trace_from_message_to_event() {
         ("delivery run finish", 1),
         ("delivery run list", 2),
         ("delivery run list page", 4),
-        ("delivery run list upsert", 2),
+        ("delivery run list upsert", 1),
         ("delivery run publish", 1),
     ];
     assert_eq!(paths(&spans), expected.map(|(path, count)| (path.to_owned(), count)).into());
