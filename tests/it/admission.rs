@@ -263,7 +263,7 @@ async fn a_run_that_nothing_restarts_fails_and_casts_doubt_on_missing_items() {
     let request = world.request("interrupted", &["mobileApp", "deviceShellScript"]);
     interrupted(&world, &request).await;
     // The items were seen before the run that is lost.
-    world.execute("update inventory_items set last_seen_at = last_seen_at - interval '1 hour'").await;
+    world.execute("update inventory_items set last_seen_at = '2020-01-01 00:00Z'").await;
     let mut config = world.config();
     config.run.restart_after_s = 1;
     config.run.give_up_after_s = 3;
@@ -277,7 +277,8 @@ async fn a_run_that_nothing_restarts_fails_and_casts_doubt_on_missing_items() {
     let types = world
         .rows(
             "select policy_type, t.status, error_code from inventory_sync_run_types t join inventory_sync_runs r
-                            on r.id = t.run_id where idempotency_key = 'interrupted' order by 1",
+                            on r.tenant_id = t.tenant_id and r.id = t.run_id
+                            where idempotency_key = 'interrupted' order by 1",
         )
         .await;
     let lost = |name: &str| json!({ "policy_type": name, "status": "failed", "error_code": "worker_lost" });

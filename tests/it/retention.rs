@@ -14,19 +14,18 @@ async fn old_runs(world: &World, key: &str, count: u32, days: u32) {
     let tenant = world.tenant;
     world
         .execute(&format!(
-            "with ended as (
-               insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
-                      daemon_version, started_at, finished_at)
-               select '{tenant}', inventory_new_run_id(at), '{key}-' || n, '{key}', '{{}}', 'success', 'x', at, at
-                 from generate_series(1, {count}) n,
-                      lateral (select clock_timestamp() - interval '{days} days' + n * interval '1 s' as at) at
-               returning tenant_id, id, selection_hash, finished_at),
-             typed as (
-               insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
-                      items_upserted_count, items_created_count, items_changed_count, errors_count)
-               select tenant_id, id, 'mobileApp', 'complete', 0, 0, 0, 0, 0 from ended)
+            "insert into inventory_sync_runs (tenant_id, id, idempotency_key, selection_hash, selection_payload, status,
+                    daemon_version, started_at, finished_at)
+             select '{tenant}', inventory_new_run_id(at), '{key}-' || n, '{key}', '{{}}', 'success', 'x', at, at
+               from generate_series(1, {count}) n,
+                    lateral (select clock_timestamp() - interval '{days} days' + n * interval '1 s' as at) at;
+             insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
+                    items_upserted_count, items_created_count, items_changed_count, errors_count)
+             select tenant_id, id, 'mobileApp', 'complete', 0, 0, 0, 0, 0 from inventory_sync_runs
+              where tenant_id = '{tenant}' and selection_hash = '{key}';
              insert into inventory_selections (tenant_id, selection_hash, latest_run_id, latest_success_at)
-             select tenant_id, selection_hash, id, finished_at from ended order by finished_at desc limit 1"
+             select tenant_id, selection_hash, id, finished_at from inventory_sync_runs
+              where tenant_id = '{tenant}' and idempotency_key = '{key}-{count}'"
         ))
         .await;
 }
@@ -62,7 +61,10 @@ async fn retention_deletes_in_batches_and_spares_what_is_needed() {
             Uuid::nil()
         ))
         .await;
-    count_deletions(&world).await;
+    // A trigger on a shard cannot count over all of them.
+    if !world.is_distributed() {
+        count_deletions(&world).await;
+    }
     let mut config = world.config();
     config.retention.interval_s = 1;
     let _replica = Replica::with(config).await;
@@ -83,8 +85,10 @@ async fn retention_deletes_in_batches_and_spares_what_is_needed() {
         "type rows are deleted with their run"
     );
     assert_eq!(world.count("select count(*) from inventory_items where external_id = 'old'").await, 1);
-    let most = world.count("select max(rows) from deletions").await;
-    assert_eq!(most, 1_000, "every statement is bounded, so that none holds locks for long");
+    if !world.is_distributed() {
+        let most = world.count("select max(rows) from deletions").await;
+        assert_eq!(most, 1_000, "every statement is bounded, so that none holds locks for long");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -19,16 +19,22 @@ pub const OVERLAPPING_RUNS: &str = "select count(*) from
 pub async fn record_history(world: &World) {
     world.execute(
         "create table run_history (tenant_id uuid, id uuid, selection_hash text, status text, attempt int, at timestamptz default clock_timestamp(),
-           writer bigint default txid_current());
-         create function record_history() returns trigger language plpgsql as $$ begin
+           writer bigint default txid_current())",
+    ).await;
+    if world.is_distributed() {
+        world.execute("select create_distributed_table('run_history', 'tenant_id', colocate_with => 'tenants')").await;
+    }
+    world.execute(
+        "create function record_history() returns trigger language plpgsql as $$ begin
            insert into run_history values (new.tenant_id, new.id, new.selection_hash, new.status, new.attempt);
            if tg_op = 'UPDATE' and old.status <> 'running' and (old.status, old.finished_at, old.attempt, old.error_codes, old.items_observed_count)
                 is distinct from (new.status, new.finished_at, new.attempt, new.error_codes, new.items_observed_count)
-              and exists (select from run_history h where h.id = old.id and h.status <> 'running' and h.writer <> txid_current()) then
+              and exists (select from run_history h where h.tenant_id = old.tenant_id and h.id = old.id and h.status <> 'running' and h.writer <> txid_current()) then
              raise exception 'terminal run % changed', old.id; end if;
-           return null; end $$;
-         create trigger record_history after insert or update on inventory_sync_runs for each row execute function record_history();",
+           return null; end $$",
     ).await;
+    // Alone: Citus sends the whole text that it got to the nodes.
+    world.execute("create trigger record_history after insert or update on inventory_sync_runs for each row execute function record_history()").await;
 }
 
 /// Asserts that every accepted request ended in exactly one terminal run, that no two runs of a selection overlapped, that

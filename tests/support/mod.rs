@@ -1,6 +1,7 @@
 //! Test harness: private servers, an isolated environment per test, waits with deadlines.
 
 pub mod certificates;
+pub mod citus;
 pub mod clients;
 pub mod collector;
 pub mod daemon;

@@ -50,20 +50,24 @@ pub async fn in_commit_of(world: &World, step: &Step, seconds: f64) {
 }
 
 async fn create(world: &World, trigger: &str, seconds: f64) {
+    world.execute("create sequence pause_once").await;
+    if world.is_distributed() {
+        // Each node counts for itself; the rows of a tenant lie on one.
+        world.execute("select run_command_on_workers('create sequence pause_once')").await;
+    }
     world
         .execute(&format!(
-            "create sequence pause_once;
-             create function pause() returns trigger language plpgsql as $$ begin
-               if nextval('pause_once') = 1 then perform pg_sleep({seconds}); end if; return coalesce(new, old); end $$;
-             {trigger} execute function pause();",
+            "create function pause() returns trigger language plpgsql as $$ begin
+               if nextval('pause_once') = 1 then perform pg_sleep({seconds}); end if; return coalesce(new, old); end $$"
         ))
         .await;
+    // Alone: Citus sends the whole text that it got to the nodes.
+    world.execute(&format!("{trigger} execute function pause()")).await;
 }
 
 async fn sleepers(world: &World) -> i64 {
-    world
-        .count("select count(*) from pg_stat_activity where datname = current_database() and wait_event = 'PgSleep'")
-        .await
+    let asleep = "select count(*) from pg_stat_activity where datname = current_database() and wait_event = 'PgSleep'";
+    world.count_on_nodes(asleep).await
 }
 
 /// Waits until a worker has reached the paused step.
@@ -74,6 +78,7 @@ pub async fn until_paused(world: &World) {
 /// Waits until no transaction is open, the paused one included.
 pub async fn until_idle(world: &World) {
     let open = "select count(*) from pg_stat_activity
-                 where datname = current_database() and pid <> pg_backend_pid() and state <> 'idle'";
-    eventually("no transaction is open", || async { (world.count(open).await == 0).then_some(()) }).await;
+                 where datname = current_database() and pid <> pg_backend_pid() and state <> 'idle'
+                   and query not like '%run_command_on_all_nodes%'";
+    eventually("no transaction is open", || async { (world.count_on_nodes(open).await == 0).then_some(()) }).await;
 }

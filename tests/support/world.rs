@@ -16,6 +16,7 @@ use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Connection as _, Row};
 use uuid::Uuid;
 
+use super::citus::{self, Cluster};
 use super::events::Subscriber;
 use super::proxy::Proxy;
 use super::servers;
@@ -40,6 +41,7 @@ pub struct World {
     pub database_url: String,
     /// URL of the broker.
     pub amqp_url: String,
+    cluster: Option<Cluster>,
     ca_file: PathBuf,
     channel: Channel,
     connection: Connection,
@@ -53,10 +55,10 @@ impl World {
 
     /// Creates an environment whose simulator starts with `config`.
     pub async fn with_sim(config: SimConfig) -> Self {
-        let (postgres, rabbitmq) =
-            tokio::task::spawn_blocking(|| (servers::postgres().url.clone(), servers::rabbitmq().url.clone()))
-                .await
-                .expect("the servers start");
+        let urls = || {
+            (citus::coordinator().unwrap_or_else(|| servers::postgres().url.clone()), servers::rabbitmq().url.clone())
+        };
+        let (postgres, rabbitmq) = tokio::task::spawn_blocking(urls).await.expect("the servers start");
         Self::on(config, &postgres, &rabbitmq).await
     }
 
@@ -73,7 +75,12 @@ impl World {
     pub async fn on(config: SimConfig, postgres: &str, rabbitmq: &str) -> Self {
         let sim = Sim::start(config).await.expect("the simulator starts");
         let name = format!("t{}", Uuid::new_v4().simple());
-        let database_url = create_database(postgres, &name).await;
+        let is_distributed = citus::coordinator().is_some_and(|coordinator| coordinator == postgres);
+        let cluster = if is_distributed { Some(Cluster::create(postgres, &name).await) } else { None };
+        let database_url = match &cluster {
+            Some(cluster) => cluster.url.clone(),
+            None => create_database(postgres, &name).await,
+        };
         let db = PgPoolOptions::new().max_connections(4).connect_lazy(&database_url).expect("the URL is valid");
         let connection =
             Connection::connect(rabbitmq, ConnectionProperties::default()).await.expect("the broker answers");
@@ -89,11 +96,15 @@ impl World {
             database_url,
             tenant: Uuid::new_v4(),
             prefix: format!("{name}."),
+            cluster,
             amqp_url: rabbitmq.to_owned(),
             connection,
         };
         let config = world.config();
         Store::connect(&config.database).expect("the URL is valid").migrate().await.expect("the schema is migrated");
+        if world.is_distributed() {
+            citus::distribute(&world.database_url).await;
+        }
         declare_topology(&config).await;
         world.register(world.tenant, None).await;
         world
@@ -281,9 +292,15 @@ impl World {
         self.rows(&format!("select * from inventory_sync_runs where idempotency_key = '{key}'")).await
     }
 
+    /// True on a Citus cluster, where the tables are distributed.
+    pub fn is_distributed(&self) -> bool {
+        self.cluster.is_some()
+    }
+
     /// Returns the rows of a query as JSON.
     pub async fn rows(&self, query: &str) -> Vec<Value> {
-        let query = format!("select to_jsonb(q) from ({query}) q");
+        // Materialized, because Citus loses the names of the columns of a subquery that it inlines.
+        let query = format!("with q as materialized ({query}) select to_jsonb(q) from q");
         let rows = sqlx::query(AssertSqlSafe(query)).fetch_all(&self.db).await.expect("the query is valid");
         rows.into_iter().map(|row| row.get(0)).collect()
     }
@@ -291,6 +308,15 @@ impl World {
     /// Returns the single value of a counting query.
     pub async fn count(&self, query: &str) -> i64 {
         sqlx::query(AssertSqlSafe(query.to_owned())).fetch_one(&self.db).await.expect("the query is valid").get(0)
+    }
+
+    /// Returns the single value of a counting query about the server itself, summed over the nodes of a cluster.
+    pub async fn count_on_nodes(&self, query: &str) -> i64 {
+        if !self.is_distributed() {
+            return self.count(query).await;
+        }
+        self.count(&format!("select sum(result::bigint)::bigint from run_command_on_all_nodes($node${query}$node$)"))
+            .await
     }
 
     /// Executes statements in the database.
