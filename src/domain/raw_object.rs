@@ -145,7 +145,7 @@ impl<'de: 'a, 'a> Visitor<'de> for &mut RawObjects<'a> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let start = self.properties.len();
-        while let Some((BorrowedText(name), value)) = map.next_entry()? {
+        while let Some((Name(name), value)) = map.next_entry()? {
             self.properties.push((name, value));
         }
         match self.properties.len() {
@@ -196,6 +196,34 @@ impl<'de: 'a, 'a> Visitor<'de> for &mut RawObjects<'a> {
 #[derive(Deserialize)]
 struct BorrowedText<'a>(#[serde(borrow)] Cow<'a, str>);
 
+/// Name of a property. A lone surrogate in it becomes U+FFFD: it costs no more than a name that nothing reads.
+struct Name<'a>(Cow<'a, str>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Name<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // As text serde_json would refuse a lone surrogate, and with it the page.
+        deserializer.deserialize_bytes(NameVisitor).map(Name)
+    }
+}
+
+struct NameVisitor;
+
+impl<'de> Visitor<'de> for NameVisitor {
+    type Value = Cow<'de, str>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a name")
+    }
+
+    fn visit_borrowed_bytes<E>(self, name: &'de [u8]) -> Result<Self::Value, E> {
+        Ok(String::from_utf8_lossy(name))
+    }
+
+    fn visit_bytes<E>(self, name: &[u8]) -> Result<Self::Value, E> {
+        Ok(Cow::Owned(String::from_utf8_lossy(name).into_owned()))
+    }
+}
+
 /// Text of a scalar: a string as is, numbers and booleans as they are written.
 fn scalar_text(raw: &RawValue) -> Option<Cow<'_, str>> {
     let text = raw.get();
@@ -232,6 +260,13 @@ mod tests {
     }
 
     #[test]
+    fn a_name_with_a_lone_surrogate_hides_no_other_property() {
+        let objects: RawObjects<'_> = serde_json::from_str(r#"[{"\ud800\u0061":1,"id":"1"},{"id":"2"}]"#).unwrap();
+        let ids: Vec<_> = objects.iter().map(|object| object.id("id").unwrap().into_owned()).collect();
+        assert_eq!((ids, objects.others), (vec!["1".to_owned(), "2".to_owned()], 0));
+    }
+
+    #[test]
     fn an_id_is_a_string_or_a_number() {
         let id = |value| RawObject::parse(&format!(r#"{{"id":{value}}}"#)).unwrap().id("id").map(Cow::into_owned);
         assert_eq!([id(r#""a\n""#), id("-1.50")], [Some("a\n".to_owned()), Some("-1.50".to_owned())]);
@@ -244,6 +279,7 @@ mod tests {
         r#" { "a" : [1, {"b": "]}"}] , "a":{"c":-1.5e3} }"#,
         r#"{"\u0061\"":"\\\"","ä":""}"#,
         r#"{"a":"\ud800"}"#,
+        r#"{"\ud800":1,"a":2}"#,
         "{}",
         "[]",
         r#"[[{"a":1}], "}"]"#,
