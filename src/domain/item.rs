@@ -154,6 +154,7 @@ fn keep(raw: &RawValue) -> Option<Cow<'_, str>> {
 }
 
 /// Returns `true` for a text with a NUL character, which JSON permits only as an escape: a borrowed text had none.
+#[expect(clippy::ptr_arg, reason = "a borrowed text needs no search")]
 fn holds_nul(text: &Cow<'_, str>) -> bool {
     matches!(text, Cow::Owned(text) if text.contains('\0'))
 }
