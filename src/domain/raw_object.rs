@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use memchr::memchr;
-use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
@@ -80,6 +80,10 @@ impl<'de: 'a, 'a> Deserialize<'de> for RawObject<'a> {
     }
 }
 
+/// Most objects of one page; Graph's pages have at most 999. Each object becomes an item of some hundred bytes, however short
+/// its text.
+const MAX_OBJECTS: usize = 100_000;
+
 /// The objects of a list, read in one pass over the bytes of the page.
 #[derive(Default)]
 pub struct RawObjects<'a> {
@@ -122,7 +126,11 @@ impl<'de> Visitor<'de> for ListVisitor {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
         let mut objects = RawObjects::default();
-        while seq.next_element_seed(&mut objects)?.is_some() {}
+        while seq.next_element_seed(&mut objects)?.is_some() {
+            if objects.count() > MAX_OBJECTS {
+                return Err(A::Error::custom(format_args!("more than {MAX_OBJECTS} objects in a page")));
+            }
+        }
         Ok(objects)
     }
 }
@@ -264,6 +272,13 @@ mod tests {
         let objects: RawObjects<'_> = serde_json::from_str(r#"[{"\ud800\u0061":1,"id":"1"},{"id":"2"}]"#).unwrap();
         let ids: Vec<_> = objects.iter().map(|object| object.id("id").unwrap().into_owned()).collect();
         assert_eq!((ids, objects.others), (vec!["1".to_owned(), "2".to_owned()], 0));
+    }
+
+    #[test]
+    fn a_page_has_at_most_a_hundred_thousand_objects() {
+        let page = |objects: usize| format!("[{}]", vec![r#"{"a":1}"#; objects].join(","));
+        let count = |text: &str| serde_json::from_str::<RawObjects<'_>>(text).map(|objects| objects.count()).ok();
+        assert_eq!([count(&page(MAX_OBJECTS)), count(&page(MAX_OBJECTS + 1))], [Some(MAX_OBJECTS), None]);
     }
 
     #[test]
