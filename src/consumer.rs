@@ -24,13 +24,15 @@ use crate::telemetry;
 mod backpressure;
 mod delivery_handler;
 mod health;
+mod loop_exit;
 mod watchdog;
 
 use backpressure::Intake;
 use delivery_handler::DeliveryHandler;
 pub use health::ConsumerHealth;
 use health::Paused;
-use watchdog::Watchdog;
+use loop_exit::{LoopExit, what_ended};
+use watchdog::{Check, Watchdog};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
@@ -66,14 +68,6 @@ struct Settings {
     /// Time a delivery may be in flight beyond its run's deadline: after `consumer.broker_timeout_s` the broker closes
     /// the channel. One third is for waiting before the run, one third for waiting for the database.
     spare: Duration,
-}
-
-/// Reason for leaving the inner consume loop.
-enum LoopExit {
-    Drain,
-    /// The intake paused or resumed.
-    IntakeChanged,
-    Lost(&'static str, Option<BrokerError>),
 }
 
 impl Consumer {
@@ -250,26 +244,37 @@ impl ConsumeLoop {
                 }
                 _ = tick.tick() => {
                     let settled_in = first_arrival.is_some_and(|at| at.elapsed() >= SLOW_START);
-                    if (session.narrow() && settled_in || !session.narrow() && session.extra() != self.extra())
-                        && let Err(error) = self.widen(session).await
-                    {
-                        return LoopExit::Lost("error", Some(error));
-                    }
-                    if let Err(error) = self.requeue_overdue().await {
-                        return LoopExit::Lost("error", Some(error));
-                    }
-                    let free = self.permits.available_permits();
-                    let expects = Watchdog::expects(self.waiting.len(), free, self.health.held());
-                    let check = drain.run_until_cancelled(watchdog.stalled(session, expects));
-                    let looked = self.health.beating(BROKER_ALLOWANCE, check).await;
-                    match looked {
-                        Some(Ok(false)) | None => {}
-                        Some(Ok(true)) => return LoopExit::Lost("watchdog", None),
-                        Some(Err(error)) => return LoopExit::Lost("error", Some(error)),
+                    match self.tend(session, &mut watchdog, settled_in).await {
+                        Ok(false) => {}
+                        Ok(true) => return LoopExit::Lost("watchdog", None),
+                        Err(error) => return LoopExit::Lost("error", Some(error)),
                     }
                 }
             }
         }
+    }
+
+    /// Applies the prefetch that is due, requeues what is overdue and checks the subscription. True if it must be rebuilt.
+    async fn tend(
+        &mut self,
+        session: &mut Subscription,
+        watchdog: &mut Watchdog,
+        settled_in: bool,
+    ) -> Result<bool, BrokerError> {
+        if session.narrow() && settled_in || !session.narrow() && session.extra() != self.extra() {
+            self.widen(session).await?;
+        }
+        self.requeue_overdue().await?;
+        let (free, held) = (self.permits.available_permits(), self.health.held());
+        let expects = Watchdog::expects(self.waiting.len(), free, held);
+        let idle = free == usize::from(self.settings.prefetch) && held == 0;
+        let check = self.stop.drain.run_until_cancelled(watchdog.check(session, expects, idle));
+        match self.health.beating(BROKER_ALLOWANCE, check).await.transpose()? {
+            Some(Check::Stalled) => return Ok(true),
+            Some(Check::Passed(deliveries)) => deliveries.into_iter().for_each(|delivery| self.accept(delivery)),
+            None => {}
+        }
+        Ok(false)
     }
 
     /// Prefetch for deliveries that are held without a slot.
@@ -384,16 +389,6 @@ impl ConsumeLoop {
         }
         if let Some(session) = session {
             session.close(CLOSE_TIMEOUT).await;
-        }
-    }
-}
-
-fn what_ended(cause: &str) -> &'static str {
-    match cause {
-        "watchdog" => "requests are ready but none arrived",
-        _ => {
-            "the broker ended the subscription: the connection was closed, the queue was deleted or moved, or a delivery \
-             exceeded the consumer timeout"
         }
     }
 }

@@ -139,6 +139,22 @@ impl Subscription {
         Ok(())
     }
 
+    /// Consumes on a new channel, unless deliveries were in transit; returns those. No delivery of the old channel may be
+    /// unsettled.
+    ///
+    /// RabbitMQ counts what it assigned to a consumer as delivered even if the consumer never got it, as after the deletion of a
+    /// queue that is declared again at once. Only the end of the channel makes such requests ready again.
+    pub async fn renew(&mut self) -> Result<Vec<Delivery>, BrokerError> {
+        let in_transit = self.stop_consumer().await?;
+        if in_transit.is_empty() {
+            let old = std::mem::replace(&mut self.channel, self.connection.channel().await?);
+            within(self.limit, "closing a channel", old.close(200, "OK".into())).await?;
+            self.set_prefetch(if self.narrow { 1 } else { self.prefetch.saturating_add(self.extra) }).await?;
+        }
+        self.resume().await?;
+        Ok(in_transit)
+    }
+
     /// Number of ready requests in the queue.
     ///
     /// # Errors

@@ -5,9 +5,18 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::MAX_HELD;
-use crate::broker::{BrokerError, Subscription};
+use crate::broker::{BrokerError, Delivery, Subscription};
 
-/// Detects a subscription that is open but stalled: requests are ready and none is delivered.
+/// Result of a check of the subscription.
+pub(super) enum Check {
+    /// Nothing to do, but to accept these deliveries.
+    Passed(Vec<Delivery>),
+    /// The subscription must be rebuilt.
+    Stalled,
+}
+
+/// Detects a subscription that is open but stalled: requests are ready and none is delivered. Requests that the broker counts
+/// as delivered, although they never arrived, are not ready: a subscription without deliveries is renewed.
 pub(super) struct Watchdog {
     timeout: Duration,
     last: Instant,
@@ -31,20 +40,26 @@ impl Watchdog {
         waiting == 0 && free > 0 && held < MAX_HELD as usize
     }
 
-    /// True if the subscription must be rebuilt. Requests that are ready at one check may be in transit; at a second
-    /// consecutive check they are not.
-    pub(super) async fn stalled(&mut self, session: &Subscription, expects: bool) -> Result<bool, BrokerError> {
+    /// Checks the subscription; `idle` is true if none of its deliveries is unsettled. Requests that are ready at one check may
+    /// be in transit; at a second consecutive check they are not.
+    pub(super) async fn check(
+        &mut self,
+        session: &mut Subscription,
+        expects: bool,
+        idle: bool,
+    ) -> Result<Check, BrokerError> {
         if !expects {
             self.note_activity();
         }
         if self.last.elapsed() < self.timeout {
-            return Ok(false);
+            return Ok(Check::Passed(Vec::new()));
         }
-        if session.ready().await? == 0 {
-            self.note_activity();
-            return Ok(false);
+        if session.ready().await? > 0 {
+            let was_suspicious = std::mem::replace(&mut self.suspicious, true);
+            return Ok(if was_suspicious { Check::Stalled } else { Check::Passed(Vec::new()) });
         }
-        Ok(std::mem::replace(&mut self.suspicious, true))
+        self.note_activity();
+        Ok(Check::Passed(if idle { session.renew().await? } else { Vec::new() }))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use inventoryd::broker::PublishOutcome;
@@ -107,7 +107,7 @@ async fn subscription_without_deliveries_is_rebuilt() {
     config.consumer.prefetch = 2;
     let replica = Replica::with(config).await;
     eventually("subscribed", || async { replica.daemon().health().subscribed().then_some(()) }).await;
-    discard.store(true, Ordering::Relaxed);
+    discard.on.store(true, Ordering::Relaxed);
     let mut keys = Vec::new();
     for number in 0..5 {
         let tenant = uuid::Uuid::new_v4();
@@ -119,35 +119,63 @@ async fn subscription_without_deliveries_is_rebuilt() {
         (!replica.daemon().health().subscribed()).then_some(())
     })
     .await;
-    discard.store(false, Ordering::Relaxed);
+    discard.on.store(false, Ordering::Relaxed);
     for key in &keys {
         assert_eq!(world.ended(key).await["status"], "success");
     }
     replica.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_was_delivered_to_nobody_is_delivered_again() {
+    let world = World::new().await;
+    let (discard, address) = discarding_proxy(world.amqp_address()).await;
+    let mut config = world.config();
+    config.broker.url = format!("amqp://guest:guest@{address}/%2f").into();
+    config.consumer.watchdog_s = 2;
+    let replica = Replica::with(config).await;
+    eventually("subscribed", || async { replica.daemon().health().subscribed().then_some(()) }).await;
+    discard.on.store(true, Ordering::Relaxed);
+    world.publish(&world.request("lost", &["mobileApp"])).await;
+    eventually("the delivery is discarded", || async {
+        (discard.discarded.load(Ordering::Relaxed) == 1).then_some(())
+    })
+    .await;
+    assert_eq!(world.depth("inventory.sync.requests").await, 0, "for the broker it is delivered");
+    discard.on.store(false, Ordering::Relaxed);
+    assert_eq!(world.ended("lost").await["status"], "success");
+    replica.stop().await;
+}
+
+/// State of a proxy that discards deliveries.
+#[derive(Default)]
+struct Discard {
+    on: AtomicBool,
+    discarded: AtomicUsize,
+}
+
 /// Proxy that discards deliveries to the client while told to, and passes everything else.
-async fn discarding_proxy(target: SocketAddr) -> (Arc<AtomicBool>, SocketAddr) {
+async fn discarding_proxy(target: SocketAddr) -> (Arc<Discard>, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (address, discard) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
-    let flag = Arc::clone(&discard);
+    let (address, discard) = (listener.local_addr().unwrap(), Arc::new(Discard::default()));
+    let told = Arc::clone(&discard);
     tokio::spawn(async move {
         while let Ok((client, _)) = listener.accept().await {
             let Ok(server) = TcpStream::connect(target).await else { continue };
             let ((mut client_in, client_out), (server_in, mut server_out)) = (client.into_split(), server.into_split());
-            let flag = Arc::clone(&flag);
+            let told = Arc::clone(&told);
             tokio::spawn(async move {
                 let _ = tokio::io::copy(&mut client_in, &mut server_out).await;
             });
             tokio::spawn(async move {
-                let _ = pass_frames(server_in, client_out, &flag).await;
+                let _ = pass_frames(server_in, client_out, &told).await;
             });
         }
     });
     (discard, address)
 }
 
-async fn pass_frames(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, discard: &AtomicBool) -> std::io::Result<()> {
+async fn pass_frames(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, discard: &Discard) -> std::io::Result<()> {
     let mut discarding = false;
     loop {
         let mut frame = vec![0; 7];
@@ -157,7 +185,10 @@ async fn pass_frames(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, discard: &
         from.read_exact(&mut frame[7..]).await?;
         match frame[0] {
             // basic.deliver; the header and body frames after it belong to it.
-            1 => discarding = frame[7..11] == [0, 60, 0, 60] && discard.load(Ordering::Relaxed),
+            1 => {
+                discarding = frame[7..11] == [0, 60, 0, 60] && discard.on.load(Ordering::Relaxed);
+                discard.discarded.fetch_add(usize::from(discarding), Ordering::Relaxed);
+            }
             2 | 3 => {}
             _ => {
                 to.write_all(&frame).await?;
