@@ -162,12 +162,14 @@ async fn queue_deleted_under_its_consumers_is_declared_again() {
     let world = World::new().await;
     invariants::record_history(&world).await;
     let events = world.subscribe().await;
-    let fleet = [Replica::start(&world).await, Replica::start(&world).await];
+    let mut config = world.config();
+    // A queue that a publisher declares again at once can keep the consumers of the deleted one, which get nothing.
+    config.consumer.watchdog_s = 5;
+    let fleet = [Replica::with(config.clone()).await, Replica::with(config).await];
     world.sync("before", ONE_TYPE).await;
     let ready = |one: &Replica| one.daemon().health().subscribed();
     eventually("all are ready", || async { fleet.iter().all(ready).then_some(()) }).await;
     delete_request_queue(&world).await;
-    // A queue with consumers is another one: every replica has noticed that its own is gone.
     eventually("every replica consumes from a new queue", || async {
         let (_connection, channel) = channel(&world).await;
         let options = QueueDeclareOptions::durable().passive();
