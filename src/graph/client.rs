@@ -106,11 +106,11 @@ impl GraphClient {
         self.0.limits.set_replicas(replicas);
     }
 
-    /// Time for which an earlier process may still have requests in a window of Graph's limits; `None` if this process is
-    /// older than that.
+    /// Time for which an earlier process may still have requests in a window of Graph's limits of a tenant; `None` if this
+    /// process is older than that, or has read the tenant before.
     #[must_use]
-    pub fn predecessor_counts_for(&self) -> Option<Duration> {
-        self.0.limits.predecessor_counts_for()
+    pub fn predecessor_counts_for(&self, tenant_id: Uuid) -> Option<Duration> {
+        self.0.limits.predecessor_counts_for(tenant_id)
     }
 
     /// Gives a tenant that no other process has read within that time all of its limits at once.

@@ -296,10 +296,10 @@ impl RunnerInner {
         collector.collect(scope, &admitted.finished).await
     }
 
-    /// Returns `true` if this process is new, and no other has read the tenant within the windows of Graph's limits. A
-    /// process that is older knows what was sent.
+    /// Returns `true` if this process is new, and none has read the tenant within the windows of Graph's limits. A process that
+    /// is older, or has read the tenant, knows what was sent.
     async fn tenant_was_idle(&self, admitted: &Admitted) -> Result<bool, StoreError> {
-        match self.graph.predecessor_counts_for() {
+        match self.graph.predecessor_counts_for(admitted.lease.tenant_id) {
             Some(window) if admitted.lease.attempt == 1 => {
                 self.store.tenant_was_idle(admitted.lease.run(), window, self.settings.deadline).await
             }

@@ -89,10 +89,12 @@ impl LimitRegistry {
         self.entry(tenant_id, family, Some(self.started))
     }
 
-    /// Time for which an earlier process may still have requests in a window; `None` if this process is older than that.
-    pub(in crate::graph) fn predecessor_counts_for(&self) -> Option<Duration> {
+    /// Time for which an earlier process may still have requests in a window of a tenant; `None` if this process is older than
+    /// that, or has read the tenant before.
+    pub(in crate::graph) fn predecessor_counts_for(&self, tenant_id: Uuid) -> Option<Duration> {
         let counts_for = counted_for(INTUNE_WINDOW);
-        (self.started.elapsed() < counts_for).then_some(counts_for)
+        let may_count = self.started.elapsed() < counts_for && !self.concurrency.lock().contains_key(&tenant_id);
+        may_count.then_some(counts_for)
     }
 
     /// Gives a tenant that no other process has read within a window all of its limits at once.
@@ -199,11 +201,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_tenant_that_was_idle_has_its_whole_window_at_once() {
         let registry = LimitRegistry::new(&Config::load_with(None, [].into()).unwrap().graph);
-        assert!(registry.predecessor_counts_for().is_some());
+        assert!(registry.predecessor_counts_for(TENANT).is_some());
         let idle = Uuid::from_u128(8);
         let (deadline, throttle_budget) = (Deadline::after(Duration::from_secs(60)), Duration::from_secs(10));
         let budget = BudgetTracker::new(RunBudget { deadline, throttle_budget });
         registry.tenant_was_idle(idle);
+        assert!(registry.predecessor_counts_for(idle).is_none(), "it is asked for once");
         let mut took = Vec::new();
         for tenant in [idle, TENANT] {
             let begun = Instant::now();
@@ -214,6 +217,6 @@ mod tests {
         }
         assert!(took[0] < Duration::from_secs(2), "{took:?}");
         assert!(took[1] > Duration::from_secs(15), "the rest of the window may be used up: {took:?}");
-        assert!(registry.predecessor_counts_for().is_none());
+        assert!(registry.predecessor_counts_for(Uuid::from_u128(9)).is_none());
     }
 }
