@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::log::LevelFilter;
 
 use super::StoreError;
-use super::session::PINNED;
+use super::session::{PINNED, PINNED_FOR_RUNS};
 use crate::config::{DatabaseConfig, seconds};
 
 /// Idle time after which a connection is pinged before it is used.
@@ -71,7 +71,8 @@ pub(super) struct WorkPool {
 impl WorkPool {
     pub(super) fn new(options: &PgConnectOptions, config: &DatabaseConfig) -> Self {
         let permits = Arc::new(Semaphore::new(config.max_connections as usize));
-        Self { pool: pool(options, config.max_connections, seconds(config.acquire_timeout_s)), permits }
+        let options = options.clone().options(PINNED_FOR_RUNS.iter().copied());
+        Self { pool: pool(&options, config.max_connections, seconds(config.acquire_timeout_s)), permits }
     }
 
     /// Acquires a connection; waits without a limit while all are busy.
@@ -82,7 +83,7 @@ impl WorkPool {
 
     /// Applies other options to connections that are opened from now on.
     pub(super) fn set_options(&self, options: &PgConnectOptions) {
-        self.pool.set_connect_options(options.clone());
+        self.pool.set_connect_options(options.clone().options(PINNED_FOR_RUNS.iter().copied()));
     }
 
     pub(super) async fn close(&self) {

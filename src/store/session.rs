@@ -9,7 +9,8 @@ use super::StoreError;
 pub(super) const PINNED: &[(&str, &str)] = &[
     // Admission and fences rely on each statement seeing what committed while it waited for a lock.
     ("default_transaction_isolation", "read committed"),
-    // A request is acknowledged once its run is committed: the commit must survive a crash of the server.
+    // A request is acknowledged once its run is committed: the commit must survive a crash of the server. Only the commit of an
+    // admission does not wait: see inventory_admit.
     ("synchronous_commit", "on"),
     // statement_timeout bounds every wait; a lock timeout below it would turn a slow batch into an outage.
     ("lock_timeout", "0"),
@@ -20,6 +21,10 @@ pub(super) const PINNED: &[(&str, &str)] = &[
     // Short statements by key: compiling them takes longer than executing them.
     ("jit", "off"),
 ];
+
+/// Setting of the connections of runs, whose statements all go by keys. One plan serves all calls, and it may be made while a table
+/// is so small that scanning it is cheaper.
+pub(super) const PINNED_FOR_RUNS: &[(&str, &str)] = &[("enable_seqscan", "off")];
 
 /// Settings of the connection that migrates: a migration may take as long as it needs, and creates heap tables.
 pub(super) const PINNED_FOR_MIGRATION: &[(&str, &str)] = &[
