@@ -298,6 +298,7 @@ declare
     running        bigint;
     is_running     boolean;
     refusal        text;
+    waits_for_disk text;
 begin
     -- Each statement must see what committed while the one before it waited for a lock.
     if current_setting('transaction_isolation') <> 'read committed' then
@@ -350,6 +351,7 @@ begin
                  where r.tenant_id = in_tenant_id and r.id = same_key.id
                 returning r.attempt, r.started_at, r.graph_throttle_wait_ms into attempt, started_at, throttle_wait_ms;
                 decision := 'admitted';
+                waits_for_disk := set_config('synchronous_commit', 'off', true);
             end if;
         end if;
         return next;
@@ -411,7 +413,12 @@ begin
             case when refusal is null then clock_timestamp() + make_interval(secs => in_lease_s) end,
             in_correlation_id, in_requested_by, in_traceparent, in_daemon_version, decided_at,
             case when refusal is not null then decided_at end);
-    if refusal is not null then
+    if refusal is null then
+        -- The commit of an admission need not wait for the disk. Should a crash of the server undo it, then the worker finds its
+        -- lease lost, and the request, which is acknowledged after the end of the run, is admitted again. Nothing that a run
+        -- writes outlives its admission: the first commit that waits flushes all before it.
+        waits_for_disk := set_config('synchronous_commit', 'off', true);
+    else
         -- As at the end of a run: this replica publishes the event itself, and others only if it does not.
         insert into outbox (tenant_id, run_id, due_at)
         values (in_tenant_id, run_id, decided_at + make_interval(secs => in_event_due_s));
@@ -439,7 +446,8 @@ begin
                first_seen_at, last_changed_at, last_seen_at, last_seen_run_id)
         select in_tenant_id, in_policy_type, u.id, u.name, in_category, u.platform, u.meta::jsonb, u.seen_at, u.seen_at, u.seen_at,
                in_run_id
-          from unnest(in_ids, in_names, in_platforms, in_metas, in_seen_at) u(id, name, platform, meta, seen_at)
+          from (select unnest(in_ids) as id, unnest(in_names) as name, unnest(in_platforms) as platform, unnest(in_metas) as meta,
+                       unnest(in_seen_at) as seen_at) u
             on conflict (tenant_id, policy_type, external_id) do update
            set display_name = excluded.display_name, category = excluded.category, platform = excluded.platform,
                meta_jsonb = excluded.meta_jsonb, last_seen_at = excluded.last_seen_at,
@@ -504,46 +512,39 @@ create function inventory_insert_types(in_tenant_id uuid, in_run_id uuid, in_sta
     language plpgsql
 as $$
 declare
-    outcome    inventory_sync_run_types;
-    suspicious text[] := '{}';
+    suspicious text[];
 begin
-    -- In the order of the key: runs of other selections list the same types, and lock the same rows in the same order.
-    for outcome in
-        select * from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o order by o.policy_type
-    loop
-        if outcome.policy_type = in_policy_type then
-            outcome.items_upserted_count := outcome.items_upserted_count + in_upserted;
-            outcome.items_created_count := outcome.items_created_count + in_created;
-            outcome.items_changed_count := outcome.items_changed_count + in_changed;
-        end if;
-        outcome.suspicious_drop := outcome.status = 'complete' and exists (
-            select from inventory_complete_listings l
-             where l.tenant_id = in_tenant_id and l.policy_type = outcome.policy_type
-               and l.items_observed_count >= in_drop_min_items
-               and outcome.items_observed_count < l.items_observed_count * in_drop_share);
+    -- In the order of the key: runs of other selections list the same types, and lock the same rows in the same order. Of a
+    -- repeated call the first one made the listings.
+    with inserted as (
         insert into inventory_sync_run_types (tenant_id, run_id, policy_type, status, items_observed_count,
                items_upserted_count, items_created_count, items_changed_count, errors_count, error_code, failure, suspicious_drop)
-        values (in_tenant_id, in_run_id, outcome.policy_type, outcome.status, outcome.items_observed_count,
-                outcome.items_upserted_count, outcome.items_created_count, outcome.items_changed_count, outcome.errors_count,
-                outcome.failure ->> 'code', outcome.failure, outcome.suspicious_drop)
-            on conflict do nothing;
-        -- Of a repeated call the first one made the listings.
-        continue when not found;
-        if outcome.suspicious_drop then
-            suspicious := suspicious || outcome.policy_type;
-        end if;
-        if outcome.status = 'complete' then
-            insert into inventory_complete_listings as l (tenant_id, policy_type, started_at, items_observed_count, evidence_at)
-            values (in_tenant_id, outcome.policy_type, in_started_at, outcome.items_observed_count,
-                    case when outcome.errors_count = 0 and not outcome.suspicious_drop then in_started_at end)
-                on conflict (tenant_id, policy_type) do update
-               -- A run that started earlier may end later: its listing is not the latest, but it can be the latest evidence.
-               set started_at = greatest(l.started_at, excluded.started_at),
-                   items_observed_count = case when excluded.started_at >= l.started_at
-                     then excluded.items_observed_count else l.items_observed_count end,
-                   evidence_at = greatest(l.evidence_at, excluded.evidence_at);
-        end if;
-    end loop;
+        select in_tenant_id, in_run_id, o.policy_type, o.status, o.items_observed_count,
+               o.items_upserted_count + case when o.policy_type = in_policy_type then in_upserted else 0 end,
+               o.items_created_count + case when o.policy_type = in_policy_type then in_created else 0 end,
+               o.items_changed_count + case when o.policy_type = in_policy_type then in_changed else 0 end,
+               o.errors_count, o.failure ->> 'code', o.failure,
+               o.status = 'complete' and exists (
+                   select from inventory_complete_listings l
+                    where l.tenant_id = in_tenant_id and l.policy_type = o.policy_type
+                      and l.items_observed_count >= in_drop_min_items
+                      and o.items_observed_count < l.items_observed_count * in_drop_share)
+          from jsonb_populate_recordset(null::inventory_sync_run_types, in_types) o
+         order by o.policy_type
+            on conflict do nothing
+        returning policy_type, status, items_observed_count, errors_count, suspicious_drop),
+    listed as (
+        insert into inventory_complete_listings as l (tenant_id, policy_type, started_at, items_observed_count, evidence_at)
+        select in_tenant_id, t.policy_type, in_started_at, t.items_observed_count,
+               case when t.errors_count = 0 and not t.suspicious_drop then in_started_at end
+          from inserted t where t.status = 'complete'
+            on conflict (tenant_id, policy_type) do update
+           -- A run that started earlier may end later: its listing is not the latest, but it can be the latest evidence.
+           set started_at = greatest(l.started_at, excluded.started_at),
+               items_observed_count = case when excluded.started_at >= l.started_at
+                 then excluded.items_observed_count else l.items_observed_count end,
+               evidence_at = greatest(l.evidence_at, excluded.evidence_at))
+    select coalesce(array_agg(t.policy_type) filter (where t.suspicious_drop), '{}') into suspicious from inserted t;
     return suspicious;
 end
 $$;
@@ -594,6 +595,7 @@ declare
     ending       constant inventory_run_end := jsonb_populate_record(null::inventory_run_end, in_end);
     run_started  timestamptz;
     run_hash     text;
+    written      record;
     missing_high bigint;
     missing_low  bigint;
     ended_at     timestamptz;
@@ -606,9 +608,11 @@ begin
         if not found then
             return;
         end if;
-        select * into upserted, created, changed
-          from inventory_upsert_items(in_tenant_id, in_run_id, run_started, in_policy_type, in_category, in_ids, in_names,
-                                      in_platforms, in_metas, in_seen_at);
+        written := inventory_upsert_items(in_tenant_id, in_run_id, run_started, in_policy_type, in_category, in_ids, in_names,
+                                          in_platforms, in_metas, in_seen_at);
+        upserted := written.upserted;
+        created := written.created;
+        changed := written.changed;
     end if;
     -- The fence. FOR UPDATE conflicts with the FOR KEY SHARE of batches: whoever ends the run of a lost worker waits for a batch
     -- that is in flight, so that nothing is written after the end. The worker's own end finds no batch in flight.
