@@ -112,6 +112,23 @@ fn queries(world: &World, run: &Value) -> [(&'static str, String); 5] {
     ]
 }
 
+/// One plan serves all calls of a statement of a run. It is made while the tables are small enough to be scanned.
+#[tokio::test(flavor = "multi_thread")]
+async fn statements_of_runs_scan_no_table() {
+    let (world, _) = short_history().await;
+    let scans = "select relname, seq_scan from pg_stat_user_tables
+                  where relname in ('tenants', 'inventory_items', 'inventory_complete_listings', 'inventory_selections')
+                  order by relname";
+    let before = world.rows(scans).await;
+    let replica = Replica::start(&world).await;
+    for key in ["third", "fourth", "fifth"] {
+        assert_eq!(world.sync(key, &TYPES).await["status"], "success");
+    }
+    // A session reports its statistics when it ends.
+    replica.stop().await;
+    assert_eq!(world.rows(scans).await, before);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn reads_do_not_touch_the_history() {
     let (world, run) = short_history().await;
