@@ -351,7 +351,6 @@ begin
                  where r.tenant_id = in_tenant_id and r.id = same_key.id
                 returning r.attempt, r.started_at, r.graph_throttle_wait_ms into attempt, started_at, throttle_wait_ms;
                 decision := 'admitted';
-                waits_for_disk := set_config('synchronous_commit', 'off', true);
             end if;
         end if;
         return next;
@@ -414,9 +413,10 @@ begin
             in_correlation_id, in_requested_by, in_traceparent, in_daemon_version, decided_at,
             case when refusal is not null then decided_at end);
     if refusal is null then
-        -- The commit of an admission need not wait for the disk. Should a crash of the server undo it, then the worker finds its
-        -- lease lost, and the request, which is acknowledged after the end of the run, is admitted again. Nothing that a run
-        -- writes outlives its admission: the first commit that waits flushes all before it.
+        -- The commit of a new run need not wait for the disk. Should a crash of the server undo it, then its worker finds the lease
+        -- lost, and the request, which is acknowledged after the end of the run, is decided anew, with another id: nothing fences
+        -- out the old worker but that its run is gone. A take-over waits, because its attempt would be given again. So does every
+        -- other decision: it locks the tenant, and its commit writes all before it, so none rests on an admission that is undone.
         waits_for_disk := set_config('synchronous_commit', 'off', true);
     else
         -- As at the end of a run: this replica publishes the event itself, and others only if it does not.

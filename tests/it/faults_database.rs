@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use sqlx::{Connection as _, PgConnection};
+use sqlx::Connection as _;
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
@@ -49,42 +49,6 @@ async fn assert_no_worker_lost(world: &World) {
     assert_eq!(world.count(lost).await, 0, "an outage costs no attempt");
 }
 
-/// An admission does not wait for the disk: a crash of the server may undo it. Its worker, which is reading lists, leaves the run,
-/// and the request is admitted again.
-#[tokio::test(flavor = "multi_thread")]
-async fn admission_that_a_crash_undoes_is_made_again() {
-    let database = Private::start("postgres", "faults-admission").await;
-    let world = world_on(&database).await;
-    // Longest time until a process other than the committing one writes a commit.
-    let mut admin = PgConnection::connect(&database.url).await.unwrap();
-    sqlx::raw_sql("alter system set wal_writer_delay = '10s'").execute(&mut admin).await.unwrap();
-    sqlx::raw_sql("select pg_reload_conf()").execute(&mut admin).await.unwrap();
-    admin.close().await.unwrap();
-    let events = world.subscribe().await;
-    let _replica = Replica::start(&world).await;
-    let mut undone = 0;
-    // A heartbeat may write the admission to the disk: then nothing is undone.
-    for number in 0..20 {
-        let key = format!("k{number}");
-        world.sim.add_rule(slow(5_000));
-        world.publish(&world.request(&key, &["mobileApp"])).await;
-        let admitted = eventually("the run begins", || async { world.runs(&key).await.pop() }).await;
-        database.act(|server| server.command("kill")).await;
-        world.sim.remove_rules(None);
-        database.act(|server| server.start_again()).await;
-        let run = world.ended(&key).await;
-        assert_eq!(run["status"], "success");
-        events.event_of(&run).await;
-        undone += usize::from(run["id"] != admitted["id"]);
-        if undone == 2 {
-            break;
-        }
-    }
-    assert_eq!(undone, 2, "admissions were undone");
-    assert_no_dead_letter(&world).await;
-    assert_no_worker_lost(&world).await;
-}
-
 /// Restarts the database while two replicas work on forty requests.
 async fn database_restarts(name: &'static str, verb: &'static str) {
     let database = Private::start("postgres", name).await;
@@ -116,7 +80,7 @@ async fn database_killed_and_restarted_under_load() {
 }
 
 async fn read_only(database: &Server, yes: bool) {
-    let mut admin = PgConnection::connect(&database.url).await.unwrap();
+    let mut admin = sqlx::PgConnection::connect(&database.url).await.unwrap();
     for statement in [
         "set default_transaction_read_only = off",
         if yes {
@@ -129,7 +93,7 @@ async fn read_only(database: &Server, yes: bool) {
         sqlx::raw_sql(statement).execute(&mut admin).await.unwrap();
     }
     eventually("new transactions use the setting", || async {
-        let mut other = PgConnection::connect(&database.url).await.unwrap();
+        let mut other = sqlx::PgConnection::connect(&database.url).await.unwrap();
         let shown: String =
             sqlx::query_scalar("show default_transaction_read_only").fetch_one(&mut other).await.unwrap();
         (shown == if yes { "on" } else { "off" }).then_some(())
@@ -268,11 +232,11 @@ fn rules() -> AdmissionRules {
     }
 }
 
-async fn admit(store: &Store, tenant: Uuid, key: &str) -> Admission {
+/// Admits a request under rules that refuse none.
+pub(crate) async fn admit(store: &Store, tenant: Uuid, key: &str, selection_hash: &str) -> Admission {
     let request = World::request_of(tenant, key, &["mobileApp"]);
     let request = SyncRequest::parse(None, request.to_string().as_bytes()).unwrap();
-    // A hash per key, so that no run blocks another.
-    let applicant = AdmissionRequest { request: &request, selection_hash: key, traceparent: None, deferred_s: 0 };
+    let applicant = AdmissionRequest { request: &request, selection_hash, traceparent: None, deferred_s: 0 };
     store.admit(&rules(), &applicant).await.expect("the database responds")
 }
 
@@ -285,11 +249,13 @@ async fn cancelled_transaction_leaves_no_open_transaction() {
     config.database.max_connections = 4;
     let store = Store::connect(&config.database).unwrap();
     for number in 0..20 {
-        admit(&store, world.tenant, &format!("warm-{number}")).await;
+        let key = format!("warm-{number}");
+        admit(&store, world.tenant, &key, &key).await;
     }
     let begun = Instant::now();
     for number in 0..20 {
-        admit(&store, world.tenant, &format!("measure-{number}")).await;
+        let key = format!("measure-{number}");
+        admit(&store, world.tenant, &key, &key).await;
     }
     let one = begun.elapsed() / 20;
     let tenants: Vec<Uuid> = (0..4).map(|_| Uuid::new_v4()).collect();
@@ -307,7 +273,7 @@ async fn cancelled_transaction_leaves_no_open_transaction() {
         for (number, tenant) in tenants.iter().copied().enumerate() {
             let (store, key) = (store.clone(), format!("storm-{started}-{number}"));
             let limit = one.mul_f64(rand::random());
-            storm.spawn(async move { timeout(limit, admit(&store, tenant, &key)).await.is_ok().then_some(key) });
+            storm.spawn(async move { timeout(limit, admit(&store, tenant, &key, &key)).await.is_ok().then_some(key) });
         }
         started += storm.len();
         while let Some(key) = storm.join_next().await {

@@ -119,13 +119,15 @@ async fn statements_of_runs_scan_no_table() {
     let scans = "select relname, seq_scan from pg_stat_user_tables
                   where relname in ('tenants', 'inventory_items', 'inventory_complete_listings', 'inventory_selections')
                   order by relname";
-    let before = world.rows(scans).await;
+    let look_ups = "select idx_scan from pg_stat_user_tables where relname = 'inventory_selections'";
+    let (before, looked_up) = (world.rows(scans).await, world.count(look_ups).await);
     let replica = Replica::start(&world).await;
     for key in ["third", "fourth", "fifth"] {
         assert_eq!(world.sync(key, &TYPES).await["status"], "success");
     }
     // A session reports its statistics when it ends.
     replica.stop().await;
+    eventually("the runs are counted", || async { (world.count(look_ups).await >= looked_up + 3).then_some(()) }).await;
     assert_eq!(world.rows(scans).await, before);
 }
 

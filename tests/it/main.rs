@@ -19,6 +19,7 @@ mod contracts;
 mod crashes;
 mod dead_letters;
 mod documentation;
+mod durability;
 mod events_replay;
 mod examples;
 mod faults_broker;
