@@ -15,6 +15,12 @@ use tokio::time::{sleep, timeout};
 
 use super::eventually;
 
+/// Time for the broker to answer a command.
+const ANSWER: Duration = Duration::from_secs(10);
+/// Silence after which a durable subscriber reconnects, as every consumer should: RabbitMQ may count an event as delivered to a
+/// consumer that the restart of a queue has cut off.
+const SILENCE: Duration = Duration::from_secs(20);
+
 /// Collects every event received, in order, repeats included.
 pub struct Subscriber {
     received: Arc<Mutex<Vec<Value>>>,
@@ -109,7 +115,7 @@ impl Subscriber {
     }
 }
 
-/// Receives from one node until the first error.
+/// Receives from one node until the first error or silence.
 async fn receive(
     url: &str,
     prefix: &str,
@@ -118,21 +124,21 @@ async fn receive(
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let connect = Connection::connect(url, ConnectionProperties::default());
     let connection = timeout(Duration::from_secs(5), connect).await??;
-    let channel = connection.create_channel().await?;
+    let channel = timeout(ANSWER, connection.create_channel()).await??;
     let queue = format!("{prefix}subscriber");
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
     let declare = channel.queue_declare(queue.as_str().into(), QueueDeclareOptions::durable(), arguments);
-    timeout(Duration::from_secs(10), declare).await??;
+    timeout(ANSWER, declare).await??;
     let (exchange, nothing) = (format!("{prefix}inventory.events"), FieldTable::default());
     let options = QueueBindOptions::default();
-    channel
-        .queue_bind(queue.as_str().into(), exchange.into(), "run.completed.#".into(), options, nothing.clone())
-        .await?;
+    let bind =
+        channel.queue_bind(queue.as_str().into(), exchange.into(), "run.completed.#".into(), options, nothing.clone());
+    timeout(ANSWER, bind).await??;
     let consume = channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), nothing);
-    let mut deliveries = timeout(Duration::from_secs(10), consume).await??;
+    let mut deliveries = timeout(ANSWER, consume).await??;
     ready.notify_one();
-    while let Some(delivery) = deliveries.next().await {
+    while let Some(delivery) = timeout(SILENCE, deliveries.next()).await? {
         let delivery = delivery?;
         log.lock().push(serde_json::from_slice(&delivery.data)?);
         delivery.ack(BasicAckOptions::default()).await?;
