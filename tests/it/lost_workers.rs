@@ -28,13 +28,14 @@ async fn run_whose_message_waits_in_a_backlog_goes_on() {
     let mut worker = worker_at_work(&world, "lost").await;
     let other = Uuid::new_v4();
     world.register(other, None).await;
-    world.sim.add_rule(slow(other, 40_000));
+    let stuck = world.sim.add_rule(slow(other, 40_000));
     let mut config = world.config();
     config.consumer.prefetch = 1;
     config.run.restart_after_s = 5;
     let _survivor = Replica::with(config).await;
     world.publish(&World::request_of(other, "busy", &["mobileApp"])).await;
-    eventually("the survivor is busy", || async { world.runs("busy").await.pop() }).await;
+    let is_stuck = || async { world.sim.rules().iter().any(|rule| rule.id == stuck && rule.fired > 0).then_some(()) };
+    eventually("the survivor waits for Graph", is_stuck).await;
     worker.signal("KILL");
     worker.ended(Duration::from_secs(10)).await;
     world.sim.remove_rules(None);
