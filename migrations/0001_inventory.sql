@@ -429,6 +429,48 @@ $$;
 comment on function inventory_admit is
     'Decides about a request: admitted, skipped, deferred, duplicate, in_progress, held_here (by in_owner), exhausted (its run or the one of its selection has used up its attempts), idempotency_conflict or unknown_tenant.';
 
+create function inventory_admit_group(in_requests jsonb)
+    returns table (decision text, error_code text, run_id uuid, attempt integer, credential text,
+                   decided_at timestamptz, started_at timestamptz, throttle_wait_ms bigint)
+    language plpgsql
+    set search_path from current
+    set plan_cache_mode = 'force_generic_plan'
+    -- A tenant whose row another session has locked must not delay the others: then the group fails, and each call is made by itself.
+    set lock_timeout = '100ms'
+as $$
+#variable_conflict use_column
+declare
+    request        record;
+    must_wait      boolean := false;
+    waits_for_disk text;
+begin
+    -- Before inventory_admit, which waits longer, and in one order: groups that have tenants in common do not deadlock.
+    perform from tenants t
+      where t.tenant_id in (select r.tenant_id from jsonb_to_recordset(in_requests) as r(tenant_id uuid))
+      order by t.tenant_id for no key update;
+    for request in
+        select * from jsonb_to_recordset(in_requests) as r(
+               tenant_id uuid, idempotency_key text, selection_hash text, selection jsonb, correlation_id text, requested_by text,
+               traceparent text, owner text, lease_s double precision, max_attempts integer, tenant_max_runs bigint,
+               fleet_max_runs bigint, may_defer boolean, event_due_s double precision, daemon_version text)
+    loop
+        select a.* into decision, error_code, run_id, attempt, credential, decided_at, started_at, throttle_wait_ms
+          from inventory_admit(
+               request.tenant_id, request.idempotency_key, request.selection_hash, request.selection, request.correlation_id,
+               request.requested_by, request.traceparent, request.owner, request.lease_s, request.max_attempts,
+               request.tenant_max_runs, request.fleet_max_runs, request.may_defer, request.event_due_s, request.daemon_version) a;
+        must_wait := must_wait or decision <> 'admitted' or attempt > 1;
+        return next;
+    end loop;
+    -- One commit for all: a new run must not take the wait for the disk from any other decision (see inventory_admit).
+    if must_wait then
+        waits_for_disk := set_config('synchronous_commit', 'on', true);
+    end if;
+end
+$$;
+comment on function inventory_admit_group is
+    'Decides about several requests, each as inventory_admit does, in their order.';
+
 -- -------------------------------------------------------------------------------------------------- items
 
 create function inventory_upsert_items(
@@ -669,6 +711,35 @@ end
 $$;
 comment on function inventory_end_run is
     'Ends a run with its last batch of objects, if in_policy_type is not null, and the types that are not recorded yet, and makes its event due; returns the types with a suspicious drop and the rows written, or no row if the lease is lost.';
+
+create function inventory_end_group(in_runs jsonb)
+    returns table (is_ended boolean, suspicious text[], upserted bigint, created bigint, changed bigint)
+    language plpgsql
+    set search_path from current
+    set plan_cache_mode = 'force_generic_plan'
+    -- As in inventory_admit_group; it also ends a deadlock with another group.
+    set lock_timeout = '100ms'
+as $$
+declare
+    run record;
+begin
+    for run in
+        select * from jsonb_to_recordset(in_runs) as r(
+               tenant_id uuid, run_id uuid, attempt integer, policy_type text, category text, ids text[], names text[],
+               platforms text[], metas text[], seen_at timestamptz[], usage jsonb, types jsonb, drop_share double precision,
+               drop_min_items bigint, ending jsonb, event_due_s double precision)
+    loop
+        select e.* into suspicious, upserted, created, changed
+          from inventory_end_run(run.tenant_id, run.run_id, run.attempt, run.policy_type, run.category, run.ids, run.names,
+                                 run.platforms, run.metas, run.seen_at, run.usage, run.types, run.drop_share, run.drop_min_items,
+                                 run.ending, run.event_due_s) e;
+        is_ended := found;
+        return next;
+    end loop;
+end
+$$;
+comment on function inventory_end_group is
+    'Ends several runs, each as inventory_end_run does, in their order; is_ended is false where the lease is lost.';
 
 -- ------------------------------------------------------------------------------ sweeps over all tenants
 --

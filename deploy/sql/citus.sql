@@ -133,6 +133,26 @@ begin
 end
 $$;
 
+-- A statement for several tenants cannot be handed to the node of one: the daemon makes each call by itself.
+create or replace function inventory_admit_group(in_requests jsonb)
+    returns table (decision text, error_code text, run_id uuid, attempt integer, credential text,
+                   decided_at timestamptz, started_at timestamptz, throttle_wait_ms bigint)
+    language plpgsql
+as $$
+begin
+    raise exception 'the tenants lie on several nodes' using errcode = 'feature_not_supported';
+end
+$$;
+
+create or replace function inventory_end_group(in_runs jsonb)
+    returns table (is_ended boolean, suspicious text[], upserted bigint, created bigint, changed bigint)
+    language plpgsql
+as $$
+begin
+    raise exception 'the tenants lie on several nodes' using errcode = 'feature_not_supported';
+end
+$$;
+
 -- Citus plans an insert of a query, and any statement on several shards, only with the values of its parameters.
 select format('alter function %s set plan_cache_mode = auto', oid::regprocedure)
   from pg_proc where pronamespace = current_schema()::regnamespace and proconfig @> '{plan_cache_mode=force_generic_plan}' \gexec

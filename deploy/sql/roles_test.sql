@@ -71,6 +71,7 @@ insert into tenants (tenant_id, display_name) values
     ('aaaaaaaa-0000-4000-8000-000000000001', 'A'), ('bbbbbbbb-0000-4000-8000-000000000002', 'B')
     on conflict (tenant_id) do update set display_name = excluded.display_name;
 \set usage '{"graph_requests_count": 0, "graph_throttled_count": 0, "graph_throttle_wait_ms": 0, "items_unclassified_count": 0, "graph_select_refused_count": 0}'
+\set request '{"tenant_id": "aaaaaaaa-0000-4000-8000-000000000001", "idempotency_key": "first", "selection_hash": "hash", "selection": {}, "owner": "here", "lease_s": 60, "max_attempts": 5, "tenant_max_runs": 2, "fleet_max_runs": 0, "may_defer": false, "event_due_s": 60, "daemon_version": "0"}'
 begin;
 select tenant_id from tenants where tenant_id = 'aaaaaaaa-0000-4000-8000-000000000001' for update \g /dev/null
 select only_row from inventory_fleet for update \g /dev/null
@@ -89,6 +90,9 @@ select equal('{} 1', (select concat_ws(' ', suspicious, upserted) from inventory
              "error_codes": [], "error_context": {}, "items_observed_count": 0, "items_upserted_count": 0,
              "items_created_count": 0, "items_changed_count": 0, "errors_count": 0}', 0)), 'a run is ended')
   from inventory_sync_runs \g /dev/null
+select equal('admitted duplicate', (select string_agg(decision, ' ') from inventory_admit_group(jsonb_build_array(
+             :'request'::jsonb || '{"idempotency_key": "second"}', :'request'::jsonb))), 'a group is admitted') \g /dev/null
+select equal(0::bigint, (select count(*) from inventory_end_group('[]')), 'a group is ended') \g /dev/null
 select equal(1::bigint, count(*), 'an event is claimed') from inventory_claim_due_events(10, 60) \g /dev/null
 select equal(0::bigint, count(*), 'interrupted runs') from inventory_claim_interrupted_runs(60, 3600, 5, 10) \g /dev/null
 rollback;

@@ -3,8 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use serde::Serialize;
+use sqlx::PgConnection;
 use time::OffsetDateTime;
+use uuid::Uuid;
 
+use super::group::Grouped;
 use super::run_row::outcomes_of;
 use super::{Store, StoreError, error::corrupt_row};
 use crate::config::WhenFull;
@@ -12,6 +16,7 @@ use crate::domain::clock::ObservationClock;
 use crate::domain::failure::ErrorCode;
 use crate::domain::request::SyncRequest;
 use crate::domain::run::{Lease, RunKey, TypeOutcome};
+use crate::domain::selection::Selection;
 
 /// Rules that a replica applies to every admission.
 #[derive(Debug, Clone)]
@@ -90,10 +95,11 @@ pub struct Admitted {
 }
 
 /// Row of `inventory_admit`.
-struct Decision {
+#[derive(Debug)]
+pub(super) struct Decision {
     decision: String,
     error_code: Option<String>,
-    run_id: Option<uuid::Uuid>,
+    run_id: Option<Uuid>,
     attempt: Option<i32>,
     credential: Option<String>,
     decided_at: Option<OffsetDateTime>,
@@ -111,47 +117,111 @@ impl Store {
         rules: &AdmissionRules,
         admission: &AdmissionRequest<'_>,
     ) -> Result<Admission, StoreError> {
-        let request = admission.request;
-        let may_defer = rules.when_full == WhenFull::Defer && admission.deferred_s < rules.defer_max_s;
-        let mut connection = self.work.acquire().await?;
         let granted = Instant::now();
-        let decided = sqlx::query_as!(
-            Decision,
-            r#"select decision as "decision!", error_code, run_id, attempt, credential, decided_at, started_at, throttle_wait_ms
-                 from inventory_admit($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"#,
-            request.tenant_id,
-            request.idempotency_key,
-            admission.selection_hash,
-            request.selection.canonical_json(),
-            request.correlation_id,
-            request.requested_by,
-            admission.traceparent,
-            rules.owner,
-            rules.lease_s as f64,
-            rules.max_attempts,
-            i64::from(rules.tenant_max_runs),
-            i64::from(rules.fleet_max_runs),
-            may_defer,
-            rules.event_due_s as f64,
-            env!("CARGO_PKG_VERSION")
-        )
-        .fetch_one(&mut *connection);
-        let decided = self.with_timeout(async { Ok(decided.await?) }).await?;
-        let mut result = decided.into_admission(request.tenant_id, granted)?;
+        let call = AdmissionCall::of(rules, admission);
+        let json = serde_json::to_string(&call).expect("strings and numbers always serialise");
+        let decided = match self.admissions.make(call.tenant_id, json).await? {
+            Some(decided) => decided,
+            None => self.admit_alone(&call).await?,
+        };
+        let mut result = decided.into_admission(call.tenant_id, granted)?;
         if let Admission::Admitted(admitted) = &mut result
             && admitted.lease.attempt > 1
         {
             let run = [admitted.lease.run()];
+            let mut connection = self.work.acquire().await?;
             let mut outcomes = self.with_timeout(outcomes_of(&mut connection, &run)).await?;
             let finished = outcomes.remove(&run[0]).unwrap_or_default();
             admitted.finished = finished.into_iter().map(|outcome| (outcome.policy_type.clone(), outcome)).collect();
         }
         Ok(result)
     }
+
+    /// Makes an admission of which no group has made anything: another session holds the tenant's row, or one of the group failed.
+    async fn admit_alone(&self, call: &AdmissionCall<'_>) -> Result<Decision, StoreError> {
+        let mut connection = self.work.acquire().await?;
+        let decided = sqlx::query_as!(
+            Decision,
+            r#"select decision as "decision!", error_code, run_id, attempt, credential, decided_at, started_at, throttle_wait_ms
+                 from inventory_admit($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"#,
+            call.tenant_id,
+            call.idempotency_key,
+            call.selection_hash,
+            call.selection.canonical_json(),
+            call.correlation_id,
+            call.requested_by,
+            call.traceparent,
+            call.owner,
+            call.lease_s as f64,
+            call.max_attempts,
+            i64::from(call.tenant_max_runs),
+            i64::from(call.fleet_max_runs),
+            call.may_defer,
+            call.event_due_s as f64,
+            call.daemon_version
+        )
+        .fetch_one(&mut *connection);
+        self.with_timeout(async { Ok(decided.await?) }).await
+    }
+}
+
+impl Grouped for Decision {
+    async fn make(connection: &mut PgConnection, requests: String) -> sqlx::Result<Vec<Self>> {
+        let decided = sqlx::query_as!(
+            Decision,
+            r#"select decision as "decision!", error_code, run_id, attempt, credential, decided_at, started_at, throttle_wait_ms
+                 from inventory_admit_group($1::text::jsonb)"#,
+            requests
+        );
+        decided.fetch_all(connection).await
+    }
+}
+
+/// Arguments of `inventory_admit`.
+#[derive(Serialize)]
+struct AdmissionCall<'a> {
+    tenant_id: Uuid,
+    idempotency_key: &'a str,
+    selection_hash: &'a str,
+    selection: &'a Selection,
+    correlation_id: Option<&'a str>,
+    requested_by: Option<&'a str>,
+    traceparent: Option<&'a str>,
+    owner: &'a str,
+    lease_s: u64,
+    max_attempts: i32,
+    tenant_max_runs: u32,
+    fleet_max_runs: u32,
+    may_defer: bool,
+    event_due_s: u64,
+    daemon_version: &'static str,
+}
+
+impl<'a> AdmissionCall<'a> {
+    fn of(rules: &'a AdmissionRules, admission: &AdmissionRequest<'a>) -> Self {
+        let request = admission.request;
+        Self {
+            tenant_id: request.tenant_id,
+            idempotency_key: &request.idempotency_key,
+            selection_hash: admission.selection_hash,
+            selection: &request.selection,
+            correlation_id: request.correlation_id.as_deref(),
+            requested_by: request.requested_by.as_deref(),
+            traceparent: admission.traceparent,
+            owner: &rules.owner,
+            lease_s: rules.lease_s,
+            max_attempts: rules.max_attempts,
+            tenant_max_runs: rules.tenant_max_runs,
+            fleet_max_runs: rules.fleet_max_runs,
+            may_defer: rules.when_full == WhenFull::Defer && admission.deferred_s < rules.defer_max_s,
+            event_due_s: rules.event_due_s,
+            daemon_version: env!("CARGO_PKG_VERSION"),
+        }
+    }
 }
 
 impl Decision {
-    fn into_admission(self, tenant_id: uuid::Uuid, granted: Instant) -> Result<Admission, StoreError> {
+    fn into_admission(self, tenant_id: Uuid, granted: Instant) -> Result<Admission, StoreError> {
         let missing = || corrupt_row("inventory_admit returned a decision without its values");
         let run = || self.run_id.map(|run_id| RunKey { tenant_id, run_id }).ok_or_else(missing);
         let code = || self.error_code.as_deref().and_then(|code| code.parse().ok()).ok_or_else(missing);

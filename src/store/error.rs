@@ -25,6 +25,9 @@ pub enum StoreError {
     /// The database accepts connections but no writes.
     #[error("database: it is read-only")]
     ReadOnly,
+    /// The statement that this call was part of got no reply.
+    #[error("{0}")]
+    Group(String),
     /// A row that no version of this daemon writes.
     #[error("database: a row cannot be read: {0}")]
     CorruptRow(String),
@@ -57,6 +60,16 @@ impl StoreError {
             Self::Database(sqlx::Error::Database(error)) => has_class(error.as_ref(), &["21", "22", "23"]),
             _ => false,
         }
+    }
+
+    /// True if the server replied, so that nothing of the statement was written.
+    pub(super) fn is_rolled_back(&self) -> bool {
+        matches!(self, Self::Database(sqlx::Error::Database(_)))
+    }
+
+    /// True if this database cannot execute the statement: a distributed one cannot lock rows of several nodes.
+    pub(super) fn is_unsupported(&self) -> bool {
+        matches!(self, Self::Database(sqlx::Error::Database(error)) if error.code().as_deref() == Some("0A000"))
     }
 
     /// True if another session held a lock for longer than the statement may wait for it.

@@ -2,10 +2,12 @@
 
 use std::time::Instant;
 
+use serde::{Serialize, Serializer};
 use time::OffsetDateTime;
 
 use super::{Store, StoreError};
 use crate::domain::clock::ObservationClock;
+use crate::domain::event::rfc3339;
 use crate::domain::item::InventoryItem;
 use crate::domain::policy_type::PolicyType;
 use crate::domain::run::{Lease, TypeCounters};
@@ -31,13 +33,14 @@ pub struct ItemBatch<'a> {
 }
 
 /// Columns of a batch.
-#[derive(Default)]
+#[derive(Default, Serialize)]
 pub(super) struct ItemColumns<'a> {
     pub(super) ids: Vec<&'a str>,
     pub(super) names: Vec<Option<&'a str>>,
     pub(super) platforms: Vec<Option<&'a str>>,
     pub(super) metas: Vec<&'a str>,
-    pub(super) times: Vec<OffsetDateTime>,
+    #[serde(serialize_with = "as_rfc3339")]
+    pub(super) seen_at: Vec<OffsetDateTime>,
 }
 
 impl<'a> ItemColumns<'a> {
@@ -50,7 +53,7 @@ impl<'a> ItemColumns<'a> {
             names: items.iter().map(|observed| observed.item.display_name.as_deref()).collect(),
             platforms: items.iter().map(|observed| observed.item.platform.as_deref()).collect(),
             metas: items.iter().map(|observed| observed.item.meta.as_str()).collect(),
-            times: items.iter().map(|observed| batch.clock.at(observed.requested_at)).collect(),
+            seen_at: items.iter().map(|observed| batch.clock.at(observed.requested_at)).collect(),
         }
     }
 }
@@ -92,12 +95,16 @@ impl Store {
             &columns.names as &[Option<&str>],
             &columns.platforms as &[Option<&str>],
             &columns.metas as &[&str],
-            &columns.times
+            &columns.seen_at
         )
         .fetch_optional(&mut *connection);
         let row = self.with_timeout(async { Ok(written.await?) }).await?.ok_or(StoreError::LeaseLost)?;
         Ok(BatchCounts { upserted: row.upserted, created: row.created, changed: row.changed })
     }
+}
+
+fn as_rfc3339<S: Serializer>(times: &[OffsetDateTime], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(times.iter().map(|time| rfc3339(*time)))
 }
 
 /// Sorts by the bytes of the id. Of two objects with the same id the one observed last is kept.

@@ -1,13 +1,14 @@
 //! PostgreSQL: the inventory, the runs and the outbox. Only this module uses sqlx.
 //!
-//! Three pools: `work` for what runs write, `control` for health, the outbox and the janitor, and one connection for lease
-//! renewals, so that neither starved runs nor a busy relay can cost a run its lease. No function holds one connection while it
-//! asks for another. Every statement is a transaction of its own; what belongs together is one function of the schema
-//! (`migrations/0001_inventory.sql`), where each lock has its reason beside it.
+//! Four pools: `work` for what runs write, `groups` for the admissions and ends that are made together, `control` for health, the
+//! outbox and the janitor, and one connection for lease renewals, so that neither starved runs nor a busy relay can cost a run
+//! its lease. No function holds one connection while it asks for another. Every statement is a transaction of its own; what
+//! belongs together is one function of the schema (`migrations/0001_inventory.sql`), where each lock has its reason beside it.
 
 mod admission;
 mod error;
 mod fleet;
+mod group;
 mod inventory;
 mod items;
 mod leases;
@@ -31,14 +32,17 @@ use sqlx::postgres::PgPool;
 use sqlx::{ConnectOptions, Connection, Postgres};
 use tokio::time::timeout;
 
+use admission::Decision;
 pub use admission::{Admission, AdmissionRequest, AdmissionRules, Admitted};
 pub use error::StoreError;
 pub use fleet::TenantPause;
+use group::Group;
 pub use inventory::{Change, Difference, Item, ItemFilter, RunDiff};
 pub use items::{BatchCounts, ItemBatch, ObservedItem};
 pub use leases::{InterruptedRun, Renewed};
 pub use outbox::{Backlog, ReplayFilter};
 pub use queries::{MissingItem, Run, RunDetails, RunFilter};
+use run_outcome::Ended;
 pub use run_outcome::{RunEnd, SuspiciousDropRule};
 pub use tenants::{NewTenant, Tenant};
 
@@ -53,6 +57,10 @@ pub struct Store {
     work: pool::WorkPool,
     control: PgPool,
     leases: PgPool,
+    /// One connection for admissions and one for ends: few, because a connection in use has its plans and rows at hand.
+    groups: PgPool,
+    admissions: Group<Decision>,
+    ends: Group<Ended>,
     /// Longest time for a connection and one statement on it.
     statement_limit: Duration,
     origin: Arc<Origin>,
@@ -73,11 +81,16 @@ impl Store {
     pub fn connect(config: &DatabaseConfig) -> Result<Self, StoreError> {
         let options = pool::connect_options(config)?;
         let acquire_timeout = seconds(config.acquire_timeout_s);
+        let statement_limit = seconds(config.acquire_timeout_s.saturating_add(config.statement_timeout_s));
+        let groups = pool::pool(&pool::for_runs(&options), 2, acquire_timeout);
         Ok(Self {
             work: pool::WorkPool::new(&options, config),
             control: pool::pool(&options, config.control_connections, acquire_timeout),
             leases: pool::pool(&options, 1, acquire_timeout),
-            statement_limit: seconds(config.acquire_timeout_s.saturating_add(config.statement_timeout_s)),
+            admissions: Group::new(&groups, statement_limit),
+            ends: Group::new(&groups, statement_limit),
+            groups,
+            statement_limit,
             origin: Arc::new(Origin {
                 config: config.clone(),
                 url: RotatedSecret::new("database.url_file", config.url_file.clone(), config.url.clone()),
@@ -143,6 +156,7 @@ impl Store {
             Ok(options) => {
                 self.control.set_connect_options(options.clone());
                 self.leases.set_connect_options(options.clone());
+                self.groups.set_connect_options(pool::for_runs(&options));
                 self.work.set_options(&options);
             }
             Err(error) => tracing::warn!(%error, "changed address invalid; keeping the previous one"),
@@ -151,6 +165,6 @@ impl Store {
 
     /// Closes every connection.
     pub async fn close(&self) {
-        tokio::join!(self.work.close(), self.control.close(), self.leases.close());
+        tokio::join!(self.work.close(), self.groups.close(), self.control.close(), self.leases.close());
     }
 }

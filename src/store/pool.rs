@@ -38,6 +38,11 @@ pub(super) fn connect_options(config: &DatabaseConfig) -> Result<PgConnectOption
         .log_slow_statements(LevelFilter::Debug, Duration::from_secs(5)))
 }
 
+/// The options for connections that write runs.
+pub(super) fn for_runs(options: &PgConnectOptions) -> PgConnectOptions {
+    options.clone().options(PINNED_FOR_RUNS.iter().copied())
+}
+
 /// A pool of at most `connections`, which are opened on demand.
 pub(super) fn pool(options: &PgConnectOptions, connections: u32, acquire_timeout: Duration) -> PgPool {
     PgPoolOptions::new()
@@ -71,8 +76,7 @@ pub(super) struct WorkPool {
 impl WorkPool {
     pub(super) fn new(options: &PgConnectOptions, config: &DatabaseConfig) -> Self {
         let permits = Arc::new(Semaphore::new(config.max_connections as usize));
-        let options = options.clone().options(PINNED_FOR_RUNS.iter().copied());
-        Self { pool: pool(&options, config.max_connections, seconds(config.acquire_timeout_s)), permits }
+        Self { pool: pool(&for_runs(options), config.max_connections, seconds(config.acquire_timeout_s)), permits }
     }
 
     /// Acquires a connection; waits without a limit while all are busy.
@@ -83,7 +87,7 @@ impl WorkPool {
 
     /// Applies other options to connections that are opened from now on.
     pub(super) fn set_options(&self, options: &PgConnectOptions) {
-        self.pool.set_connect_options(options.clone().options(PINNED_FOR_RUNS.iter().copied()));
+        self.pool.set_connect_options(for_runs(options));
     }
 
     pub(super) async fn close(&self) {

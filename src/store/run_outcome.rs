@@ -5,12 +5,17 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 use serde_json::{Value, json};
 use sqlx::PgConnection;
+use uuid::Uuid;
 
+use super::group::Grouped;
 use super::items::{BatchCounts, ItemBatch, ItemColumns};
 use super::run_row::outcomes_of;
 use super::{Store, StoreError};
 use crate::domain::failure::ErrorCode;
 use crate::domain::run::{GraphUsage, Lease, RunKey, RunReport, RunStatus, TypeCounters, TypeOutcome};
+
+/// Objects up to which the end of a run is made together with others: they wait for it.
+const MAX_GROUPED_ITEMS: usize = 100;
 
 /// Rule for a suspicious drop: a complete listing that is much shorter than the one before.
 #[derive(Debug, Clone, Copy)]
@@ -85,10 +90,18 @@ impl Store {
         rules: RunEnd,
     ) -> Result<BatchCounts, StoreError> {
         let state = TerminalState::of(report);
-        let mut connection = self.work.acquire().await?;
         let unrecorded = Unrecorded { usage: &report.usage, outcomes: &report.outcomes[recorded..], items: last };
-        let ended = end(&mut connection, lease, &state, unrecorded, rules);
-        let (suspicious, written) = self.with_timeout(ended).await?;
+        let call = EndCall::of(lease, &state, unrecorded, rules);
+        let may_group = last.is_none_or(|last| last.items.len() <= MAX_GROUPED_ITEMS);
+        let grouped = if may_group { self.ends.make(lease.tenant_id, call.to_json()).await? } else { None };
+        let ended = match grouped {
+            Some(ended) => ended,
+            None => {
+                let mut connection = self.work.acquire().await?;
+                self.with_timeout(end(&mut connection, &call)).await?
+            }
+        };
+        let (suspicious, written) = ended.into_written()?;
         let outcomes = &mut report.outcomes[recorded..];
         mark_suspicious(outcomes, &suspicious);
         let of_last = |outcome: &&mut TypeOutcome| last.is_some_and(|last| last.policy_type.key == outcome.policy_type);
@@ -125,12 +138,9 @@ impl Store {
         // Nothing was listed now, so nothing can drop; any replica may publish the event at once.
         let rules = RunEnd { suspicious_drop: SuspiciousDropRule { share: 0.0, min_items: i64::MAX }, event_due_s: 0 };
         let unrecorded = Unrecorded { usage: &report.usage, outcomes: &report.outcomes[recorded..], items: None };
-        let ended = end(&mut connection, &lease, &state, unrecorded, rules);
-        match self.with_timeout(ended).await {
-            Ok(_) => Ok(true),
-            Err(StoreError::LeaseLost) => Ok(false),
-            Err(error) => Err(error),
-        }
+        let call = EndCall::of(&lease, &state, unrecorded, rules);
+        let ended = self.with_timeout(end(&mut connection, &call)).await?;
+        Ok(ended.is_ended)
     }
 }
 
@@ -148,45 +158,111 @@ impl TerminalState {
     }
 }
 
-/// Ends a run under the fence of `lease`; returns the types with a suspicious drop, and the rows that were written.
-async fn end(
-    connection: &mut PgConnection,
-    lease: &Lease,
-    state: &TerminalState,
-    unrecorded: Unrecorded<'_>,
-    rules: RunEnd,
-) -> Result<(Vec<String>, BatchCounts), StoreError> {
-    let columns = unrecorded.items.map(ItemColumns::of).unwrap_or_default();
-    let policy_type = unrecorded.items.map(|batch| batch.policy_type);
-    let ended = sqlx::query!(
-        "select suspicious, upserted, created, changed
-           from inventory_end_run($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)",
-        lease.tenant_id,
-        lease.run_id,
-        lease.attempt,
-        policy_type.map(|of| of.key.as_str()),
-        policy_type.map(|of| of.category.as_str()),
+/// Arguments of `inventory_end_run`.
+#[derive(Serialize)]
+struct EndCall<'a> {
+    tenant_id: Uuid,
+    run_id: Uuid,
+    attempt: i32,
+    policy_type: Option<&'a str>,
+    category: Option<&'a str>,
+    #[serde(flatten)]
+    columns: ItemColumns<'a>,
+    usage: &'a GraphUsage,
+    types: &'a [TypeOutcome],
+    drop_share: f64,
+    drop_min_items: i64,
+    ending: &'a TerminalState,
+    event_due_s: u64,
+}
+
+impl<'a> EndCall<'a> {
+    fn of(lease: &Lease, ending: &'a TerminalState, unrecorded: Unrecorded<'a>, rules: RunEnd) -> Self {
+        let policy_type = unrecorded.items.map(|batch| batch.policy_type);
+        Self {
+            tenant_id: lease.tenant_id,
+            run_id: lease.run_id,
+            attempt: lease.attempt,
+            policy_type: policy_type.map(|of| of.key.as_str()),
+            category: policy_type.map(|of| of.category.as_str()),
+            columns: unrecorded.items.map(ItemColumns::of).unwrap_or_default(),
+            usage: unrecorded.usage,
+            types: unrecorded.outcomes,
+            drop_share: rules.suspicious_drop.share,
+            drop_min_items: rules.suspicious_drop.min_items,
+            ending,
+            event_due_s: rules.event_due_s,
+        }
+    }
+
+    fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("strings and numbers always serialise")
+    }
+}
+
+/// Row of `inventory_end_group`, or of `inventory_end_run` if there was one.
+#[derive(Debug)]
+pub(super) struct Ended {
+    is_ended: bool,
+    suspicious: Option<Vec<String>>,
+    upserted: Option<i64>,
+    created: Option<i64>,
+    changed: Option<i64>,
+}
+
+impl Grouped for Ended {
+    async fn make(connection: &mut PgConnection, runs: String) -> sqlx::Result<Vec<Self>> {
+        let ended = sqlx::query_as!(
+            Ended,
+            r#"select is_ended as "is_ended!", suspicious, upserted, created, changed
+                 from inventory_end_group($1::text::jsonb)"#,
+            runs
+        );
+        ended.fetch_all(connection).await
+    }
+}
+
+impl Ended {
+    fn into_written(self) -> Result<(Vec<String>, BatchCounts), StoreError> {
+        if !self.is_ended {
+            return Err(StoreError::LeaseLost);
+        }
+        let written = BatchCounts {
+            upserted: self.upserted.unwrap_or_default(),
+            created: self.created.unwrap_or_default(),
+            changed: self.changed.unwrap_or_default(),
+        };
+        Ok((self.suspicious.unwrap_or_default(), written))
+    }
+}
+
+/// Ends a run under the fence of its lease.
+async fn end(connection: &mut PgConnection, call: &EndCall<'_>) -> Result<Ended, StoreError> {
+    let columns = &call.columns;
+    let ended = sqlx::query_as!(
+        Ended,
+        r#"select true as "is_ended!", suspicious, upserted, created, changed
+           from inventory_end_run($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)"#,
+        call.tenant_id,
+        call.run_id,
+        call.attempt,
+        call.policy_type,
+        call.category,
         &columns.ids as &[&str],
         &columns.names as &[Option<&str>],
         &columns.platforms as &[Option<&str>],
         &columns.metas as &[&str],
-        &columns.times,
-        json!(unrecorded.usage),
-        json!(unrecorded.outcomes),
-        rules.suspicious_drop.share,
-        rules.suspicious_drop.min_items,
-        json!(state),
-        rules.event_due_s as f64
+        &columns.seen_at,
+        json!(call.usage),
+        json!(call.types),
+        call.drop_share,
+        call.drop_min_items,
+        json!(call.ending),
+        call.event_due_s as f64
     )
     .fetch_optional(connection)
-    .await?
-    .ok_or(StoreError::LeaseLost)?;
-    let written = BatchCounts {
-        upserted: ended.upserted.unwrap_or_default(),
-        created: ended.created.unwrap_or_default(),
-        changed: ended.changed.unwrap_or_default(),
-    };
-    Ok((ended.suspicious.unwrap_or_default(), written))
+    .await?;
+    Ok(ended.unwrap_or(Ended { is_ended: false, suspicious: None, upserted: None, created: None, changed: None }))
 }
 
 fn mark_suspicious(outcomes: &mut [TypeOutcome], suspicious: &[String]) {

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use inventoryd::config::WhenFull;
 use inventoryd::domain::request::SyncRequest;
-use inventoryd::store::{Admission, AdmissionRequest, AdmissionRules, Store};
+use inventoryd::store::{Admission, AdmissionRequest, AdmissionRules, Store, StoreError};
 
 use crate::sim::{Rule, SimConfig};
 use crate::support::daemon::Replica;
@@ -234,10 +234,19 @@ fn rules() -> AdmissionRules {
 
 /// Admits a request under rules that refuse none.
 pub(crate) async fn admit(store: &Store, tenant: Uuid, key: &str, selection_hash: &str) -> Admission {
+    try_admit(store, tenant, key, selection_hash).await.expect("the database responds")
+}
+
+pub(crate) async fn try_admit(
+    store: &Store,
+    tenant: Uuid,
+    key: &str,
+    selection_hash: &str,
+) -> Result<Admission, StoreError> {
     let request = World::request_of(tenant, key, &["mobileApp"]);
     let request = SyncRequest::parse(None, request.to_string().as_bytes()).unwrap();
     let applicant = AdmissionRequest { request: &request, selection_hash, traceparent: None, deferred_s: 0 };
-    store.admit(&rules(), &applicant).await.expect("the database responds")
+    store.admit(&rules(), &applicant).await
 }
 
 /// sqlx 0.9.0 returns a connection with an open transaction to the pool when `begin` is cancelled half way; later writes on

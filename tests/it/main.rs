@@ -33,6 +33,7 @@ mod graph_facts;
 mod graph_limits;
 mod graph_proxy;
 mod graph_tolerance;
+mod groups;
 mod growth;
 mod hostile_messages;
 mod http_clients;
