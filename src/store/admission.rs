@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::group::Grouped;
+use super::group::{Grouped, Made};
 use super::run_row::outcomes_of;
 use super::{Store, StoreError, error::corrupt_row};
 use crate::config::WhenFull;
@@ -111,20 +111,20 @@ impl Store {
     /// Decides about a request; all times are those of the database.
     ///
     /// # Errors
-    /// Nothing was decided; [`StoreError::is_lock_timeout`] if another session holds the tenant's row.
+    /// [`StoreError::is_lock_timeout`] if another session holds the tenant's row: nothing was decided. After any other the request may
+    /// be admitted, if the reply was lost.
     pub async fn admit(
         &self,
         rules: &AdmissionRules,
         admission: &AdmissionRequest<'_>,
     ) -> Result<Admission, StoreError> {
-        let granted = Instant::now();
         let call = AdmissionCall::of(rules, admission);
         let json = serde_json::to_string(&call).expect("strings and numbers always serialise");
-        let decided = match self.admissions.make(call.tenant_id, json).await? {
-            Some(decided) => decided,
+        let Made { begun, row: decided } = match self.admissions.make(call.tenant_id, json).await? {
+            Some(made) => made,
             None => self.admit_alone(&call).await?,
         };
-        let mut result = decided.into_admission(call.tenant_id, granted)?;
+        let mut result = decided.into_admission(call.tenant_id, begun)?;
         if let Admission::Admitted(admitted) = &mut result
             && admitted.lease.attempt > 1
         {
@@ -138,8 +138,9 @@ impl Store {
     }
 
     /// Makes an admission of which no group has made anything: another session holds the tenant's row, or one of the group failed.
-    async fn admit_alone(&self, call: &AdmissionCall<'_>) -> Result<Decision, StoreError> {
+    async fn admit_alone(&self, call: &AdmissionCall<'_>) -> Result<Made<Decision>, StoreError> {
         let mut connection = self.work.acquire().await?;
+        let begun = Instant::now();
         let decided = sqlx::query_as!(
             Decision,
             r#"select decision as "decision!", error_code, run_id, attempt, credential, decided_at, started_at, throttle_wait_ms
@@ -161,7 +162,7 @@ impl Store {
             call.daemon_version
         )
         .fetch_one(&mut *connection);
-        self.with_timeout(async { Ok(decided.await?) }).await
+        self.with_timeout(async { Ok(Made { begun, row: decided.await? }) }).await
     }
 }
 

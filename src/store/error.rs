@@ -62,9 +62,13 @@ impl StoreError {
         }
     }
 
-    /// True if the server replied, so that nothing of the statement was written.
+    /// True if the server refused the statement, so that nothing of it was written.
     pub(super) fn is_rolled_back(&self) -> bool {
-        matches!(self, Self::Database(sqlx::Error::Database(_)))
+        match self {
+            // SQLSTATE class 08: a pooler lost the server, perhaps after the commit; 40003: the server does not know.
+            Self::Database(sqlx::Error::Database(error)) => !has_class(error.as_ref(), &["08", "40003"]),
+            _ => false,
+        }
     }
 
     /// True if this database cannot execute the statement: a distributed one cannot lock rows of several nodes.

@@ -1,10 +1,10 @@
-//! Group commit: calls that arrive while others are being made are made together by the next statement.
+//! Groups: calls that arrive while others are being made are made together by the next statement.
 //!
 //! Most of the cost of a short call is its transaction: under load, one for several is cheaper, and without load a call is a group
-//! of its own. A group is only a shorter way. If it fails, nothing of it was written and each of its calls is made by itself, so that
-//! the defect of one does not touch the others.
+//! of its own. If a group fails or takes long, nothing of it was written and each of its calls is made by itself, so that one
+//! that is locked, slow or refused does not affect the others.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::postgres::{PgConnection, PgPool};
 use tokio::sync::{mpsc, oneshot};
@@ -31,7 +31,15 @@ pub(super) struct Group<R>(mpsc::Sender<Call<R>>);
 struct Call<R> {
     tenant_id: Uuid,
     json: String,
-    reply: oneshot::Sender<Result<Option<R>, StoreError>>,
+    reply: oneshot::Sender<Result<Option<Made<R>>, StoreError>>,
+}
+
+/// A call that was made.
+#[derive(Debug)]
+pub(super) struct Made<R> {
+    /// Time before the statement was sent.
+    pub(super) begun: Instant,
+    pub(super) row: R,
 }
 
 impl<R> Clone for Group<R> {
@@ -51,13 +59,13 @@ impl<R: Grouped> Group<R> {
     /// Makes a call together with those that wait. `None`: it was not made, and the caller makes it by itself.
     ///
     /// # Errors
-    /// No connection, or no reply: the call may have been made.
-    pub(super) async fn make(&self, tenant_id: Uuid, json: String) -> Result<Option<R>, StoreError> {
+    /// No reply: the call may have been made.
+    pub(super) async fn make(&self, tenant_id: Uuid, json: String) -> Result<Option<Made<R>>, StoreError> {
         let (reply, row) = oneshot::channel();
         if self.0.send(Call { tenant_id, json, reply }).await.is_err() {
             return Ok(None);
         }
-        row.await.unwrap_or(Ok(None))
+        row.await.unwrap_or_else(|_| Err(StoreError::Group("database: no reply".to_owned())))
     }
 }
 
@@ -70,13 +78,23 @@ async fn make_groups<R: Grouped>(pool: PgPool, statement_limit: Duration, mut wa
         group.sort_by_key(|call| call.tenant_id);
         let json: Vec<&str> = group.iter().map(|call| call.json.as_str()).collect();
         let calls = format!("[{}]", json.join(","));
-        let made = async { R::make(&mut *pool.acquire().await?, calls).await.map_err(StoreError::from) };
-        match timeout(statement_limit, made).await.unwrap_or(Err(StoreError::Timeout)) {
-            Ok(rows) => group.drain(..).zip(rows).for_each(|(call, row)| call.reply(Ok(Some(row)))),
+        let Ok(mut connection) = pool.acquire().await else {
+            // Nothing was sent. Other connections may be open, or their failure is named to each caller.
+            group.drain(..).for_each(|call| call.reply(Ok(None)));
+            continue;
+        };
+        let begun = Instant::now();
+        let made = timeout(statement_limit, R::make(&mut connection, calls)).await;
+        match made.map_or(Err(StoreError::Timeout), |made| made.map_err(StoreError::from)) {
+            Ok(rows) => group.drain(..).zip(rows).for_each(|(call, row)| call.reply(Ok(Some(Made { begun, row })))),
             Err(error) if error.is_rolled_back() => {
                 tracing::debug!(%error, calls = group.len(), "a group was rolled back; each of its calls is made by itself");
                 group.drain(..).for_each(|call| call.reply(Ok(None)));
                 if error.is_unsupported() {
+                    waiting.close();
+                    while let Some(call) = waiting.recv().await {
+                        call.reply(Ok(None));
+                    }
                     return;
                 }
             }
@@ -89,7 +107,7 @@ async fn make_groups<R: Grouped>(pool: PgPool, statement_limit: Duration, mut wa
 }
 
 impl<R> Call<R> {
-    fn reply(self, reply: Result<Option<R>, StoreError>) {
+    fn reply(self, reply: Result<Option<Made<R>>, StoreError>) {
         // Fails if the caller has gone.
         let _ = self.reply.send(reply);
     }

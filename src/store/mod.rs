@@ -57,7 +57,8 @@ pub struct Store {
     work: pool::WorkPool,
     control: PgPool,
     leases: PgPool,
-    /// One connection for admissions and one for ends: few, because a connection in use has its plans and rows at hand.
+    /// One connection for groups of admissions and one for groups of ends: few, because the plans of a connection that is used all
+    /// the time stay in the caches of the processor.
     groups: PgPool,
     admissions: Group<Decision>,
     ends: Group<Ended>,
@@ -82,7 +83,7 @@ impl Store {
         let options = pool::connect_options(config)?;
         let acquire_timeout = seconds(config.acquire_timeout_s);
         let statement_limit = seconds(config.acquire_timeout_s.saturating_add(config.statement_timeout_s));
-        let groups = pool::pool(&pool::for_runs(&options), 2, acquire_timeout);
+        let groups = pool::pool(&pool::for_groups(&options), 2, acquire_timeout);
         Ok(Self {
             work: pool::WorkPool::new(&options, config),
             control: pool::pool(&options, config.control_connections, acquire_timeout),
@@ -156,7 +157,7 @@ impl Store {
             Ok(options) => {
                 self.control.set_connect_options(options.clone());
                 self.leases.set_connect_options(options.clone());
-                self.groups.set_connect_options(pool::for_runs(&options));
+                self.groups.set_connect_options(pool::for_groups(&options));
                 self.work.set_options(&options);
             }
             Err(error) => tracing::warn!(%error, "changed address invalid; keeping the previous one"),

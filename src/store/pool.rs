@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::log::LevelFilter;
 
 use super::StoreError;
-use super::session::{PINNED, PINNED_FOR_RUNS};
+use super::session::{PINNED, PINNED_FOR_GROUPS, PINNED_FOR_RUNS};
 use crate::config::{DatabaseConfig, seconds};
 
 /// Idle time after which a connection is pinged before it is used.
@@ -41,6 +41,11 @@ pub(super) fn connect_options(config: &DatabaseConfig) -> Result<PgConnectOption
 /// The options for connections that write runs.
 pub(super) fn for_runs(options: &PgConnectOptions) -> PgConnectOptions {
     options.clone().options(PINNED_FOR_RUNS.iter().copied())
+}
+
+/// The options for connections on which the calls of several runs are made.
+pub(super) fn for_groups(options: &PgConnectOptions) -> PgConnectOptions {
+    for_runs(options).options(PINNED_FOR_GROUPS.iter().copied())
 }
 
 /// A pool of at most `connections`, which are opened on demand.

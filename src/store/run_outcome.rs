@@ -14,8 +14,8 @@ use super::{Store, StoreError};
 use crate::domain::failure::ErrorCode;
 use crate::domain::run::{GraphUsage, Lease, RunKey, RunReport, RunStatus, TypeCounters, TypeOutcome};
 
-/// Objects up to which the end of a run is made together with others: they wait for it.
-const MAX_GROUPED_ITEMS: usize = 100;
+/// Observed objects up to which the end of a run is made together with those of others: longer ones would delay them.
+const MAX_GROUPED_ITEMS: i64 = 100;
 
 /// Rule for a suspicious drop: a complete listing that is much shorter than the one before.
 #[derive(Debug, Clone, Copy)]
@@ -92,10 +92,10 @@ impl Store {
         let state = TerminalState::of(report);
         let unrecorded = Unrecorded { usage: &report.usage, outcomes: &report.outcomes[recorded..], items: last };
         let call = EndCall::of(lease, &state, unrecorded, rules);
-        let may_group = last.is_none_or(|last| last.items.len() <= MAX_GROUPED_ITEMS);
+        let may_group = state.totals.items_observed_count <= MAX_GROUPED_ITEMS;
         let grouped = if may_group { self.ends.make(lease.tenant_id, call.to_json()).await? } else { None };
         let ended = match grouped {
-            Some(ended) => ended,
+            Some(ended) => ended.row,
             None => {
                 let mut connection = self.work.acquire().await?;
                 self.with_timeout(end(&mut connection, &call)).await?

@@ -22,15 +22,21 @@ async fn world_with_a_slow_tenant() -> (World, Vec<Uuid>) {
     for tenant in &others {
         world.register(*tenant, None).await;
     }
+    world.execute(&linger(1.0)).await;
     let slow = format!(
-        "create function linger() returns trigger language plpgsql as $$
-         begin perform pg_sleep(1); return new; end $$;
-         create trigger linger before insert or update on inventory_sync_runs for each row
+        "create trigger linger before insert or update on inventory_sync_runs for each row
          when (new.tenant_id = '{}') execute function linger()",
         world.tenant
     );
     world.execute(&slow).await;
     (world, others)
+}
+
+fn linger(seconds: f64) -> String {
+    format!(
+        "create or replace function linger() returns trigger language plpgsql as $$
+         begin perform pg_sleep({seconds}); return new; end $$"
+    )
 }
 
 fn store_of(world: &World) -> Store {
@@ -167,6 +173,25 @@ async fn the_defect_of_one_run_is_not_that_of_the_others() {
     assert_eq!(world.count(ended).await, OTHERS as i64, "the slow one and all others but one");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_end_delays_others_for_two_seconds() {
+    let (world, others) = world_with_a_slow_tenant().await;
+    let store = store_of(&world);
+    let slow = leases(admit_each(&store, &[world.tenant])).await[0];
+    let admitted = leases(admit_each(&store, &others)).await;
+    world.execute(&linger(15.0)).await;
+    let ending = tokio::spawn({
+        let store = store.clone();
+        async move { end(&store, &slow).await }
+    });
+    under_way(&world, "inventory_end_group").await;
+    for lease in &admitted {
+        end(&store, lease).await.unwrap();
+    }
+    assert!(!ending.is_finished(), "the others did not wait for it");
+    ending.await.unwrap().unwrap();
+}
+
 /// Every decision but that of a new run rests on the disk when it returns, whatever is admitted beside it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_waits_for_the_disk_if_one_of_it_must() {
@@ -223,5 +248,5 @@ async fn each_call_is_made_by_itself_where_groups_are_not_supported() {
     for key in ["a", "b", "c"] {
         assert!(matches!(admit(&store, world.tenant, key, key).await, Admission::Admitted(_)));
     }
-    assert_eq!(world.count("select last_value from asked").await, 1);
+    assert_eq!(world.count("select last_value from asked where is_called").await, 1);
 }
