@@ -429,13 +429,13 @@ $$;
 comment on function inventory_admit is
     'Decides about a request: admitted, skipped, deferred, duplicate, in_progress, held_here (by in_owner), exhausted (its run or the one of its selection has used up its attempts), idempotency_conflict or unknown_tenant.';
 
-create function inventory_admit_group(in_requests jsonb)
+create function inventory_admit_batch(in_requests jsonb)
     returns table (decision text, error_code text, run_id uuid, attempt integer, credential text,
                    decided_at timestamptz, started_at timestamptz, throttle_wait_ms bigint)
     language plpgsql
     set search_path from current
     set plan_cache_mode = 'force_generic_plan'
-    -- A tenant whose row another session has locked must not delay the others: then the group fails, and each call is made by itself.
+    -- A tenant whose row another session has locked must not delay the others: the batch fails, and each call is executed alone.
     set lock_timeout = '100ms'
 as $$
 #variable_conflict use_column
@@ -444,7 +444,7 @@ declare
     must_wait      boolean := false;
     waits_for_disk text;
 begin
-    -- Before inventory_admit, which waits longer, and in one order: groups that have tenants in common do not deadlock.
+    -- Here, because inventory_admit waits longer, and in one order, so that batches with common tenants do not deadlock.
     perform from tenants t
       where t.tenant_id in (select r.tenant_id from jsonb_to_recordset(in_requests) as r(tenant_id uuid))
       order by t.tenant_id for no key update;
@@ -468,7 +468,7 @@ begin
     end if;
 end
 $$;
-comment on function inventory_admit_group is
+comment on function inventory_admit_batch is
     'Decides about several requests, each as inventory_admit does, in their order.';
 
 -- -------------------------------------------------------------------------------------------------- items
@@ -712,12 +712,12 @@ $$;
 comment on function inventory_end_run is
     'Ends a run with its last batch of objects, if in_policy_type is not null, and the types that are not recorded yet, and makes its event due; returns the types with a suspicious drop and the rows written, or no row if the lease is lost.';
 
-create function inventory_end_group(in_runs jsonb)
+create function inventory_end_batch(in_runs jsonb)
     returns table (is_ended boolean, suspicious text[], upserted bigint, created bigint, changed bigint)
     language plpgsql
     set search_path from current
     set plan_cache_mode = 'force_generic_plan'
-    -- As in inventory_admit_group; it also ends a deadlock with another group.
+    -- As in inventory_admit_batch; it also ends a deadlock with another batch.
     set lock_timeout = '100ms'
 as $$
 declare
@@ -738,7 +738,7 @@ begin
     end loop;
 end
 $$;
-comment on function inventory_end_group is
+comment on function inventory_end_batch is
     'Ends several runs, each as inventory_end_run does, in their order; is_ended is false where the lease is lost.';
 
 -- ------------------------------------------------------------------------------ sweeps over all tenants

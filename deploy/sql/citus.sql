@@ -133,8 +133,8 @@ begin
 end
 $$;
 
--- A statement for several tenants cannot be handed to the node of one: the daemon makes each call by itself.
-create or replace function inventory_admit_group(in_requests jsonb)
+-- A statement for several tenants cannot be handed to the node of one: the daemon executes each call alone.
+create or replace function inventory_admit_batch(in_requests jsonb)
     returns table (decision text, error_code text, run_id uuid, attempt integer, credential text,
                    decided_at timestamptz, started_at timestamptz, throttle_wait_ms bigint)
     language plpgsql
@@ -144,7 +144,7 @@ begin
 end
 $$;
 
-create or replace function inventory_end_group(in_runs jsonb)
+create or replace function inventory_end_batch(in_runs jsonb)
     returns table (is_ended boolean, suspicious text[], upserted bigint, created bigint, changed bigint)
     language plpgsql
 as $$

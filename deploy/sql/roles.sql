@@ -52,9 +52,9 @@ revoke all on tenants, policy_types, inventory_fleet, inventory_sync_runs, inven
               inventory_latest_runs, inventory_items_current
     from public, inventoryd_daemon, inventoryd_reader;
 revoke all on function inventory_missing, inventory_missing_of_run, inventory_run_id_at,
-                       inventory_new_run_id, inventory_admit, inventory_admit_group, inventory_write_items,
+                       inventory_new_run_id, inventory_admit, inventory_admit_batch, inventory_write_items,
                        inventory_upsert_items, inventory_insert_types, inventory_record_types, inventory_end_run,
-                       inventory_end_group, inventory_renew_leases, inventory_claim_due_events,
+                       inventory_end_batch, inventory_renew_leases, inventory_claim_due_events,
                        inventory_claim_interrupted_runs,
                        inventory_oldest_migration
     from public;
@@ -67,9 +67,9 @@ grant select, insert                 on inventory_sync_run_types to inventoryd_d
 grant select, update                 on inventory_fleet to inventoryd_daemon;
 grant select on inventory_latest_runs, inventory_items_current to inventoryd_daemon;
 grant execute on function inventory_missing, inventory_missing_of_run, inventory_run_id_at,
-                          inventory_new_run_id, inventory_admit, inventory_admit_group, inventory_write_items,
+                          inventory_new_run_id, inventory_admit, inventory_admit_batch, inventory_write_items,
                           inventory_upsert_items, inventory_insert_types, inventory_record_types, inventory_end_run,
-                          inventory_end_group, inventory_renew_leases, inventory_claim_due_events,
+                          inventory_end_batch, inventory_renew_leases, inventory_claim_due_events,
                           inventory_claim_interrupted_runs,
                           inventory_oldest_migration
     to inventoryd_daemon;

@@ -90,9 +90,9 @@ select equal('{} 1', (select concat_ws(' ', suspicious, upserted) from inventory
              "error_codes": [], "error_context": {}, "items_observed_count": 0, "items_upserted_count": 0,
              "items_created_count": 0, "items_changed_count": 0, "errors_count": 0}', 0)), 'a run is ended')
   from inventory_sync_runs \g /dev/null
-select equal('admitted duplicate', (select string_agg(decision, ' ') from inventory_admit_group(jsonb_build_array(
-             :'request'::jsonb || '{"idempotency_key": "second"}', :'request'::jsonb))), 'a group is admitted') \g /dev/null
-select equal(0::bigint, (select count(*) from inventory_end_group('[]')), 'a group is ended') \g /dev/null
+select equal('admitted duplicate', (select string_agg(decision, ' ') from inventory_admit_batch(jsonb_build_array(
+             :'request'::jsonb || '{"idempotency_key": "second"}', :'request'::jsonb))), 'a batch is admitted') \g /dev/null
+select equal(0::bigint, (select count(*) from inventory_end_batch('[]')), 'a batch is ended') \g /dev/null
 select equal(1::bigint, count(*), 'an event is claimed') from inventory_claim_due_events(10, 60) \g /dev/null
 select equal(0::bigint, count(*), 'interrupted runs') from inventory_claim_interrupted_runs(60, 3600, 5, 10) \g /dev/null
 rollback;

@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::group::{Grouped, Made};
+use super::batcher::{Batched, Executed};
 use super::run_row::outcomes_of;
 use super::{Store, StoreError, error::corrupt_row};
 use crate::config::WhenFull;
@@ -111,8 +111,8 @@ impl Store {
     /// Decides about a request; all times are those of the database.
     ///
     /// # Errors
-    /// [`StoreError::is_lock_timeout`] if another session holds the tenant's row: nothing was decided. After any other the request may
-    /// be admitted, if the reply was lost.
+    /// [`StoreError::is_lock_timeout`] if another session holds the tenant's row. After any other error the request may be admitted: the
+    /// reply was lost.
     pub async fn admit(
         &self,
         rules: &AdmissionRules,
@@ -120,11 +120,11 @@ impl Store {
     ) -> Result<Admission, StoreError> {
         let call = AdmissionCall::of(rules, admission);
         let json = serde_json::to_string(&call).expect("strings and numbers always serialise");
-        let Made { begun, row: decided } = match self.admissions.make(call.tenant_id, json).await? {
-            Some(made) => made,
+        let Executed { sent, row: decided } = match self.admissions.execute(call.tenant_id, json).await? {
+            Some(executed) => executed,
             None => self.admit_alone(&call).await?,
         };
-        let mut result = decided.into_admission(call.tenant_id, begun)?;
+        let mut result = decided.into_admission(call.tenant_id, sent)?;
         if let Admission::Admitted(admitted) = &mut result
             && admitted.lease.attempt > 1
         {
@@ -137,10 +137,10 @@ impl Store {
         Ok(result)
     }
 
-    /// Makes an admission of which no group has made anything: another session holds the tenant's row, or one of the group failed.
-    async fn admit_alone(&self, call: &AdmissionCall<'_>) -> Result<Made<Decision>, StoreError> {
+    /// Admits a request whose batch had no effect: another session holds the row of one of its tenants, or one of its calls failed.
+    async fn admit_alone(&self, call: &AdmissionCall<'_>) -> Result<Executed<Decision>, StoreError> {
         let mut connection = self.work.acquire().await?;
-        let begun = Instant::now();
+        let sent = Instant::now();
         let decided = sqlx::query_as!(
             Decision,
             r#"select decision as "decision!", error_code, run_id, attempt, credential, decided_at, started_at, throttle_wait_ms
@@ -162,16 +162,16 @@ impl Store {
             call.daemon_version
         )
         .fetch_one(&mut *connection);
-        self.with_timeout(async { Ok(Made { begun, row: decided.await? }) }).await
+        self.with_timeout(async { Ok(Executed { sent, row: decided.await? }) }).await
     }
 }
 
-impl Grouped for Decision {
-    async fn make(connection: &mut PgConnection, requests: String) -> sqlx::Result<Vec<Self>> {
+impl Batched for Decision {
+    async fn execute(connection: &mut PgConnection, requests: String) -> sqlx::Result<Vec<Self>> {
         let decided = sqlx::query_as!(
             Decision,
             r#"select decision as "decision!", error_code, run_id, attempt, credential, decided_at, started_at, throttle_wait_ms
-                 from inventory_admit_group($1::text::jsonb)"#,
+                 from inventory_admit_batch($1::text::jsonb)"#,
             requests
         );
         decided.fetch_all(connection).await

@@ -25,9 +25,9 @@ pub enum StoreError {
     /// The database accepts connections but no writes.
     #[error("database: it is read-only")]
     ReadOnly,
-    /// The statement that this call was part of got no reply.
+    /// The batch that the call was part of got no reply.
     #[error("{0}")]
-    Group(String),
+    Batch(String),
     /// A row that no version of this daemon writes.
     #[error("database: a row cannot be read: {0}")]
     CorruptRow(String),
@@ -62,7 +62,7 @@ impl StoreError {
         }
     }
 
-    /// True if the server refused the statement, so that nothing of it was written.
+    /// True if the server rejected the statement, so that it had no effect.
     pub(super) fn is_rolled_back(&self) -> bool {
         match self {
             // SQLSTATE class 08: a pooler lost the server, perhaps after the commit; 40003: the server does not know.

@@ -1,14 +1,14 @@
 //! PostgreSQL: the inventory, the runs and the outbox. Only this module uses sqlx.
 //!
-//! Four pools: `work` for what runs write, `groups` for the admissions and ends that are made together, `control` for health, the
+//! Four pools: `work` for what runs write, `batches` for batches of their admissions and ends, `control` for health, the
 //! outbox and the janitor, and one connection for lease renewals, so that neither starved runs nor a busy relay can cost a run
 //! its lease. No function holds one connection while it asks for another. Every statement is a transaction of its own; what
 //! belongs together is one function of the schema (`migrations/0001_inventory.sql`), where each lock has its reason beside it.
 
 mod admission;
+mod batcher;
 mod error;
 mod fleet;
-mod group;
 mod inventory;
 mod items;
 mod leases;
@@ -34,9 +34,9 @@ use tokio::time::timeout;
 
 use admission::Decision;
 pub use admission::{Admission, AdmissionRequest, AdmissionRules, Admitted};
+use batcher::Batcher;
 pub use error::StoreError;
 pub use fleet::TenantPause;
-use group::Group;
 pub use inventory::{Change, Difference, Item, ItemFilter, RunDiff};
 pub use items::{BatchCounts, ItemBatch, ObservedItem};
 pub use leases::{InterruptedRun, Renewed};
@@ -57,11 +57,10 @@ pub struct Store {
     work: pool::WorkPool,
     control: PgPool,
     leases: PgPool,
-    /// One connection for groups of admissions and one for groups of ends: few, because the plans of a connection that is used all
-    /// the time stay in the caches of the processor.
-    groups: PgPool,
-    admissions: Group<Decision>,
-    ends: Group<Ended>,
+    /// One connection for admissions and one for ends: the fewer there are, the warmer are their plans in the processor's caches.
+    batches: PgPool,
+    admissions: Batcher<Decision>,
+    ends: Batcher<Ended>,
     /// Longest time for a connection and one statement on it.
     statement_limit: Duration,
     origin: Arc<Origin>,
@@ -83,14 +82,14 @@ impl Store {
         let options = pool::connect_options(config)?;
         let acquire_timeout = seconds(config.acquire_timeout_s);
         let statement_limit = seconds(config.acquire_timeout_s.saturating_add(config.statement_timeout_s));
-        let groups = pool::pool(&pool::for_groups(&options), 2, acquire_timeout);
+        let batches = pool::pool(&pool::for_batches(&options), 2, acquire_timeout);
         Ok(Self {
             work: pool::WorkPool::new(&options, config),
             control: pool::pool(&options, config.control_connections, acquire_timeout),
             leases: pool::pool(&options, 1, acquire_timeout),
-            admissions: Group::new(&groups, statement_limit),
-            ends: Group::new(&groups, statement_limit),
-            groups,
+            admissions: Batcher::new(&batches, statement_limit),
+            ends: Batcher::new(&batches, statement_limit),
+            batches,
             statement_limit,
             origin: Arc::new(Origin {
                 config: config.clone(),
@@ -157,7 +156,7 @@ impl Store {
             Ok(options) => {
                 self.control.set_connect_options(options.clone());
                 self.leases.set_connect_options(options.clone());
-                self.groups.set_connect_options(pool::for_groups(&options));
+                self.batches.set_connect_options(pool::for_batches(&options));
                 self.work.set_options(&options);
             }
             Err(error) => tracing::warn!(%error, "changed address invalid; keeping the previous one"),
@@ -166,6 +165,6 @@ impl Store {
 
     /// Closes every connection.
     pub async fn close(&self) {
-        tokio::join!(self.work.close(), self.groups.close(), self.control.close(), self.leases.close());
+        tokio::join!(self.work.close(), self.batches.close(), self.control.close(), self.leases.close());
     }
 }

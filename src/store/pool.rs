@@ -12,7 +12,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::log::LevelFilter;
 
 use super::StoreError;
-use super::session::{PINNED, PINNED_FOR_GROUPS, PINNED_FOR_RUNS};
+use super::batcher::MAX_DELAY;
+use super::session::{PINNED, PINNED_FOR_RUNS};
 use crate::config::{DatabaseConfig, seconds};
 
 /// Idle time after which a connection is pinged before it is used.
@@ -38,14 +39,14 @@ pub(super) fn connect_options(config: &DatabaseConfig) -> Result<PgConnectOption
         .log_slow_statements(LevelFilter::Debug, Duration::from_secs(5)))
 }
 
-/// The options for connections that write runs.
+/// Options for connections that write runs.
 pub(super) fn for_runs(options: &PgConnectOptions) -> PgConnectOptions {
     options.clone().options(PINNED_FOR_RUNS.iter().copied())
 }
 
-/// The options for connections on which the calls of several runs are made.
-pub(super) fn for_groups(options: &PgConnectOptions) -> PgConnectOptions {
-    for_runs(options).options(PINNED_FOR_GROUPS.iter().copied())
+/// Options for connections that execute batches.
+pub(super) fn for_batches(options: &PgConnectOptions) -> PgConnectOptions {
+    for_runs(options).options([("statement_timeout", format!("{}ms", MAX_DELAY.as_millis()))])
 }
 
 /// A pool of at most `connections`, which are opened on demand.

@@ -7,15 +7,15 @@ use serde_json::{Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::group::Grouped;
+use super::batcher::Batched;
 use super::items::{BatchCounts, ItemBatch, ItemColumns};
 use super::run_row::outcomes_of;
 use super::{Store, StoreError};
 use crate::domain::failure::ErrorCode;
 use crate::domain::run::{GraphUsage, Lease, RunKey, RunReport, RunStatus, TypeCounters, TypeOutcome};
 
-/// Observed objects up to which the end of a run is made together with those of others: longer ones would delay them.
-const MAX_GROUPED_ITEMS: i64 = 100;
+/// Limit of observed objects of a run whose end is part of a batch: a longer one would delay the others.
+const MAX_BATCHED_ITEMS: i64 = 100;
 
 /// Rule for a suspicious drop: a complete listing that is much shorter than the one before.
 #[derive(Debug, Clone, Copy)]
@@ -92,10 +92,10 @@ impl Store {
         let state = TerminalState::of(report);
         let unrecorded = Unrecorded { usage: &report.usage, outcomes: &report.outcomes[recorded..], items: last };
         let call = EndCall::of(lease, &state, unrecorded, rules);
-        let may_group = state.totals.items_observed_count <= MAX_GROUPED_ITEMS;
-        let grouped = if may_group { self.ends.make(lease.tenant_id, call.to_json()).await? } else { None };
-        let ended = match grouped {
-            Some(ended) => ended.row,
+        let is_short = state.totals.items_observed_count <= MAX_BATCHED_ITEMS;
+        let batched = if is_short { self.ends.execute(lease.tenant_id, call.to_json()).await? } else { None };
+        let ended = match batched {
+            Some(executed) => executed.row,
             None => {
                 let mut connection = self.work.acquire().await?;
                 self.with_timeout(end(&mut connection, &call)).await?
@@ -200,7 +200,7 @@ impl<'a> EndCall<'a> {
     }
 }
 
-/// Row of `inventory_end_group`, or of `inventory_end_run` if there was one.
+/// Row of `inventory_end_batch`, or of `inventory_end_run` if there was one.
 #[derive(Debug)]
 pub(super) struct Ended {
     is_ended: bool,
@@ -210,12 +210,12 @@ pub(super) struct Ended {
     changed: Option<i64>,
 }
 
-impl Grouped for Ended {
-    async fn make(connection: &mut PgConnection, runs: String) -> sqlx::Result<Vec<Self>> {
+impl Batched for Ended {
+    async fn execute(connection: &mut PgConnection, runs: String) -> sqlx::Result<Vec<Self>> {
         let ended = sqlx::query_as!(
             Ended,
             r#"select is_ended as "is_ended!", suspicious, upserted, created, changed
-                 from inventory_end_group($1::text::jsonb)"#,
+                 from inventory_end_batch($1::text::jsonb)"#,
             runs
         );
         ended.fetch_all(connection).await

@@ -26,10 +26,6 @@ pub(super) const PINNED: &[(&str, &str)] = &[
 /// is so small that scanning it is cheaper.
 pub(super) const PINNED_FOR_RUNS: &[(&str, &str)] = &[("enable_seqscan", "off")];
 
-/// Setting of the connections of groups. A call may take long, such as the end of a run of a tenant with a million items: then the
-/// group is given up and each of its calls is made by itself.
-pub(super) const PINNED_FOR_GROUPS: &[(&str, &str)] = &[("statement_timeout", "2s")];
-
 /// Settings of the connection that migrates: a migration may take as long as it needs, and creates heap tables.
 pub(super) const PINNED_FOR_MIGRATION: &[(&str, &str)] = &[
     ("statement_timeout", "0"),
